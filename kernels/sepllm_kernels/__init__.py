@@ -1,0 +1,1 @@
+"""Attention operations of SepLLM. Depends on torch and triton only."""

@@ -1,0 +1,52 @@
+"""Reference of ``kept_prefill``: float32, one row at a time."""
+
+from __future__ import annotations
+
+import torch
+
+
+def kept_prefill_reference(
+    query: torch.Tensor,
+    stream_key: torch.Tensor,
+    stream_value: torch.Tensor,
+    window_key: torch.Tensor,
+    window_value: torch.Tensor,
+    stream_limits: torch.Tensor,
+    window_size: int,
+    scale: float,
+    logits_soft_cap: float = 0.0,
+) -> torch.Tensor:
+    """Attend each row to its part of the stream and to its window.
+
+    Rows are consecutive positions. Row ``i`` sees stream entries ``[0, stream_limits[i])`` and
+    the last ``window_size`` window entries up to its own, which is entry
+    ``num_window - num_rows + i`` (SepLLM, arXiv 2412.12094, equation 1).
+
+    Args:
+        query: ``[num_rows, num_heads, head_size]``.
+        stream_key, stream_value: ``[num_kv_heads, num_stream, head_size]``.
+        window_key, window_value: ``[num_kv_heads, num_window, head_size]``; the last
+            ``num_rows`` entries belong to the rows themselves.
+        stream_limits: ``[num_rows]`` int, entries; never decreasing.
+        window_size: tokens, the row's own included.
+        scale: factor on the logits.
+        logits_soft_cap: cap ``c`` of ``c * tanh(logits / c)``; 0 is none.
+
+    Returns:
+        ``[num_rows, num_heads, head_size]`` float32.
+    """
+    num_rows, num_heads, _ = query.shape
+    group = num_heads // stream_key.shape[0]
+    before = window_key.shape[1] - num_rows
+    output = torch.empty(query.shape, dtype=torch.float32)
+    for row in range(num_rows):
+        limit, last = int(stream_limits[row]), before + row
+        first = max(0, last - window_size + 1)
+        key = torch.cat([stream_key[:, :limit], window_key[:, first : last + 1]], dim=1).float()
+        value = torch.cat([stream_value[:, :limit], window_value[:, first : last + 1]], 1).float()
+        key, value = key.repeat_interleave(group, 0), value.repeat_interleave(group, 0)
+        logits = torch.einsum("hd,hkd->hk", query[row].float(), key) * scale
+        if logits_soft_cap:
+            logits = logits_soft_cap * torch.tanh(logits / logits_soft_cap)
+        output[row] = torch.einsum("hk,hkd->hd", logits.softmax(-1), value)
+    return output

@@ -1,0 +1,165 @@
+"""Options of SepLLM attention: ``additional_config["sepllm"]``, parsed once into one object.
+
+Names used elsewhere and in papers:
+
+====================== ==========================================================
+here                   elsewhere
+====================== ==========================================================
+``num_sink_tokens``    SepLLM "initial tokens" (a), StreamingLLM "start_size"
+``window_size``        SepLLM "neighboring tokens" (n), own token included
+``max_separator_tokens`` SepLLM streaming "separator cache" size (s)
+``interval``           FixLLM's distance between kept tokens
+====================== ==========================================================
+
+SepLLM: arXiv 2412.12094. StreamingLLM: arXiv 2309.17453.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+POLICIES = ("sepllm", "streaming", "fixed_interval")
+SEPARATOR_MATCHES = ("exact", "composed")
+POSITION_MODES = ("original", "cache")
+DEFAULT_SEPARATORS = (".", ",", "?", "!", ";", ":", " ", "\t", "\n")
+MAX_TOKENS = 2**31 - 1  # positions are int32 in vLLM's block tables and in ours
+
+
+class ConfigError(ValueError):
+    """An option cannot be used; the message names value, limit and remedy."""
+
+
+@dataclass(frozen=True)
+class SepLLMConfig:
+    """Validated options. All sizes are counts of tokens, never ratios.
+
+    Attributes:
+        policy: which tokens outside the window are kept; see ``POLICIES``.
+        num_sink_tokens: first tokens of a request, always kept.
+        window_size: most recent tokens attended densely, the query's own included.
+        max_separator_tokens: newest separators kept per request; ``None`` keeps all.
+        separators: texts that make a token a separator.
+        separator_match: ``"exact"``: the token is one of ``separators``;
+            ``"composed"``: the token consists of nothing but characters of ``separators``.
+        separator_token_ids: ids that override the two fields above.
+        interval: distance between kept tokens of ``policy="fixed_interval"``.
+        position_mode: ``"original"`` keeps each key's own rotary position.
+
+    Raises:
+        ConfigError: a value is out of range or contradicts another.
+    """
+
+    policy: str = "sepllm"
+    num_sink_tokens: int = 4
+    window_size: int = 256
+    max_separator_tokens: int | None = None
+    separators: tuple[str, ...] = DEFAULT_SEPARATORS
+    separator_match: str = "exact"
+    separator_token_ids: tuple[int, ...] | None = None
+    interval: int | None = None
+    position_mode: str = "original"
+
+    def __post_init__(self) -> None:
+        _check_choice("policy", self.policy, POLICIES)
+        _check_choice("separator_match", self.separator_match, SEPARATOR_MATCHES)
+        _check_choice("position_mode", self.position_mode, POSITION_MODES)
+        _check_count("num_sink_tokens", self.num_sink_tokens, 0, "4 is the paper's setting")
+        _check_count("window_size", self.window_size, 1, "256 is the paper's setting")
+        if self.max_separator_tokens is not None:
+            _check_count("max_separator_tokens", self.max_separator_tokens, 1, "null keeps all")
+        if self.interval is not None:
+            _check_count("interval", self.interval, 1, "5 is FixLLM's setting")
+        object.__setattr__(self, "separators", _texts("separators", self.separators))
+        if self.separator_token_ids is not None:
+            ids = _token_ids("separator_token_ids", self.separator_token_ids)
+            object.__setattr__(self, "separator_token_ids", ids)
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        if self.interval is not None and self.policy != "fixed_interval":
+            raise ConfigError(
+                f"interval={self.interval} with policy={self.policy!r}: only "
+                "policy='fixed_interval' has an interval; drop one of the two"
+            )
+        if self.policy == "fixed_interval" and self.interval is None:
+            raise ConfigError(
+                "policy='fixed_interval' without interval: set interval, e.g. interval=5"
+            )
+        if self.policy != "sepllm" and self.max_separator_tokens is not None:
+            raise ConfigError(
+                f"max_separator_tokens={self.max_separator_tokens} with policy={self.policy!r}: "
+                "only policy='sepllm' has separators; drop one of the two"
+            )
+
+    @classmethod
+    def from_dict(cls, options: object) -> SepLLMConfig:
+        """Parse ``additional_config["sepllm"]``.
+
+        Args:
+            options: a mapping of option names to plain JSON values, or ``None``.
+
+        Raises:
+            ConfigError: not a mapping, an unknown key, or a bad value.
+        """
+        if options is None:
+            return cls()
+        if not isinstance(options, Mapping):
+            raise ConfigError(
+                f"additional_config['sepllm'] is {options!r}: expected a mapping of options, "
+                'e.g. {"window_size": 256}'
+            )
+        known = [field.name for field in fields(cls)]
+        for key in options:
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+                raise ConfigError(f"unknown SepLLM option {key!r}: {hint}")
+        return cls(**options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options as plain JSON values, so that vLLM can hash and pickle them."""
+        return {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in asdict(self).items()
+        }
+
+    def with_separator_ids(self, token_ids: tuple[int, ...]) -> SepLLMConfig:
+        """The same options with the tokenizer's answer filled in."""
+        return replace(self, separator_token_ids=token_ids)
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name}={value!r}: must be one of {', '.join(map(repr, choices))}")
+
+
+def _check_count(name: str, value: object, least: int, remedy: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(f"{name}={value!r}: must be a whole number of tokens; {remedy}")
+    if value < least:
+        raise ConfigError(f"{name}={value}: must be at least {least}; {remedy}")
+    if value > MAX_TOKENS:
+        raise ConfigError(f"{name}={value}: must be at most {MAX_TOKENS}; {remedy}")
+
+
+def _texts(name: str, value: object) -> tuple[str, ...]:
+    good = isinstance(value, (list, tuple)) and all(isinstance(v, str) and v for v in value)
+    if not good or not value:
+        raise ConfigError(
+            f'{name}={value!r}: must be a non-empty list of non-empty texts, e.g. [".", ","]'
+        )
+    return tuple(value)  # type: ignore[arg-type]
+
+
+def _token_ids(name: str, value: object) -> tuple[int, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise ConfigError(f"{name}={value!r}: must be a list of token ids, e.g. [13, 11]")
+    for item in value:
+        if isinstance(item, bool) or not isinstance(item, int) or item < 0:
+            raise ConfigError(
+                f"{name} holds {item!r}: every token id must be a whole number of at least 0"
+            )
+    return tuple(sorted(set(value)))

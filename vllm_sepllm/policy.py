@@ -1,0 +1,151 @@
+"""What SepLLM attends to. Integers and arrays in, counts and half-open ranges out.
+
+With ``a`` sinks, a window of ``n`` tokens (the query's own included) and separators ``S``
+(SepLLM, arXiv 2412.12094, equation 1, with the causal limit written out)::
+
+    visible(q, k)  =  k <= q  and  ( k < a  or  id[k] in S  or  k > q - n )
+
+A *kept* token is a sink or a separator; it stays visible for ever. ``kept_prefix[x]`` counts
+the kept tokens at positions below ``x``, and everything else derives from it::
+
+    position   0  1  2  3  4  5  6  7  8  9        a = 1, n = 3, S = {"."}
+    token      A  b  .  c  d  .  e  .  f  g        query at position 9
+    kept       x     x        x     x
+    stream     0     1        2     3              entry of each kept token: kept_prefix[p]
+                                    [window ]      positions [7, 10)
+    attended   x     x        x     x  x  x        stream [0, 3), window [7, 10)
+
+The kept token at position 7 is inside the window, so the stream limit stops before it:
+both parts are disjoint and together they are exactly the visible set.
+
+Being kept depends on a token's id and position alone. So it is the same on every rank, for
+every way of cutting a prompt into chunks, and for every request that shares the prefix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_sepllm.config import SepLLMConfig
+
+BoolArray = npt.NDArray[np.bool_]
+CountArray = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, eq=False)
+class KeptPolicy:
+    """Which tokens are kept, and what a query sees.
+
+    Attributes:
+        num_sink_tokens: ``a``, tokens.
+        window_size: ``n``, tokens, the query's own included.
+        is_separator: ``[vocab_size]`` bool, indexed by token id.
+    """
+
+    num_sink_tokens: int
+    window_size: int
+    is_separator: BoolArray
+
+    @classmethod
+    def from_config(cls, config: SepLLMConfig, vocab_size: int) -> KeptPolicy:
+        """Build the policy of resolved options.
+
+        Raises:
+            ValueError: separator ids are missing or outside the vocabulary.
+        """
+        ids = config.separator_token_ids
+        if ids is None:
+            raise ValueError("separator_token_ids is not resolved: call resolve_separators first")
+        return cls(config.num_sink_tokens, config.window_size, separator_table(ids, vocab_size))
+
+    def kept_flags(self, token_ids: npt.ArrayLike, first_position: int = 0) -> BoolArray:
+        """Flag the kept ones among consecutive tokens.
+
+        Args:
+            token_ids: ``[num_tokens]`` ids; those outside the vocabulary are no separators.
+            first_position: position of ``token_ids[0]`` in its request.
+
+        Returns:
+            ``[num_tokens]`` bool.
+        """
+        ids = np.asarray(token_ids, dtype=np.int64)
+        inside = (ids >= 0) & (ids < self.is_separator.size)
+        kept = self.is_separator[np.where(inside, ids, 0)] & inside
+        kept[: max(0, self.num_sink_tokens - first_position)] = True
+        return kept
+
+    def window_start(self, position: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        """First position of the window of queries at ``position``; the last is its own."""
+        return np.maximum(0, np.asarray(position, dtype=np.int64) - self.window_size + 1)
+
+    def stream_limit(self, kept_prefix: CountArray, position: npt.ArrayLike) -> CountArray:
+        """Stream entries ``[0, limit)`` that queries at ``position`` attend to."""
+        return kept_prefix[self.window_start(position)]
+
+
+def separator_table(token_ids: Iterable[int], vocab_size: int) -> BoolArray:
+    """``[vocab_size]`` bool that is true at ``token_ids``.
+
+    Raises:
+        ValueError: an id lies outside the vocabulary.
+    """
+    table = np.zeros(vocab_size, dtype=np.bool_)
+    for token_id in token_ids:
+        if not 0 <= token_id < vocab_size:
+            raise ValueError(
+                f"separator token id {token_id}: must be below the vocabulary size {vocab_size}; "
+                "correct separator_token_ids"
+            )
+        table[token_id] = True
+    return table
+
+
+class KeptCounts:
+    """The growing ``kept_prefix`` of one request.
+
+    Counting is incremental: each token is looked at once, however often counts are asked for.
+    """
+
+    __slots__ = ("_policy", "_prefix", "num_tokens")
+
+    def __init__(self, policy: KeptPolicy) -> None:
+        self._policy = policy
+        self._prefix: CountArray = np.zeros(64, dtype=np.int32)
+        self.num_tokens = 0  # tokens counted so far; _prefix[: num_tokens + 1] is valid
+
+    def extend(self, token_ids: Sequence[int]) -> None:
+        """Count the tokens that follow the ones counted so far."""
+        start, stop = self.num_tokens, self.num_tokens + len(token_ids)
+        if stop >= self._prefix.size:
+            grown = np.zeros(max(stop + 1, 2 * self._prefix.size), dtype=np.int32)
+            grown[: start + 1] = self._prefix[: start + 1]
+            self._prefix = grown
+        if stop == start + 1:  # a decode step; numpy's set-up would cost more than the work
+            policy, token = self._policy, token_ids[0]
+            kept = start < policy.num_sink_tokens or (
+                0 <= token < policy.is_separator.size and bool(policy.is_separator[token])
+            )
+            self._prefix[stop] = self._prefix[start] + kept
+        else:
+            flags = self._policy.kept_flags(token_ids, start)
+            np.cumsum(flags, dtype=np.int32, out=self._prefix[start + 1 : stop + 1])
+            self._prefix[start + 1 : stop + 1] += self._prefix[start]
+        self.num_tokens = stop
+
+    def truncate(self, num_tokens: int) -> None:
+        """Forget every token at or past position ``num_tokens``."""
+        self.num_tokens = min(self.num_tokens, num_tokens)
+
+    def kept(self, num_tokens: int) -> int:
+        """Kept tokens among the first ``num_tokens``; tokens not counted yet count as kept."""
+        known = min(num_tokens, self.num_tokens)
+        return int(self._prefix[known]) + num_tokens - known
+
+    @property
+    def prefix(self) -> CountArray:
+        """``[num_tokens + 1]`` int32: kept tokens below each position."""
+        return self._prefix[: self.num_tokens + 1]

@@ -1,0 +1,114 @@
+"""Which token ids of a tokenizer are separators.
+
+A token's text is read *in context*: decoded behind another token and cut from there. Decoded
+on their own, SentencePiece tokens lose the leading space that tells ``" ,"`` from ``","``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+from vllm_sepllm.config import ConfigError, SepLLMConfig
+
+_ANCHOR_TEXT = "a"
+
+
+class Tokenizer(Protocol):
+    """What is asked of a tokenizer; every Hugging Face tokenizer has it."""
+
+    def __len__(self) -> int: ...
+
+    def encode(self, text: str, **kwargs: Any) -> list[int]:
+        """Token ids of a text."""
+
+    def decode(self, token_ids: list[int], **kwargs: Any) -> str:
+        """Text of token ids."""
+
+
+@dataclass(frozen=True)
+class Separators:
+    """Separators found in one tokenizer.
+
+    Attributes:
+        token_ids: sorted ids.
+        texts: the text of each id, in the same order.
+    """
+
+    token_ids: tuple[int, ...]
+    texts: tuple[str, ...]
+
+
+_cache: WeakKeyDictionary[Any, dict[tuple[object, ...], Separators]] = WeakKeyDictionary()
+_texts_cache: WeakKeyDictionary[Any, list[str]] = WeakKeyDictionary()
+
+
+def resolve_separators(config: SepLLMConfig, tokenizer: Tokenizer) -> Separators:
+    """Find the separators ``config`` asks for; remembered per tokenizer and options.
+
+    Raises:
+        ConfigError: the tokenizer has none of them.
+    """
+    key = (config.separators, config.separator_match, config.separator_token_ids)
+    found = _cache.setdefault(tokenizer, {})
+    if key not in found:
+        found[key] = _find(config, tokenizer)
+    return found[key]
+
+
+def _find(config: SepLLMConfig, tokenizer: Tokenizer) -> Separators:
+    texts = token_texts(tokenizer)
+    if config.separator_token_ids is not None:
+        ids = config.separator_token_ids
+        shown = tuple(texts[i] if i < len(texts) else f"<id {i}>" for i in ids)
+        return Separators(ids, shown)
+    ids = match_separators(texts, config.separators, config.separator_match)
+    if not ids:
+        raise ConfigError(
+            f"no separator found in the tokenizer's {len(texts)} tokens: looked for "
+            f"{list(config.separators)!r} with separator_match={config.separator_match!r}; "
+            "set separators to texts this tokenizer has, or separator_token_ids"
+        )
+    return Separators(ids, tuple(texts[i] for i in ids))
+
+
+def match_separators(
+    texts: Sequence[str], separators: Sequence[str], match: str
+) -> tuple[int, ...]:
+    """Ids whose text is a separator.
+
+    Args:
+        texts: the text of every token id.
+        separators: separator texts.
+        match: ``"exact"`` takes tokens that are one separator (the paper's choice);
+            ``"composed"`` also takes tokens made of nothing but separator characters,
+            such as ``".\\n\\n"`` or ``" ,"``.
+    """
+    if match == "exact":
+        wanted = frozenset(separators)
+        return tuple(i for i, text in enumerate(texts) if text in wanted)
+    characters = frozenset("".join(separators))
+    return tuple(i for i, text in enumerate(texts) if text and characters.issuperset(text))
+
+
+def token_texts(tokenizer: Tokenizer) -> list[str]:
+    """The text each token id adds behind another token."""
+    cached = _texts_cache.get(tokenizer)
+    if cached is None:
+        cached = _texts_cache[tokenizer] = _decode_all(tokenizer)
+    return cached
+
+
+def _decode_all(tokenizer: Tokenizer) -> list[str]:
+    anchor = tokenizer.encode(_ANCHOR_TEXT, add_special_tokens=False)[-1]
+    options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+    prefix = len(tokenizer.decode([anchor], **options))
+    pairs = [[anchor, token_id] for token_id in range(len(tokenizer))]
+    batch_decode = getattr(tokenizer, "batch_decode", None)
+    if batch_decode is not None:
+        decoded: list[str] = batch_decode(pairs, **options)
+    else:
+        decoded = [tokenizer.decode(pair, **options) for pair in pairs]
+    return [text[prefix:] for text in decoded]

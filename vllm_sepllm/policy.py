@@ -72,11 +72,16 @@ class KeptPolicy:
         Returns:
             ``[num_tokens]`` bool.
         """
+        ids = np.asarray(token_ids)
+        return self.kept_flags_at(ids, np.arange(first_position, first_position + ids.size))
+
+    def kept_flags_at(self, token_ids: npt.ArrayLike, positions: npt.ArrayLike) -> BoolArray:
+        """The same for tokens at arbitrary ``positions``, also ``[num_tokens]``."""
         ids = np.asarray(token_ids, dtype=np.int64)
         inside = (ids >= 0) & (ids < self.is_separator.size)
-        kept = self.is_separator[np.where(inside, ids, 0)] & inside
-        kept[: max(0, self.num_sink_tokens - first_position)] = True
-        return kept
+        separator = self.is_separator[np.where(inside, ids, 0)] & inside
+        sink: BoolArray = np.asarray(positions) < self.num_sink_tokens
+        return separator | sink
 
     def window_start(self, position: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """First position of the window of queries at ``position``; the last is its own."""

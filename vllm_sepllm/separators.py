@@ -12,8 +12,23 @@ from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 from vllm_sepllm.config import ConfigError, SepLLMConfig
+from vllm_sepllm.policy import KeptPolicy
 
 _ANCHOR_TEXT = "a"
+ENGLISH_SAMPLE = """\
+The ferry was late again, and the old man who sold tickets had stopped pretending to care. \
+"It will come," he said, "or it will not come." He folded his newspaper, laid it on the sill, \
+and looked out over the grey water.
+
+Nobody answered him. A woman with two children moved closer to the stove; the younger child, \
+half asleep, held a paper boat against her coat. What would they do if the weather turned? \
+There was no inn on this side of the river, no house with a light, nothing but reeds and mud \
+and the long road back to town.
+
+At last a whistle sounded, thin and far away. The children ran to the window. "There!" cried \
+the boy. "I saw it first!" And so he had: a yellow spark, rising and falling, drew slowly nearer \
+through the rain. The ticket seller sighed, put on his cap, and went out to catch the rope.
+"""
 
 
 class Tokenizer(Protocol):
@@ -112,3 +127,12 @@ def _decode_all(tokenizer: Tokenizer) -> list[str]:
     else:
         decoded = [tokenizer.decode(pair, **options) for pair in pairs]
     return [text[prefix:] for text in decoded]
+
+
+def kept_share_of_english(policy: KeptPolicy, tokenizer: Tokenizer) -> float:
+    """Share of tokens kept in a sample of English prose, sinks left out.
+
+    An estimate for planning memory; every other number is counted on the actual text.
+    """
+    ids = tokenizer.encode(ENGLISH_SAMPLE, add_special_tokens=False)
+    return float(policy.kept_flags(ids, first_position=policy.num_sink_tokens).mean())

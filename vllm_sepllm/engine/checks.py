@@ -1,0 +1,140 @@
+"""What SepLLM attention does not serve, found before a model is loaded.
+
+Every refusal is one sentence: value, limit, remedy. Nothing falls back to dense attention.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from vllm.config import VllmConfig
+
+from vllm_sepllm.config import SepLLMConfig
+
+OTHER_BACKEND = "use another attention backend"
+BLOCK_MULTIPLE = 16
+CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32")
+
+
+def refusals(vllm_config: VllmConfig, options: SepLLMConfig) -> list[str]:
+    """Everything that stands against serving this configuration; empty if nothing does."""
+    return [
+        *_option_refusals(options),
+        *_model_refusals(vllm_config.model_config),
+        *_cache_refusals(vllm_config),
+        *_parallel_refusals(vllm_config),
+        *_runner_refusals(vllm_config),
+    ]
+
+
+def _option_refusals(options: SepLLMConfig) -> Iterator[str]:
+    if options.policy != "sepllm":
+        yield f"policy={options.policy!r} is not supported yet: use policy='sepllm'"
+    if options.max_separator_tokens is not None:
+        yield (
+            f"max_separator_tokens={options.max_separator_tokens} is not supported yet: "
+            "leave it null, which keeps all separators"
+        )
+    if options.position_mode != "original":
+        yield (
+            f"position_mode={options.position_mode!r} is not supported yet: "
+            "use position_mode='original'"
+        )
+
+
+def _model_refusals(model: Any) -> Iterator[str]:
+    name = model.model
+    if model.use_mla:
+        yield f"{name} uses multi-head latent attention, whose cache is not per head: " + (
+            OTHER_BACKEND
+        )
+    if model.is_encoder_decoder:
+        yield f"{name} is an encoder-decoder model, only decoders are served: {OTHER_BACKEND}"
+    elif model.attn_type != "decoder":
+        yield (
+            f"{name} has attention of type {model.attn_type!r}, only 'decoder' is served: "
+            f"{OTHER_BACKEND}"
+        )
+    if model.uses_alibi:
+        yield f"{name} uses ALiBi, which needs the distance of every key: {OTHER_BACKEND}"
+    if model.is_mm_prefix_lm:
+        yield f"{name} attends to its prefix in both directions: {OTHER_BACKEND}"
+    if model.attention_chunk_size is not None or model.rswa_window is not None:
+        yield f"{name} uses chunked or reference-window attention of its own: {OTHER_BACKEND}"
+    if model.enable_prompt_embeds:
+        yield (
+            "enable_prompt_embeds=True gives prompts without token ids, separators cannot be "
+            "told: switch it off"
+        )
+    if sliding_layers_only(model):
+        yield (
+            f"every layer of {name} uses sliding-window attention (window "
+            f"{model.get_sliding_window()}), so there is no full-attention layer to serve: "
+            f"{OTHER_BACKEND}"
+        )
+
+
+def sliding_layers_only(model: Any) -> bool:
+    """Whether the model's configuration gives each layer a sliding window."""
+    if model.disable_sliding_window or model.get_sliding_window() is None:
+        return False
+    text_config = model.hf_text_config
+    layer_types = getattr(text_config, "layer_types", None)
+    if layer_types is not None:
+        return all(kind == "sliding_attention" for kind in layer_types)
+    if getattr(text_config, "use_sliding_window", True) is False:
+        return False
+    # Models that alternate say so by one of these when they have no layer_types.
+    pattern = ("sliding_window_pattern", "interleave_sliding_window", "max_window_layers")
+    return not any(getattr(text_config, name, None) is not None for name in pattern)
+
+
+def _cache_refusals(vllm_config: VllmConfig) -> Iterator[str]:
+    cache = vllm_config.cache_config
+    if cache.cache_dtype not in CACHE_DTYPES:
+        yield (
+            f"kv_cache_dtype={cache.cache_dtype!r} is not supported on CPU: "
+            f"use one of {', '.join(CACHE_DTYPES)}"
+        )
+    if cache.user_specified_block_size and cache.block_size % BLOCK_MULTIPLE:
+        yield f"block_size={cache.block_size}: must be a multiple of {BLOCK_MULTIPLE}, e.g. 32"
+    if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+        yield (
+            "disable_hybrid_kv_cache_manager=True merges the two KV-cache groups SepLLM needs: "
+            "leave it out"
+        )
+    if vllm_config.kv_transfer_config is not None:
+        connector = vllm_config.kv_transfer_config.kv_connector
+        yield f"kv_connector={connector!r} moves pages it takes for dense ones: leave it out"
+    if cache.kv_offloading_size is not None:
+        yield (
+            f"kv_offloading_size={cache.kv_offloading_size} moves pages it takes for dense ones: "
+            "leave it out"
+        )
+
+
+def _parallel_refusals(vllm_config: VllmConfig) -> Iterator[str]:
+    parallel = vllm_config.parallel_config
+    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        size = getattr(parallel, name)
+        if size > 1:
+            yield f"{name}={size} splits a request's pages over ranks: must be 1"
+    if vllm_config.speculative_config is not None:
+        yield "speculative decoding is not supported yet: leave speculative_config out"
+
+
+def _runner_refusals(vllm_config: VllmConfig) -> Iterator[str]:
+    from vllm_sepllm.engine.platform import SCHEDULER_PATH, WORKER_PATH
+
+    worker, scheduler = (
+        vllm_config.parallel_config.worker_cls,
+        (vllm_config.scheduler_config.scheduler_cls),
+    )
+    if worker not in ("auto", WORKER_PATH):
+        yield f"worker_cls={worker!r}: SepLLM needs a worker of its own; leave it out"
+    if scheduler not in (None, SCHEDULER_PATH):
+        yield f"scheduler_cls={scheduler!r}: SepLLM needs a scheduler of its own; leave it out"
+    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
+        yield "VLLM_USE_V2_MODEL_RUNNER=1: only the V1 model runner is supported yet; unset it"

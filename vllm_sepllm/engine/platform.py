@@ -1,0 +1,77 @@
+"""vLLM's CPU platform, with SepLLM attention selectable.
+
+The platform hook is where vLLM lets a plugin see a whole configuration before anything is
+built from it. With any other backend every method is vLLM's own.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.logger import init_logger
+from vllm.platforms.cpu import CpuPlatform
+
+from vllm_sepllm.engine.registration import BACKEND_NAME, BACKEND_PATH
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = init_logger(__name__)
+
+WORKER_PATH = "vllm_sepllm.engine.worker.SepLLMCPUWorker"
+SCHEDULER_PATH = "vllm_sepllm.engine.scheduler.SepLLMScheduler"
+# Finer pages than vLLM's 128 on CPU: a request holds part of a page at each end of its window
+# and at the end of its stream, and 32 tokens are what the C++ kernel works in.
+DEFAULT_BLOCK_SIZE = 32
+
+
+class SepLLMCpuPlatform(CpuPlatform):
+    """The CPU platform of a process that has this package installed."""
+
+    @classmethod
+    def check_and_update_config(cls, vllm_config: VllmConfig) -> None:
+        """Check and complete a configuration that selects SepLLM.
+
+        Raises:
+            ConfigError: it cannot be served; the message says why and what to do.
+        """
+        from vllm_sepllm.engine import settings
+
+        if vllm_config.model_config is None or not settings.is_selected(vllm_config):
+            super().check_and_update_config(vllm_config)
+            return
+        from vllm_sepllm.engine.startup import announce, prepare
+
+        separators = prepare(vllm_config)
+        vllm_config.parallel_config.worker_cls = WORKER_PATH
+        vllm_config.scheduler_config.scheduler_cls = SCHEDULER_PATH
+        cache_config = vllm_config.cache_config
+        super().check_and_update_config(vllm_config)
+        if not cache_config.user_specified_block_size:
+            cache_config.block_size = DEFAULT_BLOCK_SIZE
+        announce(vllm_config, separators)
+
+    @classmethod
+    def get_attn_backend_cls(
+        cls, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
+    ) -> str:
+        """The backend of one layer: ours for full attention, vLLM's for sliding windows.
+
+        Raises:
+            ValueError: the layer is of a kind SepLLM does not serve.
+        """
+        if selected_backend is None or selected_backend.name != BACKEND_NAME:
+            return super().get_attn_backend_cls(selected_backend, attn_selector_config, num_heads)
+        if attn_selector_config.has_sliding_window:
+            return super().get_attn_backend_cls(None, attn_selector_config, num_heads)
+        from vllm_sepllm.engine.backend import SepLLMBackend
+
+        reasons = SepLLMBackend.validate_configuration(
+            device_capability=None, **attn_selector_config._asdict()
+        )
+        if reasons:
+            raise ValueError(
+                f"SepLLM attention cannot serve this layer: {', '.join(reasons)} "
+                f"({attn_selector_config}); use another attention backend"
+            )
+        return BACKEND_PATH

@@ -1,0 +1,48 @@
+"""Entry points that vLLM calls. Importing this module imports no vLLM.
+
+vLLM loads general plugins in every process, before it parses arguments; platform plugins when
+it first asks which platform it runs on, in the middle of its own imports.
+"""
+
+from __future__ import annotations
+
+import copyreg
+from typing import Any
+
+BACKEND_NAME = "SEPLLM"
+BACKEND_PATH = "vllm_sepllm.engine.backend.SepLLMBackend"
+CPU_PLATFORM_PATH = "vllm_sepllm.engine.platform.SepLLMCpuPlatform"
+
+
+def cpu_platform() -> str | None:
+    """``vllm.platform_plugins``: our platform class on CPU builds, nothing elsewhere.
+
+    vLLM's own CPU platform always answers CPU_ATTN, whatever backend was asked for.
+    """
+    from vllm_sepllm.engine.compat import is_cpu_build
+
+    return CPU_PLATFORM_PATH if is_cpu_build() else None
+
+
+def register() -> None:
+    """``vllm.general_plugins``: make ``--attention-backend sepllm`` known. Idempotent."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    if BACKEND_NAME in AttentionBackendEnum.__members__:
+        return
+    register_backend(BACKEND_NAME, BACKEND_PATH)
+    # A member added at run time is pickled by value, and a spawned process unpickles its
+    # configuration before it loads plugins. Pickled by name through our loader, it registers
+    # itself first. Not needed once vLLM pickles backends by name.
+    copyreg.pickle(AttentionBackendEnum, _reduce_backend)
+
+
+def _reduce_backend(member: Any) -> tuple[Any, tuple[str]]:
+    return _load_backend, (member.name,)
+
+
+def _load_backend(name: str) -> Any:
+    register()
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    return AttentionBackendEnum[name]

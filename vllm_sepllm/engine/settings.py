@@ -1,0 +1,57 @@
+"""The options in a vLLM configuration, as resolved at start-up.
+
+The process that builds the configuration looks the separators up in the tokenizer and writes
+their ids back, as plain JSON: workers and the scheduler then need no tokenizer.
+"""
+
+from __future__ import annotations
+
+from vllm.config import VllmConfig
+
+from vllm_sepllm.config import SepLLMConfig
+from vllm_sepllm.engine.registration import BACKEND_NAME
+from vllm_sepllm.policy import KeptPolicy
+
+OPTIONS_KEY = "sepllm"
+SHARE_KEY = "sepllm_expected_kept_share"
+
+
+def is_selected(vllm_config: VllmConfig) -> bool:
+    """Whether the SEPLLM backend serves any layer kind of this configuration."""
+    attention = vllm_config.attention_config
+    chosen = [attention.backend, *attention.backend_per_kind.values()]
+    return any(backend is not None and backend.name == BACKEND_NAME for backend in chosen)
+
+
+def options(vllm_config: VllmConfig) -> SepLLMConfig:
+    """The options given in ``additional_config``.
+
+    Raises:
+        ConfigError: they are malformed.
+    """
+    additional = vllm_config.additional_config
+    given = additional.get(OPTIONS_KEY) if isinstance(additional, dict) else None
+    return SepLLMConfig.from_dict(given)
+
+
+def store(vllm_config: VllmConfig, resolved: SepLLMConfig, expected_kept_share: float) -> None:
+    """Write resolved options back for the other processes."""
+    given = vllm_config.additional_config
+    vllm_config.additional_config = {
+        **(given if isinstance(given, dict) else {}),
+        OPTIONS_KEY: resolved.to_dict(),
+        SHARE_KEY: expected_kept_share,
+    }
+
+
+def expected_kept_share(vllm_config: VllmConfig) -> float:
+    """Kept tokens per token of ordinary text, as estimated at start-up."""
+    additional = vllm_config.additional_config
+    assert isinstance(additional, dict), "options were not stored at start-up"
+    return float(additional[SHARE_KEY])
+
+
+def kept_policy(vllm_config: VllmConfig) -> KeptPolicy:
+    """The policy of resolved options."""
+    config = options(vllm_config)
+    return KeptPolicy.from_config(config, vllm_config.model_config.get_vocab_size())

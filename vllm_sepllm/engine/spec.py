@@ -1,0 +1,90 @@
+"""The two KV-cache groups of a SepLLM layer, as vLLM sees them.
+
+==========  =================================  ==============================================
+group       holds                              pages a request of ``T`` tokens holds
+==========  =================================  ==============================================
+window      every token, at its position;      ``ceil((n-1)/B) + 1`` and the pages of the chunk
+            pages behind the window are freed  being computed
+kept        sinks and separators only, densely ``ceil(kept/B)``
+            packed in order ("the stream")
+==========  =================================  ==============================================
+
+Both draw pages of the same size from vLLM's one block pool.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.utils.math_utils import cdiv
+from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
+from vllm.v1.kv_cache_interface import AttentionSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cache_spec
+
+from vllm_sepllm.engine.manager import KeptManager
+
+# The registry only loads vLLM's own entries while it is empty.
+KVCacheSpecRegistry._ensure_registered()
+
+
+@register_kv_cache_spec(manager_class=SlidingWindowManager)
+@dataclass(frozen=True, kw_only=True)
+class WindowSpec(SlidingWindowSpec):
+    """The window group.
+
+    A type of its own, so that a model's real sliding-window layers of the same width never
+    share its group: the window and the kept layers of one attention layer must sit at the same
+    place of their groups to share one buffer.
+    """
+
+    def max_admission_blocks_per_request(
+        self, max_in_flight_tokens: int, max_model_len: int
+    ) -> int:
+        """vLLM's bound, which adds a page for a window that starts inside one; a window over
+        the whole context starts at 0 and needs no such page."""
+        bound = super().max_admission_blocks_per_request(max_in_flight_tokens, max_model_len)
+        return min(bound, cdiv(max_model_len, self.block_size))
+
+
+@register_kv_cache_spec(manager_class=KeptManager)
+@dataclass(frozen=True, kw_only=True)
+class KeptSpec(AttentionSpec):
+    """The kept group.
+
+    Attributes:
+        window_size: ``n``, tokens.
+        num_sink_tokens: ``a``, tokens.
+        expected_kept_share: kept tokens per token of ordinary text, for planning only.
+    """
+
+    window_size: int
+    num_sink_tokens: int
+    expected_kept_share: float
+
+    def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
+        """Memory planned for a request of ``max_model_len`` tokens of ordinary text.
+
+        Together with the window group never more than full attention takes, so whatever length
+        full attention can serve passes vLLM's check at start-up. A request with more separators
+        than planned takes more; one that outgrows the pool is ended with an error.
+        """
+        max_len = vllm_config.model_config.max_model_len
+        kept = math.ceil(min(max_len, self.num_sink_tokens + self.expected_kept_share * max_len))
+        full = cdiv(max_len, self.block_size)
+        pages = min(cdiv(kept, self.block_size), full - self._window_pages(vllm_config))
+        return pages * self.page_size_bytes
+
+    def _window_pages(self, vllm_config: VllmConfig) -> int:
+        window: Any = WindowSpec(
+            block_size=self.block_size,
+            num_kv_heads=self.num_kv_heads,
+            head_size=self.head_size,
+            dtype=self.dtype,
+            sliding_window=self.window_size,
+        )
+        return window.max_admission_blocks_per_request(
+            vllm_config.max_in_flight_tokens, vllm_config.model_config.max_model_len
+        )

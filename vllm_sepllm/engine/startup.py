@@ -1,0 +1,84 @@
+"""Start-up of an engine that uses SepLLM: check, resolve separators, say what was found."""
+
+from __future__ import annotations
+
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.tokenizers import cached_tokenizer_from_config
+
+from vllm_sepllm.config import ConfigError, SepLLMConfig
+from vllm_sepllm.engine import settings
+from vllm_sepllm.engine.checks import refusals
+from vllm_sepllm.engine.compat import is_tested, tested_range, vllm_version
+from vllm_sepllm.policy import KeptPolicy
+from vllm_sepllm.separators import Separators, kept_share_of_english, resolve_separators
+
+logger = init_logger(__name__)
+
+# Planning share where no tokenizer is at hand to estimate it. Between the 17-18 % of English
+# prose and a cautious quarter lies what other languages and code need.
+UNKNOWN_KEPT_SHARE = 0.25
+
+
+def prepare(vllm_config: VllmConfig) -> Separators:
+    """Check a configuration and write its resolved options back into it.
+
+    Raises:
+        ConfigError: it cannot be served.
+    """
+    options = settings.options(vllm_config)
+    problems = refusals(vllm_config, options)
+    if problems:
+        raise ConfigError("SepLLM attention: " + "; ".join(problems))
+    separators, share = _resolve(vllm_config, options)
+    settings.store(vllm_config, options.with_separator_ids(separators.token_ids), share)
+    cache_config = vllm_config.cache_config
+    if cache_config.enable_prefix_caching:
+        cache_config.enable_prefix_caching = False
+        logger.warning("SepLLM attention has no prefix caching yet: it is switched off.")
+    return separators
+
+
+def _resolve(vllm_config: VllmConfig, options: SepLLMConfig) -> tuple[Separators, float]:
+    model_config = vllm_config.model_config
+    ids = options.separator_token_ids
+    vocab_size = model_config.get_vocab_size()
+    if model_config.skip_tokenizer_init:
+        if ids is None:
+            raise ConfigError(
+                "skip_tokenizer_init=True leaves no tokenizer to find separators in: "
+                "set separator_token_ids"
+            )
+        separators, share = Separators(ids, tuple(f"<id {i}>" for i in ids)), UNKNOWN_KEPT_SHARE
+        KeptPolicy.from_config(options, vocab_size)  # checks the ids
+    else:
+        tokenizer = cached_tokenizer_from_config(model_config)
+        separators = resolve_separators(options, tokenizer)
+        resolved = options.with_separator_ids(separators.token_ids)
+        share = kept_share_of_english(KeptPolicy.from_config(resolved, vocab_size), tokenizer)
+    return separators, share
+
+
+def announce(vllm_config: VllmConfig, separators: Separators) -> None:
+    """The one INFO line, and a WARNING outside the tested range of vLLM."""
+    options = settings.options(vllm_config)
+    found = vllm_version() or "unknown"
+    shown = [repr(text) for text in separators.texts[:12]]
+    if len(separators.texts) > len(shown):
+        shown.append("...")
+    logger.info_once(
+        "SepLLM attention: policy=%s, %d sinks, window of %d tokens, %d separator ids (%s), "
+        "about %.0f%% of English text kept behind the window, block size %d, vLLM %s",
+        options.policy,
+        options.num_sink_tokens,
+        options.window_size,
+        len(separators.token_ids),
+        " ".join(shown),
+        100 * settings.expected_kept_share(vllm_config),
+        vllm_config.cache_config.block_size,
+        found,
+    )
+    if found != "unknown" and not is_tested(found):
+        logger.warning_once(
+            "SepLLM attention is tested with %s; this is vLLM %s.", tested_range(), found
+        )

@@ -195,8 +195,8 @@ def _read_text(name: str | None) -> str:
 
 def _load_tokenizer(model: str) -> Any:
     remedy = "give a folder that holds tokenizer.json, or a name on the Hugging Face Hub"
-    is_path = not model or model.startswith((".", "/", "~")) or model.count("/") > 1
-    if is_path and not Path(model).is_dir():
+    is_path = model.startswith((".", "/", "~")) or model.count("/") > 1
+    if not model or (is_path and not Path(model).is_dir()):
         raise InputError(f"model {model!r} is no folder: {remedy}")
     import transformers
 

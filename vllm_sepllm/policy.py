@@ -80,8 +80,8 @@ class KeptPolicy:
         ids = np.asarray(token_ids, dtype=np.int64)
         inside = (ids >= 0) & (ids < self.is_separator.size)
         separator = self.is_separator[np.where(inside, ids, 0)] & inside
-        sink: BoolArray = np.asarray(positions) < self.num_sink_tokens
-        return separator | sink
+        kept: BoolArray = separator | (np.asarray(positions) < self.num_sink_tokens)
+        return kept
 
     def window_start(self, position: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """First position of the window of queries at ``position``; the last is its own."""

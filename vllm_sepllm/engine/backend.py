@@ -282,7 +282,8 @@ class SepLLMImpl(AttentionImpl):
                     pages.isa,
                 )
                 if plan.staircase:
-                    spans = [torch.arange(*batch.query_start[i : i + 2]) for i in rows.requests]
+                    starts = batch.query_start.tolist()
+                    spans = [torch.arange(starts[i], starts[i + 1]) for i in rows.requests]
                     token_index = torch.cat(spans)
             cache[key] = StepWork(plan, paged, token_index, [{} for _ in plan.staircase])
         return cache[key]

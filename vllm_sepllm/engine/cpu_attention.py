@@ -24,6 +24,8 @@ from vllm import envs
 
 from vllm_sepllm.engine.cpu_plan import MergedPages, PackedEntries, PagedRows
 
+_INTEGERS = {2: torch.int16, 4: torch.int32}  # by bytes of an element
+
 
 @dataclass(frozen=True)
 class PageLayout:
@@ -106,6 +108,8 @@ class CpuPages:
         self.first_staging_page = num_pages - num_staging_pages
         self.key_cache, self.value_cache = view.chunk(2, dim=2)
         self._flat = view.view(num_pages, num_kv_heads, -1)
+        words = self._flat.view(torch.int64)
+        self._words, self._staging = words.split([self.first_staging_page, num_staging_pages])
         self._layout = probe_layout(block_size, head_size, kv_cache.dtype, isa)
 
     def write(self, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
@@ -138,16 +142,20 @@ class CpuPages:
         return entries(self._layout.key_index), entries(self._layout.value_index)
 
     def merge_mask(self, splits: torch.Tensor) -> torch.Tensor:
-        """``[num_staged, 1, page elements]`` bool: elements of entries below each split."""
-        return (self._layout.entry_of < splits[:, None])[:, None, :]
+        """``[num_staged, 1, words]`` int64: all bits of elements of entries below each split."""
+        element = _INTEGERS[self._flat.element_size()]
+        below = self._layout.entry_of < splits[:, None]
+        return below.to(element).neg_()[:, None, :].view(torch.int64)
 
-    def stage_merged(self, heads: torch.Tensor, tails: torch.Tensor, below: torch.Tensor) -> None:
-        """Fill the first staging pages: ``tails`` where ``below``, ``heads`` elsewhere."""
-        first = self.first_staging_page
-        staging = self._flat[first : first + heads.shape[0]]
-        torch.where(
-            below, self._flat.index_select(0, tails), self._flat.index_select(0, heads), out=staging
-        )
+    def stage_merged(self, heads: torch.Tensor, tails: torch.Tensor, mask: torch.Tensor) -> None:
+        """Fill the first staging pages: ``tails`` where ``mask`` has ones, ``heads`` elsewhere.
+
+        Bitwise on whole words: several times as fast as ``torch.where`` on bfloat16.
+        """
+        staging = self._staging[: heads.shape[0]]
+        torch.index_select(self._words, 0, heads, out=staging)
+        differing = self._words.index_select(0, tails).bitwise_xor_(staging)
+        staging.bitwise_xor_(differing.bitwise_and_(mask))
 
     def stage_packed(self, pages: torch.Tensor, offsets: torch.Tensor, slots: torch.Tensor) -> None:
         """Copy entries to slots counted from the first staging page."""
@@ -174,11 +182,12 @@ class PagedCall:
         dtype: torch.dtype,
         isa: str,
     ) -> None:
-        self._table = torch.from_numpy(rows.block_table)
-        self._staged = torch.from_numpy(rows.staged) if rows.staged.any() else None
+        self._table = rows.block_table
+        self._staged = rows.staged.nonzero()
+        self._staged_pages = rows.block_table[self._staged]
         self._merged = _tensors(rows.merged) if rows.merged else None
         self._packed = _tensors(rows.packed) if rows.packed else None
-        self._below: torch.Tensor | None = None
+        self._mask: torch.Tensor | None = None
         self._seq_lens = torch.from_numpy(rows.seq_lens)
         self._query_start = torch.zeros(len(query_lens) + 1, dtype=torch.int32)
         torch.cumsum(query_lens, 0, out=self._query_start[1:])
@@ -205,15 +214,13 @@ class PagedCall:
         logits_soft_cap: float,
     ) -> None:
         """Attend ``query`` into ``output``, both ``[num_queries, num_heads, head_size]``."""
-        table = self._table
-        if self._staged is not None:
-            table = table + self._staged * pages.first_staging_page
-            table = table.to(torch.int32)
+        # Staging pages are numbered from the layer's own first page.
+        self._table[self._staged] = self._staged_pages + pages.first_staging_page
         if self._merged is not None:
             heads, tails, splits = self._merged
-            if self._below is None:
-                self._below = pages.merge_mask(splits)
-            pages.stage_merged(heads, tails, self._below)
+            if self._mask is None:
+                self._mask = pages.merge_mask(splits)
+            pages.stage_merged(heads, tails, self._mask)
         if self._packed is not None:
             pages.stage_packed(*self._packed)
         ops.cpu_attention_with_kv_cache(
@@ -227,7 +234,7 @@ class PagedCall:
             causal=True,
             alibi_slopes=None,
             sliding_window=-1,
-            block_table=table,
+            block_table=torch.from_numpy(self._table),
             softcap=logits_soft_cap,
             scheduler_metadata=self._schedule,
             s_aux=None,

@@ -23,6 +23,7 @@ limit on the stream, which ``kept_prefill`` takes.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -43,14 +44,14 @@ class Batch:
     """Requests of one step.
 
     Attributes:
-        query_start: ``[num_reqs + 1]`` first batch index of each request's queries.
+        query_start: ``[num_reqs + 1]`` int32, first batch index of each request's queries.
         starts, stops: ``[num_reqs]`` positions ``[start, stop)`` computed in this step.
         rows: ``[num_reqs]`` row of each request in ``kept_prefix``.
         kept_prefix: ``[max_num_reqs, max_model_len + 1]`` kept tokens below each position.
         stream_pages: ``[num_reqs, max_pages]`` block table of the kept group.
     """
 
-    query_start: IntArray
+    query_start: CountArray
     starts: IntArray
     stops: IntArray
     rows: IntArray
@@ -179,16 +180,19 @@ def _plan_paged(
 ) -> PagedRows:
     stops = batch.stops[requests]
     starts = np.maximum(0, stops - policy.window_size)  # first position of the last window
-    limits = batch.kept_prefix[batch.rows[requests], starts].astype(np.int64)
-    builder = _TableBuilder(limits, starts, stops, block_size)
-    for i, request in enumerate(requests):
-        builder.add(i, batch.stream_pages[request], window_pages[request])
+    limits = batch.kept_prefix[batch.rows[requests], starts]
+    seq_lens = limits + (stops - starts).astype(np.int32)
+    builder = _TableBuilder(len(requests), -(-int(seq_lens.max()) // block_size), block_size)
+    spans = zip(requests, limits.tolist(), starts.tolist(), stops.tolist(), strict=True)
+    for row, (request, limit, start, stop) in enumerate(spans):
+        stream, window = batch.stream_pages[request], window_pages[request]
+        builder.add(row, stream, limit, window, start, stop)
     merged, packed = builder.copies()
     return PagedRows(
         requests,
         builder.table,
         builder.staged,
-        (limits + stops - starts).astype(np.int32),
+        seq_lens,
         merged,
         packed,
     )
@@ -197,22 +201,19 @@ def _plan_paged(
 class _TableBuilder:
     """Fills the compacted block table row by row."""
 
-    def __init__(
-        self, limits: IntArray, starts: IntArray, stops: IntArray, block_size: int
-    ) -> None:
-        keys = int((limits + stops - starts).max())
-        width = -(-keys // block_size)
-        self.table: TableArray = np.zeros((len(limits), width), dtype=np.int32)
-        self.staged = np.zeros((len(limits), width), dtype=np.bool_)
+    def __init__(self, num_rows: int, width: int, block_size: int) -> None:
+        self.table: TableArray = np.zeros((num_rows, width), dtype=np.int32)
+        self.staged = np.zeros((num_rows, width), dtype=np.bool_)
         self._block_size = block_size
-        self._limits, self._starts, self._stops = limits, starts, stops
         self._num_staged = 0
         self._merged: list[tuple[int, int, int]] = []
         self._packed: list[tuple[int, int, int, int]] = []  # page, offset, count, staging slot
 
-    def add(self, row: int, stream: TableArray, window: TableArray) -> None:
+    def add(
+        self, row: int, stream: TableArray, limit: int, window: TableArray, start: int, stop: int
+    ) -> None:
+        """Name the pages of stream entries ``[0, limit)`` and window ``[start, stop)``."""
         size = self._block_size
-        limit, start, stop = (int(x[row]) for x in (self._limits, self._starts, self._stops))
         full, tail = divmod(limit, size)
         first = -(-start // size)  # first page that lies inside the window from its beginning
         last = stop // size  # first page that does not lie inside it to its end
@@ -229,16 +230,14 @@ class _TableBuilder:
             self._put(row, column, stream[full : full + (tail > 0)])
             return
         head_stop = min(first * size, stop)
-        pieces = [
-            (int(stream[full]) if tail else 0, 0, tail),
-            (int(window[start // size]), start % size, head_stop - start),
-            (int(window[last]) if stop > max(first, last) * size else 0, 0, 0),
-        ]
-        if stop > head_stop:
-            pieces[2] = (pieces[2][0], 0, stop - last * size)
+        pieces = [(window[start // size], start % size, head_stop - start)]
+        if tail:
+            pieces.append((stream[full], 0, tail))
+        if stop > head_stop and stop > last * size:
+            pieces.append((window[last], 0, stop - last * size))
         self._pack(row, column, pieces)
 
-    def _pack(self, row: int, column: int, pieces: list[tuple[int, int, int]]) -> None:
+    def _pack(self, row: int, column: int, pieces: list[tuple[Any, int, int]]) -> None:
         slot = self._num_staged * self._block_size
         count = 0
         for page, offset, length in pieces:

@@ -119,17 +119,27 @@ class KeptRows:
             token_ids: ``[num_reqs, max_model_len]`` ids of each request by position.
             starts, stops: ``[num_reqs]`` positions ``[start, stop)`` of this step.
         """
-        one = (stops - starts == 1) & (self._counted[rows] >= starts)
-        index, position = np.nonzero(one)[0], starts[one]
-        flags = self._policy.kept_flags_at(token_ids[index, position], position)
-        self.table[rows[one], position + 1] = self.table[rows[one], position] + flags
-        for i in np.nonzero(~one)[0]:
-            row, stop = self.table[rows[i]], int(stops[i])
-            start = min(int(starts[i]), int(self._counted[rows[i]]))
-            kept = self._policy.kept_flags(token_ids[i, start:stop], start)
-            np.cumsum(kept, out=row[start + 1 : stop + 1])
-            row[start + 1 : stop + 1] += row[start]
+        one = (stops == starts + 1) & (self._counted[rows] >= starts)
+        if one.all():
+            self._count_one(rows, token_ids[np.arange(rows.size), starts], starts)
+        else:
+            index = one.nonzero()[0]
+            self._count_one(rows[index], token_ids[index, starts[index]], starts[index])
+            for i in (~one).nonzero()[0]:
+                start = min(int(starts[i]), int(self._counted[rows[i]]))
+                self._count_span(self.table[rows[i]], token_ids[i], start, int(stops[i]))
         self._counted[rows] = stops
+
+    def _count_one(self, rows: IntArray, token_ids: IntArray, positions: IntArray) -> None:
+        flags = self._policy.kept_flags_at(token_ids, positions)
+        self.table[rows, positions + 1] = self.table[rows, positions] + flags
+
+    def _count_span(
+        self, row: CountArray, token_ids: npt.NDArray[np.int32], start: int, stop: int
+    ) -> None:
+        kept = self._policy.kept_flags(token_ids[start:stop], start)
+        np.cumsum(kept, out=row[start + 1 : stop + 1])
+        row[start + 1 : stop + 1] += row[start]
 
 
 class WindowMetadataBuilder(AttentionMetadataBuilder[WindowMetadata]):
@@ -188,26 +198,29 @@ class KeptMetadataBuilder(AttentionMetadataBuilder[KeptMetadata]):
         """Find the kept tokens of the batch and their stream slots."""
         assert self._runner is not None, "KeptMetadataBuilder.attach was not called"
         input_batch = self._runner.input_batch
-        num_reqs = min(common_attn_metadata.num_reqs, len(input_batch.req_ids))
-        query_start = common_attn_metadata.query_start_loc_cpu[: num_reqs + 1].numpy()
-        stops = common_attn_metadata.seq_lens[:num_reqs].numpy().astype(np.int64)
-        lengths = np.diff(query_start).astype(np.int64)
+        req_ids = input_batch.req_ids[: common_attn_metadata.num_reqs]
+        num_reqs = len(req_ids)
+        query_start = common_attn_metadata.query_start_loc_cpu.numpy()[: num_reqs + 1]
+        stops = common_attn_metadata.seq_lens.numpy()[:num_reqs].astype(np.int64)
+        lengths = np.diff(query_start)
         starts = stops - lengths
-        rows = self._rows.assign(input_batch.req_ids[:num_reqs], self._runner.requests)
-        self._rows.count(rows, input_batch.token_ids_cpu[:num_reqs], starts, stops)
+        rows = self._rows.assign(req_ids, self._runner.requests)
+        self._rows.count(rows, input_batch.token_ids_cpu, starts, stops)
 
-        request = np.repeat(np.arange(num_reqs), lengths)
-        position = np.arange(int(query_start[-1])) - np.repeat(query_start[:-1], lengths)
-        position += np.repeat(starts, lengths)
-        table = self._rows.table
-        entry = table[rows[request], position]
-        kept = table[rows[request], position + 1] > entry
-        block_table = common_attn_metadata.block_table_tensor[:num_reqs].numpy()
-        block_size = self.kv_cache_spec.block_size
-        request, entry = request[kept], entry[kept]
-        slots = block_table[request, entry // block_size].astype(np.int64) * block_size
-        slots += entry % block_size
-        batch = Batch(query_start.astype(np.int64), starts, stops, rows, table, block_table)
-        return KeptMetadata(
-            self._policy, batch, torch.from_numpy(np.nonzero(kept)[0]), torch.from_numpy(slots)
-        )
+        if query_start[-1] == num_reqs and lengths.all():  # one token each
+            request, position = np.arange(num_reqs), starts
+        else:
+            request = np.repeat(np.arange(num_reqs), lengths)
+            offset = starts - query_start[:-1]  # position less batch index
+            position = np.arange(request.size) + offset[request]
+        counts = self._rows.table
+        row = rows[request]
+        entry = counts[row, position]
+        kept = (counts[row, position + 1] > entry).nonzero()[0]
+        block_table = common_attn_metadata.block_table_tensor.numpy()
+        page, offset = np.divmod(entry[kept], self.kv_cache_spec.block_size)
+        slots = block_table[request[kept], page].astype(np.int64)
+        slots *= self.kv_cache_spec.block_size
+        slots += offset
+        batch = Batch(query_start, starts, stops, rows, counts, block_table)
+        return KeptMetadata(self._policy, batch, torch.from_numpy(kept), torch.from_numpy(slots))

@@ -47,8 +47,8 @@ def kept_prefill(
     """Attend each row to its part of the stream and to its window.
 
     Arguments and result as :func:`kept_prefill_reference`, the result in the query's dtype.
-    ``masks`` keeps the block masks, which do not depend on the layer: pass the same empty
-    dictionary for all layers of a step.
+    ``masks`` keeps the block masks, which do not depend on the layer: pass one dictionary, empty
+    at first, for the same rows in all layers of a step, and another one for other rows.
     """
     num_rows, num_heads, head_size = query.shape
     num_kv_heads, num_window = window_key.shape[:2]

@@ -1,0 +1,74 @@
+"""Model, text and sizes of the benchmarks."""
+
+from __future__ import annotations
+
+import gzip
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+from vllm_sepllm.config import SepLLMConfig
+from vllm_sepllm.policy import KeptPolicy
+from vllm_sepllm.separators import resolve_separators
+
+ROOT = Path(__file__).resolve().parent.parent
+TOKENIZER = ROOT / "tests/data/20B_tokenizer.json.gz"
+BOOK = ROOT / "benchmarks/data/5396.txt.gz"
+WINDOW = 256
+BLOCK_SIZE = 32
+MODEL = {
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "vocab_size": 50304,
+    "max_position_embeddings": 65536,
+}
+
+
+def read_gzip(path: Path) -> str:
+    """A compressed text file."""
+    with gzip.open(path, "rt", encoding="utf8") as file:
+        return file.read()
+
+
+def write_model(path: Path, tokenizer: Tokenizer) -> None:
+    """A model directory for ``load_format="dummy"``: configuration and tokenizer only."""
+    config = LlamaConfig(**MODEL, tie_word_embeddings=False, bos_token_id=0, eos_token_id=0)
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(path)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(
+        path
+    )
+
+
+def kv_bytes(max_len: int, max_seqs: int) -> int:
+    """Memory for every case without preemption: eight requests of the longest context."""
+    per_token = 2 * 2 * MODEL["num_key_value_heads"] * MODEL["head_dim"]
+    per_token *= MODEL["num_hidden_layers"]
+    tokens = max(8 * max_len, max_seqs * 1024)
+    return int(1.1 * tokens * per_token) + (64 << 20)
+
+
+@cache
+def _policy() -> KeptPolicy:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(read_gzip(TOKENIZER)))
+    config = SepLLMConfig(window_size=WINDOW)
+    ids = resolve_separators(config, tokenizer).token_ids
+    return KeptPolicy.from_config(config.with_separator_ids(ids), MODEL["vocab_size"])
+
+
+def kept_share(prompts: list[list[int]]) -> float:
+    """Tokens the last query of each prompt sees, over all its tokens."""
+    policy = _policy()
+    seen = []
+    for ids in prompts:
+        start = int(policy.window_start(len(ids) - 1))
+        kept = int(policy.kept_flags(ids[:start]).sum())
+        seen.append((kept + len(ids) - start) / len(ids))
+    return float(np.mean(seen))

@@ -1,0 +1,102 @@
+import json
+
+import pytest
+
+from vllm_sepllm.config import DEFAULT_SEPARATORS, MAX_TOKENS, ConfigError, SepLLMConfig
+
+pytestmark = pytest.mark.unit
+
+
+def test_defaults_are_the_papers():
+    config = SepLLMConfig()
+    assert (config.policy, config.num_sink_tokens, config.window_size) == ("sepllm", 4, 256)
+    assert set(config.separators) == set(".,?!;: \t\n")
+    assert config.separator_match == "exact"
+    assert config.max_separator_tokens is None
+    assert config.position_mode == "original"
+
+
+@pytest.mark.parametrize("nothing", [None, {}])
+def test_from_dict_of_nothing_is_the_default(nothing):
+    assert SepLLMConfig.from_dict(nothing) == SepLLMConfig()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"window_size": 1, "num_sink_tokens": 0},
+        {"separators": ["。", "\n\n"], "separator_match": "composed"},
+        {"separator_token_ids": [13, 11]},
+        {"separator_token_ids": []},
+        {"policy": "fixed_interval", "interval": 5},
+        {"policy": "streaming", "window_size": MAX_TOKENS},
+        {"max_separator_tokens": 64, "position_mode": "cache"},
+    ],
+)
+def test_round_trip_through_json(options):
+    config = SepLLMConfig.from_dict(options)
+    assert SepLLMConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert hash(config) == hash(SepLLMConfig.from_dict(options))
+    for key, value in options.items():
+        given = sorted(value) if key == "separator_token_ids" else value
+        assert config.to_dict()[key] == given
+
+
+def test_token_ids_are_sorted_and_unique():
+    assert SepLLMConfig(separator_token_ids=(13, 2, 13)).separator_token_ids == (2, 13)
+
+
+def test_with_separator_ids_changes_nothing_else():
+    config = SepLLMConfig(window_size=7)
+    resolved = config.with_separator_ids((5, 3))
+    assert resolved == SepLLMConfig(window_size=7, separator_token_ids=(3, 5))
+    assert config.separator_token_ids is None
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ({"window_size": 0}, ["window_size=0", "at least 1", "256"]),
+        ({"window_size": 1.5}, ["window_size=1.5", "whole number"]),
+        ({"window_size": "64"}, ["window_size='64'", "whole number"]),
+        ({"window_size": True}, ["window_size=True", "whole number"]),
+        ({"window_size": None}, ["window_size=None", "whole number"]),
+        ({"window_size": MAX_TOKENS + 1}, ["at most", str(MAX_TOKENS)]),
+        ({"num_sink_tokens": -1}, ["num_sink_tokens=-1", "at least 0"]),
+        ({"max_separator_tokens": 0}, ["max_separator_tokens=0", "at least 1", "null"]),
+        ({"policy": "h2o"}, ["policy='h2o'", "'sepllm'", "'streaming'", "'fixed_interval'"]),
+        ({"policy": ["sepllm"]}, ["policy=['sepllm']", "one of"]),
+        ({"separator_match": "regex"}, ["separator_match='regex'", "'composed'"]),
+        ({"position_mode": "rope"}, ["position_mode='rope'", "'cache'"]),
+        ({"separators": ".,"}, ["separators='.,'", "list"]),
+        ({"separators": []}, ["separators=[]", "non-empty"]),
+        ({"separators": [".", ""]}, ["separators=", "non-empty texts"]),
+        ({"separators": [13]}, ["separators=[13]", "texts"]),
+        ({"separator_token_ids": 13}, ["separator_token_ids=13", "list"]),
+        ({"separator_token_ids": [13, -1]}, ["separator_token_ids holds -1", "at least 0"]),
+        ({"separator_token_ids": [True]}, ["separator_token_ids holds True"]),
+        ({"separator_token_ids": ["."]}, ["separator_token_ids holds '.'"]),
+        ({"interval": 5}, ["interval=5", "policy='sepllm'", "fixed_interval"]),
+        ({"policy": "fixed_interval"}, ["without interval", "interval=5"]),
+        ({"policy": "fixed_interval", "interval": 0}, ["interval=0", "at least 1"]),
+        (
+            {"policy": "streaming", "max_separator_tokens": 8},
+            ["max_separator_tokens=8", "policy='streaming'"],
+        ),
+        ({"window_sise": 64}, ["'window_sise'", "did you mean 'window_size'"]),
+        ({"budget": 64}, ["'budget'", "known:", "window_size"]),
+        ({3: 64}, ["option 3", "known:"]),
+        ([("window_size", 64)], ["expected a mapping"]),
+        ("window_size", ["'window_size'", "expected a mapping"]),
+    ],
+)
+def test_errors_name_value_limit_and_remedy(options, parts):
+    with pytest.raises(ConfigError) as caught:
+        SepLLMConfig.from_dict(options)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_default_separators_are_the_papers_nine():
+    assert len(DEFAULT_SEPARATORS) == len(set(DEFAULT_SEPARATORS)) == 9

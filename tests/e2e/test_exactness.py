@@ -1,0 +1,143 @@
+"""Greedy tokens of the engine equal a Hugging Face model under the explicit mask, in float32."""
+
+import pytest
+from helpers import find_separators
+
+from vllm_sepllm.reference import first_difference, masked_logits, sepllm_mask
+
+pytestmark = pytest.mark.e2e
+
+# window, sinks, block size, prompt chunk. Windows of whole pages, of parts of pages and wider
+# than the context; chunks of less than a page and of the whole prompt.
+CASES = [
+    (1, 0, 16, 64),
+    (1, 33, 128, 128),
+    (16, 1, 32, 100),
+    (16, 4, 16, 2048),
+    (64, 33, 128, 64),
+    (64, 4, 32, 256),
+    (100, 0, 128, 256),
+    (256, 4, 32, 512),
+    (256, 0, 16, 96),
+    (3000, 4, 32, 256),
+]
+
+
+def prompts(book, separator_ids):
+    """Longer and shorter than any window, two tokens, and nothing but separators."""
+    return [
+        book[:1200],
+        book[100:102],
+        book[3000:3342],
+        book[50:60],
+        book[400:900],
+        list(separator_ids[:2]) * 150,
+    ]
+
+
+@pytest.mark.parametrize(("window", "sinks", "block_size", "chunk"), CASES)
+def test_greedy_tokens_equal_the_reference(
+    engines, book, reference_model, separator_ids, window, sinks, block_size, chunk
+):
+    engine = engines(
+        sepllm={"window_size": window, "num_sink_tokens": sinks},
+        block_size=block_size,
+        max_num_batched_tokens=chunk,
+    )
+    texts = prompts(book, separator_ids)
+    for prompt, tokens in zip(texts, engine.tokens(texts, max_tokens=40), strict=True):
+        assert len(tokens) == 40
+        difference = first_difference(reference_model, prompt, tokens, separator_ids, sinks, window)
+        assert difference is None, f"prompt of {len(prompt)} tokens, {difference}"
+    engine.check_integrity()
+    assert engine.pool.get_num_free_blocks() == engine.pool.num_gpu_blocks - 1
+
+
+def test_the_comparison_can_fail(engines, book, reference_model, separator_ids):
+    """Tokens of one mask do not pass for another's."""
+    engine = engines(sepllm={"window_size": 16, "num_sink_tokens": 4})
+    prompt = book[:1200]
+    tokens = engine.tokens([prompt], max_tokens=40)[0]
+    for sinks, window, separators in [(4, 64, separator_ids), (0, 16, separator_ids), (4, 16, ())]:
+        assert first_difference(reference_model, prompt, tokens, separators, sinks, window)
+
+
+def test_requests_that_come_while_others_decode(engines, book, reference_model, separator_ids):
+    """Prefill and decode share batches, and requests change rows as others end."""
+    engine = engines(sepllm={"window_size": 64})
+    texts = [book[i * 131 : i * 131 + 40 + 173 * i] for i in range(8)]
+    lengths = [30, 5, 60, 12, 45, 20, 8, 33]
+    done, waiting, step = {}, list(range(8)), 0
+    while len(done) < len(texts):
+        if waiting and step % 3 == 0:
+            i = waiting.pop(0)
+            engine.add(f"r{i}", texts[i], max_tokens=lengths[i])
+        for output in engine.step():
+            if output.finished:
+                done[output.request_id] = list(output.outputs[0].token_ids)
+        step += 1
+    for i, prompt in enumerate(texts):
+        tokens = done[f"r{i}"]
+        assert len(tokens) == lengths[i]
+        assert first_difference(reference_model, prompt, tokens, separator_ids, 4, 64) is None
+
+
+def test_composed_separators(engines, book, reference_model):
+    options = {"window_size": 32, "separator_match": "composed"}
+    engine = engines(sepllm=options)
+    composed = find_separators(separator_match="composed")
+    assert set(composed) > set(find_separators())
+    tokens = engine.tokens([book[:700]], max_tokens=40)[0]
+    assert first_difference(reference_model, book[:700], tokens, composed, 4, 32) is None
+
+
+def test_no_separators_is_sinks_and_window(engines, book, reference_model):
+    engine = engines(sepllm={"window_size": 32, "separator_token_ids": []})
+    tokens = engine.tokens([book[:700]], max_tokens=40)[0]
+    assert first_difference(reference_model, book[:700], tokens, (), 4, 32) is None
+
+
+def test_log_probabilities_equal_the_reference(engines, book, reference_model, separator_ids):
+    """Not only the best token: prompt and sample log-probabilities, in float32."""
+    engine = engines(sepllm={"window_size": 64})
+    prompt = book[:900]
+    output = engine.generate([prompt], max_tokens=8, logprobs=1, prompt_logprobs=1)[0]
+    tokens = list(output.outputs[0].token_ids)
+    ids = prompt + tokens
+    mask = sepllm_mask(ids, separator_ids, 4, 64)
+    expected = masked_logits(reference_model, ids, mask).float().log_softmax(-1)
+    entries = [*output.prompt_logprobs[1:], *output.outputs[0].logprobs]
+    given = [entry[token].logprob for entry, token in zip(entries, ids[1:], strict=True)]
+    for position, value in enumerate(given):
+        assert value == pytest.approx(float(expected[position, ids[position + 1]]), abs=2e-4)
+
+
+def test_a_window_over_the_context_equals_vllms_own_attention(engines, book):
+    texts = [book[:1500], book[77:79], book[2000:2700]]
+    ours = engines(sepllm={"window_size": 2048}).tokens(texts, max_tokens=60)
+    dense = engines(sepllm=None).tokens(texts, max_tokens=60)
+    assert ours == dense
+
+
+def test_bfloat16_agrees_within_its_rounding(engines, book, reference_model, separator_ids):
+    """No further from float32 than twice the same model in bfloat16 under the same mask."""
+    import torch
+    from helpers import MODEL
+    from transformers import AutoModelForCausalLM
+
+    engine = engines(sepllm={"window_size": 64}, dtype="bfloat16")
+    rounded_model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.bfloat16)
+    for prompt in (book[:1000], book[5000:5300]):
+        output = engine.generate([prompt], max_tokens=1, prompt_logprobs=0)[0]
+        mask = sepllm_mask(prompt, separator_ids, 4, 64)
+        picked = torch.tensor(prompt[1:])[:, None]
+
+        def log_probabilities(model, ids=prompt, mask=mask, picked=picked):
+            logits = masked_logits(model, ids, mask)[:-1].float()
+            return logits.log_softmax(-1).gather(1, picked)[:, 0]
+
+        exact, rounded = log_probabilities(reference_model), log_probabilities(rounded_model)
+        entries = zip(output.prompt_logprobs[1:], prompt[1:], strict=True)
+        given = torch.tensor([entry[token].logprob for entry, token in entries])
+        assert (given - exact).abs().mean() <= 2 * (rounded - exact).abs().mean()
+        assert (given - exact).abs().max() <= 2 * (rounded - exact).abs().max()

@@ -1,0 +1,174 @@
+"""Pages a request holds stay within the bound and all come back."""
+
+import pytest
+from helpers import page_bound
+
+from vllm_sepllm.policy import KeptPolicy, separator_table
+from vllm_sepllm.reference import first_difference
+
+pytestmark = pytest.mark.e2e
+
+VOCABULARY = 4096
+
+
+def kept_in(ids, separator_ids, sinks):
+    table = separator_table(separator_ids, VOCABULARY)
+    return int(KeptPolicy(sinks, 1, table).kept_flags(ids).sum())
+
+
+def run(engine, prompts, max_tokens, after_step=lambda step: None):
+    """Run requests; their tokens, and pages and tokens of each after every step."""
+    for name, prompt in prompts.items():
+        engine.add(name, prompt, max_tokens)
+    tokens, history, step = {}, [], 0
+    while engine.llm.llm_engine.has_unfinished_requests():
+        outputs = engine.step()
+        engine.check_integrity()
+        live = engine.scheduler.requests.values()
+        history += [(r, engine.held(r.request_id), r.num_computed_tokens) for r in live]
+        for output in outputs:
+            if output.finished:
+                tokens[output.request_id] = output
+        after_step(step)
+        step += 1
+    return tokens, history
+
+
+@pytest.mark.parametrize(
+    ("window", "sinks", "block_size", "chunk"),
+    [(64, 4, 32, 256), (1, 0, 16, 64), (100, 33, 16, 96), (256, 4, 128, 512)],
+)
+def test_pages_held_stay_within_the_bound(
+    engines, book, separator_ids, window, sinks, block_size, chunk
+):
+    engine = engines(
+        sepllm={"window_size": window, "num_sink_tokens": sinks},
+        block_size=block_size,
+        max_num_batched_tokens=chunk,
+    )
+    prompts = {"long": book[:1700], "short": book[5:20], "other": book[4000:4900]}
+    _, history = run(engine, prompts, max_tokens=90)
+    assert len(history) > 90
+    for request, held, computed in history:
+        ids = list(request.all_token_ids)
+        kept = kept_in(ids[: computed + 1], separator_ids, sinks)
+        bound = page_bound(kept, window, chunk, block_size)
+        assert held <= bound
+    # While decoding, the chunk is one token. Full attention would hold every page.
+    long_held = [h for r, h, c in history if len(r.prompt_token_ids) == 1700 and c > 1701]
+    if window <= 100:
+        assert max(long_held) < 0.6 * 1700 / block_size
+    assert engine.pool.get_num_free_blocks() == engine.pool.num_gpu_blocks - 1
+
+
+def test_pages_come_back_after_aborts_in_every_phase(engines, book):
+    engine = engines(sepllm={"window_size": 64}, max_num_seqs=2)
+    prompts = {f"r{i}": book[i * 400 : i * 400 + 1200] for i in range(5)}
+    phases = set()
+
+    def abort(step):
+        for request in list(engine.scheduler.requests.values()):
+            name = request.request_id
+            if not request.num_computed_tokens:
+                phase = "waiting"
+            elif request.num_computed_tokens < request.num_prompt_tokens:
+                phase = "prefilling"
+            else:
+                phase = "decoding"
+            if phase not in phases and step > 0:
+                phases.add(phase)
+                engine.abort([name.rsplit("-", 1)[0]])
+                engine.check_integrity()
+                return
+
+    finished, _ = run(engine, prompts, 30, abort)
+    assert phases == {"waiting", "prefilling", "decoding"}
+    assert len(finished) >= 2
+    assert engine.pool.get_num_free_blocks() == engine.pool.num_gpu_blocks - 1
+
+
+def test_preempted_requests_resume_exactly(engines, book, reference_model, separator_ids):
+    """A pool too small for all: requests are preempted, and the tokens stay the same."""
+    engine = engines(sepllm={"window_size": 64}, num_gpu_blocks_override=40, max_model_len=1024)
+    prompts = {f"r{i}": book[i * 600 : i * 600 + 500] for i in range(8)}
+    preemptions = set()
+
+    def note(step):
+        preemptions.update(
+            r.request_id for r in engine.scheduler.requests.values() if r.num_preemptions
+        )
+
+    finished, _ = run(engine, prompts, 400, note)
+    assert preemptions, "the pool was large enough, nothing was tested"
+    for name, prompt in prompts.items():
+        tokens = list(finished[name].outputs[0].token_ids)
+        assert len(tokens) == 400
+        assert first_difference(reference_model, prompt, tokens, separator_ids, 4, 64) is None
+    assert engine.pool.get_num_free_blocks() == engine.pool.num_gpu_blocks - 1
+
+
+def test_more_requests_run_at_once_in_the_same_memory(engines, book):
+    """Admission counts SepLLM pages, not those of full attention."""
+    most = {}
+    for name, sepllm in (("sepllm", {"window_size": 64}), ("dense", None)):
+        engine = engines(sepllm=sepllm, num_gpu_blocks_override=150, max_num_seqs=32)
+        for i in range(24):
+            engine.add(f"r{i}", book[i * 300 : i * 300 + 900], 60)
+        most[name] = 0
+        while engine.llm.llm_engine.has_unfinished_requests():
+            engine.step()
+            running = [r for r in engine.scheduler.running if r.num_output_tokens]
+            most[name] = max(most[name], len(running))
+    assert most["dense"] <= 149 // 28
+    assert most["sepllm"] >= 2 * most["dense"]
+
+
+def test_start_up_serves_every_length_full_attention_serves(engines):
+    """A pool of exactly one dense request of the full length is accepted."""
+    blocks = 2048 // 32 + 1  # and the null block
+    assert engines(sepllm=None, num_gpu_blocks_override=blocks).llm
+    for window in (1, 64, 2048, 5000):
+        engine = engines(sepllm={"window_size": window}, num_gpu_blocks_override=blocks)
+        assert engine.pool.num_gpu_blocks == blocks
+
+
+def test_capacity_logged_at_start_up_counts_sepllm_pages(engines):
+    dense = engines(sepllm=None, num_gpu_blocks_override=600, max_num_batched_tokens=64)
+    plain = dense.llm.llm_engine.vllm_config.cache_config.kv_cache_max_concurrency
+    ours = engines(
+        sepllm={"window_size": 64}, num_gpu_blocks_override=600, max_num_batched_tokens=64
+    )
+    sparse = ours.llm.llm_engine.vllm_config.cache_config.kv_cache_max_concurrency
+    assert plain == pytest.approx(600 / 64)
+    assert sparse > 3 * plain
+
+
+def test_a_request_that_can_never_fit_ends_with_an_error(
+    engines, book, reference_model, separator_ids
+):
+    """Separators only, more of them than the pool has entries; the others are not disturbed."""
+    engine = engines(sepllm={"window_size": 64}, num_gpu_blocks_override=66)
+    comma = separator_ids[0]
+    prompts = {"huge": [comma] * 2000, "fine": book[:300], "after": book[700:900]}
+    finished, _ = run(engine, prompts, 20)
+    reason = finished["huge"].outputs[0]
+    assert reason.finish_reason == "error"
+    assert "2000 tokens" in reason.stop_reason
+    assert "65 there are" in reason.stop_reason
+    for name in ("fine", "after"):
+        tokens = list(finished[name].outputs[0].token_ids)
+        prompt = prompts[name]
+        assert first_difference(reference_model, prompt, tokens, separator_ids, 4, 64) is None
+    assert engine.pool.get_num_free_blocks() == engine.pool.num_gpu_blocks - 1
+
+
+def test_a_request_that_outgrows_the_pool_ends_with_an_error(engines, separator_ids):
+    """It fits when it comes and writes separators until nothing is left."""
+    engine = engines(sepllm={"window_size": 64}, num_gpu_blocks_override=66)
+    comma = separator_ids[0]
+    bias = {comma: 100.0}
+    output = engine.generate([[comma] * 1500], max_tokens=540, logit_bias=bias)[0].outputs[0]
+    assert output.finish_reason == "error"
+    assert set(output.token_ids) == {comma}
+    assert "KV cache blocks" in output.stop_reason
+    assert engine.pool.get_num_free_blocks() == engine.pool.num_gpu_blocks - 1

@@ -1,0 +1,152 @@
+"""Pages of the CPU kernels: what is written is read back, and attended as the reference does."""
+
+import numpy as np
+import pytest
+import torch
+
+from vllm_sepllm.engine.cpu_attention import CpuPages, PagedCall, probe_layout
+from vllm_sepllm.engine.cpu_plan import PagedRows
+from vllm_sepllm.reference import masked_attention
+
+pytestmark = pytest.mark.engine
+
+SHAPES = [(32, 32, torch.float32), (32, 64, torch.bfloat16), (16, 80, torch.bfloat16)]
+SHAPES += [(32, 128, torch.float16), (16, 64, torch.float32), (32, 256, torch.bfloat16)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _kernels():
+    from vllm.platforms import current_platform
+
+    current_platform.import_kernels()
+
+
+def isa_of(block_size, head_size, dtype):
+    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+    return _get_attn_isa(dtype, block_size, head_size, "auto")
+
+
+def make_pages(block_size, head_size, dtype, num_pages=12, staging=3, num_heads=2, layer=0):
+    """Pages of one of two layers; whatever is never written is NaN."""
+    per_layer = num_pages * num_heads * block_size * 2 * head_size
+    extra = staging * num_heads * block_size * 2 * head_size
+    buffer = torch.full((2 * per_layer + extra,), float("nan"), dtype=dtype)
+    shape = (num_pages, num_heads, block_size, 2 * head_size)
+    cache = buffer[layer * per_layer : (layer + 1) * per_layer].view(shape)
+    return CpuPages(cache, staging, isa_of(block_size, head_size, dtype))
+
+
+@pytest.mark.parametrize(("block_size", "head_size", "dtype"), SHAPES)
+def test_layout_is_a_rearrangement_of_the_entries(block_size, head_size, dtype):
+    layout = probe_layout(block_size, head_size, dtype, isa_of(block_size, head_size, dtype))
+    index = torch.cat([layout.key_index.flatten(), layout.value_index.flatten()])
+    assert torch.equal(index.sort().values, torch.arange(2 * block_size * head_size))
+    for table in (layout.key_index, layout.value_index):
+        entries = layout.entry_of[table]
+        assert torch.equal(entries, torch.arange(block_size)[:, None].expand_as(entries))
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize(("block_size", "head_size", "dtype"), SHAPES)
+def test_read_back_what_was_written(block_size, head_size, dtype, layer):
+    pages = make_pages(block_size, head_size, dtype, layer=layer)
+    torch.manual_seed(0)
+    count = 3 * block_size
+    key, value = torch.randn(2, count, 2, head_size).to(dtype)
+    page_ids = torch.tensor([7, 2, 11])
+    slots = (page_ids[:, None] * block_size + torch.arange(block_size)).flatten()
+    pages.write(key, value, slots)
+    read_key, read_value = pages.read_pages(page_ids)
+    assert torch.equal(read_key, key.transpose(0, 1))
+    assert torch.equal(read_value, value.transpose(0, 1))
+    pick = torch.randperm(count)[:40]
+    read_key, read_value = pages.read_entries(slots[pick] // block_size, slots[pick] % block_size)
+    assert torch.equal(read_key, key[pick])
+    assert torch.equal(read_value, value[pick])
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize(("block_size", "head_size", "dtype"), SHAPES)
+def test_staging_merges_and_packs(block_size, head_size, dtype, layer):
+    pages = make_pages(block_size, head_size, dtype, layer=layer)
+    torch.manual_seed(1)
+    key, value = torch.randn(2, 12 * block_size, 2, head_size).to(dtype)
+    pages.write(key, value, torch.arange(12 * block_size))
+    heads, tails = torch.tensor([1, 4, 9]), torch.tensor([3, 0, 2])
+    splits = torch.tensor([1, block_size - 1, block_size // 2])
+    pages.stage_merged(heads, tails, pages.merge_mask(splits))
+    first = pages.first_staging_page
+    got_key, got_value = pages.read_pages(torch.arange(first, first + 3))
+    for j in range(3):
+        for offset in range(block_size):
+            source = (tails if offset < splits[j] else heads)[j] * block_size + offset
+            assert torch.equal(got_key[:, j * block_size + offset], key[source])
+            assert torch.equal(got_value[:, j * block_size + offset], value[source])
+    source_pages = torch.tensor([5, 5, 8, 10])
+    offsets = torch.tensor([0, block_size - 1, 3, 7])
+    slots = torch.tensor([0, 1, 2, block_size + 5])
+    pages.stage_packed(source_pages, offsets, slots)
+    got_key, _ = pages.read_pages(torch.arange(first, first + 2))
+    assert torch.equal(got_key[:, slots], key[source_pages * block_size + offsets].transpose(0, 1))
+
+
+@pytest.mark.parametrize(("block_size", "head_size", "dtype"), SHAPES)
+def test_paged_call_equals_the_reference(block_size, head_size, dtype):
+    """A ragged batch over scattered and staged pages, against float32 attention."""
+    torch.manual_seed(2)
+    num_heads, num_kv_heads = 4, 2
+    pages = make_pages(block_size, head_size, dtype)
+    key, value = torch.randn(2, 12 * block_size, num_kv_heads, head_size).to(dtype)
+    # Pages that are not named stay NaN. Behind the last entry of a named page vLLM's kernel
+    # multiplies whatever lies there by zero, so there it is large instead.
+    tables = [[4, 7, 1], [2], [9, 5]]
+    named = torch.tensor([page for table in tables for page in table])
+    slots = (named[:, None] * block_size + torch.arange(block_size)).flatten()
+    junk = torch.full((len(slots), num_kv_heads, head_size), 99.0, dtype=dtype)
+    pages.write(junk, junk, slots)
+    lengths = [2 * block_size + 5, 3, 2 * block_size]
+    for table, length in zip(tables, lengths, strict=True):
+        slots = [table[i // block_size] * block_size + i % block_size for i in range(length)]
+        index = torch.tensor(slots)
+        pages.write(key[index], value[index], index)
+    pages.stage_merged(
+        torch.tensor([9]), torch.tensor([9]), pages.merge_mask(torch.tensor([block_size]))
+    )
+    block_table = np.array([[4, 7, 1], [2, 0, 0], [0, 5, 0]], dtype=np.int32)
+    staged = np.zeros_like(block_table, dtype=bool)
+    staged[2, 0] = True  # a copy of page 9
+    rows = PagedRows(
+        np.arange(3), block_table, staged, np.array(lengths, dtype=np.int32), None, None
+    )
+    query_lens = [1, 3, 1]
+    query = torch.randn(sum(query_lens), num_heads, head_size).to(dtype)
+    output = torch.full_like(query, float("nan"))
+    scale = head_size**-0.5
+    call = PagedCall(
+        rows, torch.tensor(query_lens), num_heads, num_kv_heads, head_size, dtype, pages.isa
+    )
+    call.run(pages, query, output, scale, 0.0)
+    first = 0
+    for table, length, count in zip(tables, lengths, query_lens, strict=True):
+        index = [table[i // block_size] * block_size + i % block_size for i in range(length)]
+        mask = torch.arange(length)[None] <= torch.arange(length - count, length)[:, None]
+        part = slice(first, first + count)
+        exact = masked_attention(query[part], key[index], value[index], mask, scale)
+        # The same arithmetic in torch, in the layer's dtype: what rounding alone may do.
+        same = torch.nn.functional.scaled_dot_product_attention(
+            query[part].transpose(0, 1),
+            key[index].transpose(0, 1).repeat_interleave(2, 0),
+            value[index].transpose(0, 1).repeat_interleave(2, 0),
+            attn_mask=mask,
+            scale=scale,
+        ).transpose(0, 1)
+        bound = 2 * (same.float() - exact).abs().max() + 4 * torch.finfo(dtype).eps
+        assert (output[part].float() - exact).abs().max() <= bound
+        first += count
+
+
+def test_pages_of_another_size_are_refused():
+    buffer = torch.zeros(10_001, dtype=torch.float32)
+    with pytest.raises(ValueError, match="different sizes"):
+        CpuPages(buffer[:8192].view(2, 2, 32, 64), 1, "vec")

@@ -1,0 +1,165 @@
+"""The plan of a batch names exactly the visible tokens, whatever the page edges."""
+
+import numpy as np
+import pytest
+
+from vllm_sepllm.engine.cpu_plan import Batch, plan_batch, staging_pages_per_request
+from vllm_sepllm.policy import KeptCounts, KeptPolicy
+
+pytestmark = pytest.mark.engine
+
+VOCABULARY = 10
+SEPARATOR = 0
+WRONG = -1  # content of anything that must not be read
+
+
+class Pages:
+    """A pool of numpy pages that hold positions instead of keys."""
+
+    def __init__(self, block_size, num_requests, max_len, rng):
+        per_request = -(-max_len // block_size) + 1
+        self.block_size = block_size
+        self.content = np.full((2 * num_requests * per_request + 1, block_size), WRONG)
+        pages = rng.permutation(len(self.content) - 1) + 1
+        tables = pages.reshape(2, num_requests, per_request).astype(np.int32)
+        self.window, self.stream = tables
+
+    def write(self, table, entry, value):
+        self.content[table[entry // self.block_size], entry % self.block_size] = value
+
+
+def make_batch(policy, lengths, queries, block_size, rng):
+    """Requests of ``lengths`` tokens whose last ``queries`` are computed now."""
+    pages = Pages(block_size, len(lengths), max(lengths), rng)
+    ids = [rng.integers(0, VOCABULARY, n) for n in lengths]
+    prefix = np.zeros((len(lengths), max(lengths) + 1), dtype=np.int32)
+    for i, tokens in enumerate(ids):
+        counts = KeptCounts(policy)
+        counts.extend(tokens.tolist())
+        prefix[i, : len(tokens) + 1] = counts.prefix
+        first = len(tokens) - queries[i] - policy.window_size + 1
+        for p in range(len(tokens)):
+            if p >= first:  # earlier pages of the window have been given away
+                pages.write(pages.window[i], p, p)
+            if prefix[i, p + 1] > prefix[i, p]:
+                pages.write(pages.stream[i], prefix[i, p], p)
+    stops = np.asarray(lengths, dtype=np.int64)
+    starts = stops - np.asarray(queries)
+    query_start = np.concatenate([[0], np.cumsum(queries)]).astype(np.int32)
+    rows = np.arange(len(lengths))
+    return ids, pages, Batch(query_start, starts, stops, rows, prefix, pages.stream)
+
+
+def visible(policy, ids, position):
+    """Positions a query sees, from the definition."""
+    return sorted(
+        k
+        for k in range(position + 1)
+        if k < policy.num_sink_tokens or ids[k] == SEPARATOR or k > position - policy.window_size
+    )
+
+
+def staged(rows, pages):
+    """The staging area after the copies the plan asks for."""
+    count = 1 + int(rows.block_table[rows.staged].max(initial=-1))
+    area = np.full((count, pages.block_size), WRONG)
+    if rows.merged is not None:
+        for j, split in enumerate(rows.merged.splits):
+            area[j] = pages.content[rows.merged.heads[j]]
+            area[j, :split] = pages.content[rows.merged.tails[j], :split]
+    if rows.packed is not None:
+        packed = rows.packed
+        area.flat[packed.slots] = pages.content[packed.pages, packed.offsets]
+    return area
+
+
+def check(policy, ids, pages, plan):
+    seen = set()
+    if plan.paged is not None:
+        rows, area = plan.paged, staged(plan.paged, pages)
+        for row, request in enumerate(rows.requests):
+            width = -(-int(rows.seq_lens[row]) // pages.block_size)
+            read = [
+                area[page] if is_staged else pages.content[page]
+                for page, is_staged in zip(
+                    rows.block_table[row, :width], rows.staged[row, :width], strict=True
+                )
+            ]
+            keys = np.concatenate(read)[: rows.seq_lens[row]].tolist()
+            last = int(plan.batch.stops[request]) - 1
+            if plan.batch.starts[request] < last:  # causal rows keep the order of positions
+                assert keys == list(range(last + 1))
+            else:
+                assert sorted(keys) == visible(policy, ids[request], last)
+            seen.add(int(request))
+    for row in plan.staircase:
+        start, stop = (int(x[row.request]) for x in (plan.batch.starts, plan.batch.stops))
+        stream = pages.content[row.stream_pages].reshape(-1)
+        before = pages.content[row.window_pages].reshape(-1)
+        before = before[row.window_first : row.window_first + row.window_length].tolist()
+        window = before + list(range(start, stop))
+        for position in range(start, stop):
+            own = len(before) + position - start
+            part = window[max(0, own - policy.window_size + 1) : own + 1]
+            limit = row.stream_limits[position - start]
+            assert sorted(stream[:limit].tolist() + part) == visible(
+                policy, ids[row.request], position
+            )
+        seen.add(row.request)
+    assert seen == set(range(len(ids)))
+
+
+@pytest.mark.parametrize("block_size", [4, 16])
+@pytest.mark.parametrize("window", [1, 2, 3, 4, 5, 8, 16, 32, 37, 500])
+@pytest.mark.parametrize("sinks", [0, 1, 4, 33])
+def test_plan_reads_the_visible_tokens(block_size, window, sinks):
+    rng = np.random.default_rng(window * 100 + sinks)
+    table = np.arange(VOCABULARY) == SEPARATOR
+    policy = KeptPolicy(sinks, window, table)
+    for _ in range(6):
+        lengths = rng.integers(1, 120, 7).tolist()
+        queries = [int(rng.integers(1, n + 1)) if rng.random() < 0.4 else 1 for n in lengths]
+        ids, pages, batch = make_batch(policy, lengths, queries, block_size, rng)
+        check(policy, ids, pages, plan_batch(policy, batch, pages.window, block_size))
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0], ids=["no separators", "only separators"])
+@pytest.mark.parametrize("window", [1, 6, 8])
+def test_plan_of_extreme_texts(share, window):
+    rng = np.random.default_rng(5)
+    policy = KeptPolicy(2, window, np.arange(VOCABULARY) == SEPARATOR)
+    lengths, queries = list(range(1, 41)), [1] * 40
+    ids, pages, batch = make_batch(policy, lengths, queries, 4, rng)
+    if share == 1.0:
+        everything = KeptPolicy(2, window, np.ones(VOCABULARY, dtype=bool))
+        ids, pages, batch = make_batch(everything, lengths, queries, 4, rng)
+        ids = [np.full(n, SEPARATOR) for n in lengths]
+    else:
+        nothing = KeptPolicy(2, window, np.zeros(VOCABULARY, dtype=bool))
+        ids, pages, batch = make_batch(nothing, lengths, queries, 4, rng)
+        ids = [np.ones(n, dtype=int) for n in lengths]
+    check(policy, ids, pages, plan_batch(policy, batch, pages.window, 4))
+
+
+@pytest.mark.parametrize(
+    ("window", "block_size"), [(32, 32), (256, 32), (16, 16), (100, 32), (1, 16)]
+)
+def test_staging_stays_within_what_is_reserved(window, block_size):
+    rng = np.random.default_rng(0)
+    policy = KeptPolicy(3, window, np.arange(VOCABULARY) == SEPARATOR)
+    lengths = rng.integers(1, 700, 60).tolist()
+    _ids, pages, batch = make_batch(policy, lengths, [1] * 60, block_size, rng)
+    rows = plan_batch(policy, batch, pages.window, block_size).paged
+    per_request = rows.staged.sum(axis=1)
+    assert per_request.max() <= staging_pages_per_request(window, block_size)
+    pages_named = rows.block_table[rows.staged]
+    assert sorted(pages_named) == list(range(len(pages_named))), "a staging page is used twice"
+
+
+def test_windows_of_whole_pages_copy_no_entry_of_the_stream():
+    rng = np.random.default_rng(1)
+    policy = KeptPolicy(3, 64, np.arange(VOCABULARY) == SEPARATOR)
+    _, pages, batch = make_batch(policy, [333, 500], [1, 1], 16, rng)
+    rows = plan_batch(policy, batch, pages.window, 16).paged
+    assert rows.packed is None
+    assert set(rows.merged.heads) | set(rows.merged.tails) <= set(pages.window.flat)

@@ -88,9 +88,9 @@ def test_pages_come_back_after_aborts_in_every_phase(engines, book):
 
 
 def test_preempted_requests_resume_exactly(engines, book, reference_model, separator_ids):
-    """A pool too small for all: requests are preempted, and the tokens stay the same."""
+    """Eight requests grow until the pool is full: some are preempted, the tokens are the same."""
     engine = engines(sepllm={"window_size": 64}, num_gpu_blocks_override=40, max_model_len=1024)
-    prompts = {f"r{i}": book[i * 600 : i * 600 + 500] for i in range(8)}
+    prompts = {f"r{i}": book[i * 600 : i * 600 + 60] for i in range(8)}
     preemptions = set()
 
     def note(step):
@@ -98,11 +98,11 @@ def test_preempted_requests_resume_exactly(engines, book, reference_model, separ
             r.request_id for r in engine.scheduler.requests.values() if r.num_preemptions
         )
 
-    finished, _ = run(engine, prompts, 400, note)
+    finished, _ = run(engine, prompts, 600, note)
     assert preemptions, "the pool was large enough, nothing was tested"
     for name, prompt in prompts.items():
         tokens = list(finished[name].outputs[0].token_ids)
-        assert len(tokens) == 400
+        assert len(tokens) == 600
         assert first_difference(reference_model, prompt, tokens, separator_ids, 4, 64) is None
     assert engine.pool.get_num_free_blocks() == engine.pool.num_gpu_blocks - 1
 

@@ -90,8 +90,8 @@ class CpuPages:
         _, num_kv_heads, block_size, width = kv_cache.shape
         head_size = width // 2
         page = num_kv_heads * block_size * width
-        total = kv_cache.untyped_storage().nbytes() // kv_cache.element_size()
-        offset = kv_cache.storage_offset()
+        total = int(kv_cache.untyped_storage().nbytes()) // kv_cache.element_size()
+        offset = int(kv_cache.storage_offset())
         num_pages, rest = divmod(total - offset, page)
         if rest or kv_cache.stride(0) != page:
             raise ValueError(
@@ -109,7 +109,8 @@ class CpuPages:
         self.key_cache, self.value_cache = view.chunk(2, dim=2)
         self._flat = view.view(num_pages, num_kv_heads, -1)
         words = self._flat.view(torch.int64)
-        self._words, self._staging = words.split([self.first_staging_page, num_staging_pages])
+        self._words = words[: self.first_staging_page]
+        self._staging = words[self.first_staging_page :]
         self._layout = probe_layout(block_size, head_size, kv_cache.dtype, isa)
 
     def write(self, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:

@@ -16,7 +16,7 @@ from vllm_sepllm.engine.registration import BACKEND_NAME, BACKEND_PATH
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")
 
 WORKER_PATH = "vllm_sepllm.engine.worker.SepLLMCPUWorker"
 SCHEDULER_PATH = "vllm_sepllm.engine.scheduler.SepLLMScheduler"

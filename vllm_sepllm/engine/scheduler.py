@@ -19,7 +19,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_sepllm.engine.manager import KeptManager
 from vllm_sepllm.engine.settings import kept_policy
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")
 
 
 class SepLLMScheduler(Scheduler):

@@ -6,17 +6,16 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.tokenizers import cached_tokenizer_from_config
 
-from vllm_sepllm.config import ConfigError, SepLLMConfig
+from vllm_sepllm.config import ConfigError
 from vllm_sepllm.engine import settings
 from vllm_sepllm.engine.checks import refusals
 from vllm_sepllm.engine.compat import is_tested, tested_range, vllm_version
 from vllm_sepllm.policy import KeptPolicy
 from vllm_sepllm.separators import Separators, kept_share_of_english, resolve_separators
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")
 
-# Planning share where no tokenizer is at hand to estimate it. Between the 17-18 % of English
-# prose and a cautious quarter lies what other languages and code need.
+# Planning figure where no tokenizer is at hand to estimate one: above all English text measured.
 UNKNOWN_KEPT_SHARE = 0.25
 
 
@@ -26,12 +25,10 @@ def prepare(vllm_config: VllmConfig) -> Separators:
     Raises:
         ConfigError: it cannot be served.
     """
-    options = settings.options(vllm_config)
-    problems = refusals(vllm_config, options)
-    if problems:
-        raise ConfigError("SepLLM attention: " + "; ".join(problems))
-    separators, share = _resolve(vllm_config, options)
-    settings.store(vllm_config, options.with_separator_ids(separators.token_ids), share)
+    try:
+        separators = _resolve(vllm_config)
+    except ValueError as error:
+        raise ConfigError(f"SepLLM attention: {error}") from None
     cache_config = vllm_config.cache_config
     if cache_config.enable_prefix_caching:
         cache_config.enable_prefix_caching = False
@@ -39,24 +36,31 @@ def prepare(vllm_config: VllmConfig) -> Separators:
     return separators
 
 
-def _resolve(vllm_config: VllmConfig, options: SepLLMConfig) -> tuple[Separators, float]:
+def _resolve(vllm_config: VllmConfig) -> Separators:
+    options = settings.options(vllm_config)
+    problems = refusals(vllm_config, options)
+    if problems:
+        raise ConfigError("; ".join(problems))
     model_config = vllm_config.model_config
-    ids = options.separator_token_ids
     vocab_size = model_config.get_vocab_size()
-    if model_config.skip_tokenizer_init:
-        if ids is None:
-            raise ConfigError(
-                "skip_tokenizer_init=True leaves no tokenizer to find separators in: "
-                "set separator_token_ids"
-            )
-        separators, share = Separators(ids, tuple(f"<id {i}>" for i in ids)), UNKNOWN_KEPT_SHARE
-        KeptPolicy.from_config(options, vocab_size)  # checks the ids
-    else:
+    ids = options.separator_token_ids
+    if not model_config.skip_tokenizer_init:
         tokenizer = cached_tokenizer_from_config(model_config)
         separators = resolve_separators(options, tokenizer)
-        resolved = options.with_separator_ids(separators.token_ids)
-        share = kept_share_of_english(KeptPolicy.from_config(resolved, vocab_size), tokenizer)
-    return separators, share
+    elif ids is not None:
+        separators = Separators(ids, tuple(f"<id {i}>" for i in ids))
+    else:
+        raise ConfigError(
+            "skip_tokenizer_init=True leaves no tokenizer to find separators in: "
+            "set separator_token_ids"
+        )
+    resolved = options.with_separator_ids(separators.token_ids)
+    policy = KeptPolicy.from_config(resolved, vocab_size)  # checks the ids
+    share = UNKNOWN_KEPT_SHARE
+    if not model_config.skip_tokenizer_init:
+        share = kept_share_of_english(policy, tokenizer)
+    settings.store(vllm_config, resolved, share)
+    return separators
 
 
 def announce(vllm_config: VllmConfig, separators: Separators) -> None:
@@ -68,7 +72,7 @@ def announce(vllm_config: VllmConfig, separators: Separators) -> None:
         shown.append("...")
     logger.info_once(
         "SepLLM attention: policy=%s, %d sinks, window of %d tokens, %d separator ids (%s), "
-        "about %.0f%% of English text kept behind the window, block size %d, vLLM %s",
+        "about %.0f%% of English prose kept behind the window, block size %d, vLLM %s",
         options.policy,
         options.num_sink_tokens,
         options.window_size,

@@ -18,7 +18,7 @@ from vllm_sepllm.engine.cpu_plan import staging_pages_per_request
 from vllm_sepllm.engine.metadata import KeptMetadataBuilder
 from vllm_sepllm.engine.spec import WindowSpec
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")
 
 
 class SepLLMCPUWorker(CPUWorker):

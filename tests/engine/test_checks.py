@@ -1,0 +1,180 @@
+"""Every refusal comes before a model is loaded, and names value, limit and remedy."""
+
+import json
+
+import pytest
+from helpers import MODEL
+
+pytestmark = pytest.mark.engine
+
+
+def refusal(**options):
+    """The message of a configuration that must be refused."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    defaults = {"model": MODEL, "attention_backend": "sepllm", "max_model_len": 512}
+    with pytest.raises(ValueError, match="SepLLM attention: ") as caught:
+        EngineArgs(**{**defaults, **options}).create_engine_config()
+    return str(caught.value)
+
+
+OPTIONS = [
+    ({"window": 64}, "unknown SepLLM option 'window': did you mean 'window_size'?"),
+    ({"window_size": 0}, "window_size=0: must be at least 1"),
+    ({"window_size": -5}, "window_size=-5: must be at least 1"),
+    ({"window_size": 1.5}, "window_size=1.5: must be a whole number"),
+    ({"window_size": "64"}, "window_size='64': must be a whole number"),
+    ({"window_size": True}, "window_size=True: must be a whole number"),
+    ({"window_size": 2**40}, "must be at most"),
+    ({"num_sink_tokens": -1}, "num_sink_tokens=-1: must be at least 0"),
+    ({"separators": []}, "separators=[]: must be a non-empty list"),
+    ({"separators": ["☃"]}, "no separator found"),
+    ({"separator_token_ids": [4096]}, "must be below the vocabulary size 4096"),
+    ({"separator_token_ids": [-3]}, "holds -3"),
+    ({"separator_match": "loose"}, "separator_match='loose': must be one of 'exact'"),
+    ({"policy": "h2o"}, "policy='h2o': must be one of"),
+    ({"policy": "streaming"}, "policy='streaming' is not supported yet"),
+    ({"policy": "sepllm", "interval": 5}, "interval=5 with policy='sepllm'"),
+    ({"max_separator_tokens": 64}, "max_separator_tokens=64 is not supported yet"),
+    ({"position_mode": "cache"}, "position_mode='cache' is not supported yet"),
+    ([], "expected a mapping"),
+]
+
+
+@pytest.mark.parametrize(("options", "sentence"), OPTIONS)
+def test_options(options, sentence):
+    assert sentence in refusal(additional_config={"sepllm": options})
+
+
+ENGINE = [
+    ({"block_size": 24}, "block_size=24: must be a multiple of 16"),
+    ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype='fp8' is not supported on CPU"),
+    ({"disable_hybrid_kv_cache_manager": True}, "disable_hybrid_kv_cache_manager=True"),
+    (
+        {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+        "kv_connector='ExampleConnector'",
+    ),
+    ({"kv_offloading_size": 1.0}, "kv_offloading_size=1.0"),
+    ({"enable_prompt_embeds": True}, "enable_prompt_embeds=True"),
+    ({"skip_tokenizer_init": True}, "skip_tokenizer_init=True"),
+    ({"worker_cls": "my.Worker"}, "worker_cls='my.Worker'"),
+    ({"scheduler_cls": "my.Scheduler"}, "scheduler_cls='my.Scheduler'"),
+    (
+        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+        "speculative decoding is not supported yet",
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "sentence"), ENGINE, ids=lambda x: str(x)[:30])
+def test_engine_options(options, sentence):
+    if "kv_transfer_config" in options:
+        from vllm.config import KVTransferConfig
+
+        options = {"kv_transfer_config": KVTransferConfig(**options["kv_transfer_config"])}
+    assert sentence in refusal(**options)
+
+
+def test_decode_context_parallelism():
+    message = refusal(decode_context_parallel_size=2, tensor_parallel_size=8)
+    assert "decode_context_parallel_size=2" in message
+
+
+def test_v2_model_runner(monkeypatch):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    assert "VLLM_USE_V2_MODEL_RUNNER=1" in refusal()
+
+
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 4096,
+    "max_position_embeddings": 1024,
+    "torch_dtype": "float32",
+}
+MODELS = {
+    "sliding": (
+        {
+            "architectures": ["MistralForCausalLM"],
+            "model_type": "mistral",
+            "head_dim": 16,
+            "sliding_window": 128,
+        },
+        "every layer of",
+    ),
+    "latent": (
+        {
+            "architectures": ["DeepseekV2ForCausalLM"],
+            "model_type": "deepseek_v2",
+            "kv_lora_rank": 32,
+            "q_lora_rank": None,
+            "qk_nope_head_dim": 16,
+            "qk_rope_head_dim": 16,
+            "v_head_dim": 16,
+            "num_key_value_heads": 4,
+        },
+        "multi-head latent attention",
+    ),
+    "encoder-only": (
+        {"architectures": ["BertModel"], "model_type": "bert", "num_key_value_heads": 4},
+        "only 'decoder' is served",
+    ),
+    "encoder-decoder": (
+        {
+            "architectures": ["WhisperForConditionalGeneration"],
+            "model_type": "whisper",
+            "d_model": 64,
+            "encoder_layers": 1,
+            "decoder_layers": 1,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+            "max_target_positions": 512,
+            "is_encoder_decoder": True,
+        },
+        "encoder-decoder",
+    ),
+    "alibi": (
+        {
+            "architectures": ["BloomForCausalLM"],
+            "model_type": "bloom",
+            "n_layer": 2,
+            "n_head": 4,
+        },
+        "ALiBi",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_models(kind, tmp_path):
+    extra, sentence = MODELS[kind]
+    (tmp_path / "config.json").write_text(json.dumps({**SMALL, **extra}))
+    if kind == "encoder-decoder":
+        write_whisper_files(tmp_path)
+    # The demo model's tokenizer serves; refusals do not look at it.
+    message = refusal(model=str(tmp_path), tokenizer=MODEL, max_model_len=256)
+    assert sentence in message
+    assert "use another attention backend" in message
+
+
+def write_whisper_files(path):
+    from transformers import WhisperFeatureExtractor
+
+    WhisperFeatureExtractor().save_pretrained(path)
+
+
+def test_good_configurations_are_completed():
+    from vllm.engine.arg_utils import EngineArgs
+
+    args = {"model": MODEL, "attention_backend": "sepllm", "dtype": "float32"}
+    config = EngineArgs(**args, additional_config={"other": 1}).create_engine_config()
+    assert config.cache_config.block_size == 32
+    assert not config.cache_config.enable_prefix_caching
+    assert config.additional_config["other"] == 1
+    assert len(config.additional_config["sepllm"]["separator_token_ids"]) == 9
+    assert json.dumps(config.additional_config, sort_keys=True)
+    own = EngineArgs(**args, block_size=64).create_engine_config()
+    assert own.cache_config.block_size == 64

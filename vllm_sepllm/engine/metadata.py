@@ -21,11 +21,12 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from vllm_sepllm.engine.cpu_plan import Batch, BatchPlan, plan_batch
+from vllm_sepllm.engine.cpu_plan import Batch, BatchPlan, TableArray, plan_batch
 from vllm_sepllm.engine.settings import kept_policy
 from vllm_sepllm.policy import CountArray, KeptPolicy
 
 IntArray = npt.NDArray[np.int64]
+_NO_SLOTS = np.zeros(0, dtype=np.int64)
 
 
 @dataclass
@@ -197,30 +198,31 @@ class KeptMetadataBuilder(AttentionMetadataBuilder[KeptMetadata]):
     ) -> KeptMetadata:
         """Find the kept tokens of the batch and their stream slots."""
         assert self._runner is not None, "KeptMetadataBuilder.attach was not called"
+        common = common_attn_metadata
         input_batch = self._runner.input_batch
-        req_ids = input_batch.req_ids[: common_attn_metadata.num_reqs]
+        req_ids = input_batch.req_ids[: common.num_reqs]
         num_reqs = len(req_ids)
-        query_start = common_attn_metadata.query_start_loc_cpu.numpy()[: num_reqs + 1]
-        stops = common_attn_metadata.seq_lens.numpy()[:num_reqs].astype(np.int64)
-        lengths = np.diff(query_start)
-        starts = stops - lengths
+        query_start = common.query_start_loc_cpu.numpy()[: num_reqs + 1]
+        stops = common.seq_lens.numpy()[:num_reqs]
+        starts = stops - (query_start[1:] - query_start[:-1])
         rows = self._rows.assign(req_ids, self._runner.requests)
         self._rows.count(rows, input_batch.token_ids_cpu, starts, stops)
 
-        if query_start[-1] == num_reqs and lengths.all():  # one token each
-            request, position = np.arange(num_reqs), starts
+        if query_start[-1] == num_reqs == np.count_nonzero(stops > starts):  # one token each
+            request, row, position = np.arange(num_reqs), rows, starts
         else:
-            request = np.repeat(np.arange(num_reqs), lengths)
+            request = np.repeat(np.arange(num_reqs), stops - starts)
             offset = starts - query_start[:-1]  # position less batch index
-            position = np.arange(request.size) + offset[request]
+            row, position = rows[request], np.arange(request.size) + offset[request]
         counts = self._rows.table
-        row = rows[request]
         entry = counts[row, position]
         kept = (counts[row, position + 1] > entry).nonzero()[0]
-        block_table = common_attn_metadata.block_table_tensor.numpy()
-        page, offset = np.divmod(entry[kept], self.kv_cache_spec.block_size)
-        slots = block_table[request[kept], page].astype(np.int64)
-        slots *= self.kv_cache_spec.block_size
-        slots += offset
+        block_table = common.block_table_tensor.numpy()
+        slots = self._slots(block_table, request[kept], entry[kept]) if kept.size else _NO_SLOTS
         batch = Batch(query_start, starts, stops, rows, counts, block_table)
         return KeptMetadata(self._policy, batch, torch.from_numpy(kept), torch.from_numpy(slots))
+
+    def _slots(self, block_table: TableArray, request: IntArray, entry: CountArray) -> IntArray:
+        size = self.kv_cache_spec.block_size
+        pages = block_table[request, entry // size].astype(np.int64)
+        return pages * size + entry % size

@@ -82,7 +82,7 @@ def test_decode_context_parallelism():
 
 def test_v2_model_runner(monkeypatch):
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-    assert "VLLM_USE_V2_MODEL_RUNNER=1" in refusal()
+    assert "set VLLM_USE_V2_MODEL_RUNNER=0" in refusal()
 
 
 SMALL = {

@@ -1,0 +1,98 @@
+"""Models with random weights: mixed layer kinds, logit caps, grouped and single KV heads."""
+
+import shutil
+
+import pytest
+import torch
+from helpers import MODEL
+
+from vllm_sepllm.reference import sepllm_mask
+
+pytestmark = pytest.mark.e2e
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "vocab_size": 4096,
+    "max_position_embeddings": 1024,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+
+
+def save(config, path):
+    """A model with weights large enough for clear maxima, and the demo model's tokenizer."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.15)
+    model.save_pretrained(path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(f"{MODEL}/{name}", path)
+    return model.eval()
+
+
+@torch.no_grad()
+def greedy_difference(model, prompt, tokens, masks):
+    """First step at which ``tokens`` leave the model's greedy choice, or ``None``."""
+    ids = torch.tensor([prompt + tokens])
+    logits = model(input_ids=ids, attention_mask=masks).logits[0, len(prompt) - 1 : -1]
+    wrong = (logits.argmax(-1) != torch.tensor(tokens)).nonzero()
+    return int(wrong[0]) if len(wrong) else None
+
+
+def bias(mask):
+    return torch.zeros(mask.shape).masked_fill(~mask, float("-inf"))[None, None]
+
+
+@pytest.mark.parametrize("family", ["gemma3", "gemma2"])
+def test_only_full_attention_layers_of_a_mixed_model(
+    engines, book, separator_ids, tmp_path, family
+):
+    """Sliding-window layers keep their own window, here as wide as SepLLM's; gemma2 caps logits."""
+    from transformers import Gemma2Config, Gemma3TextConfig
+
+    sliding, window = 64, 64
+    kinds = ["sliding_attention", "full_attention"] * 2
+    extra = {"num_key_value_heads": 2, "head_dim": 32, "sliding_window": sliding}
+    extra |= {"num_hidden_layers": 4, "layer_types": kinds, "query_pre_attn_scalar": 32}
+    cls = {"gemma3": Gemma3TextConfig, "gemma2": Gemma2Config}[family]
+    model = save(cls(**SIZES, **extra), tmp_path)
+    engine = engines(sepllm={"window_size": window}, model=str(tmp_path), max_model_len=1024)
+    kept_layers = [
+        type(g.kv_cache_spec).__name__ for g in engine.scheduler.kv_cache_config.kv_cache_groups
+    ]
+    assert sorted(kept_layers) == ["KeptSpec", "SlidingWindowSpec", "WindowSpec"]
+    for prompt in (book[:600], book[900:950]):
+        tokens = engine.tokens([prompt], max_tokens=30)[0]
+        ids = prompt + tokens
+        masks = {
+            "full_attention": bias(sepllm_mask(ids, separator_ids, 4, window)),
+            "sliding_attention": bias(sepllm_mask(ids, (), 0, sliding)),
+        }
+        assert greedy_difference(model, prompt, tokens, masks) is None
+    long = book[:600]
+    tokens = engine.tokens([long], max_tokens=30)[0]
+    size = len(long + tokens)
+    dense = dict.fromkeys(masks, bias(sepllm_mask(long + tokens, (), 0, size)))
+    assert greedy_difference(model, long, tokens, dense) is not None, "any mask would pass"
+
+
+@pytest.mark.parametrize(
+    ("num_kv_heads", "head_dim"), [(4, 64), (1, 32), (2, 80)], ids=["MHA", "MQA", "head size 80"]
+)
+def test_head_counts_and_sizes(engines, book, separator_ids, tmp_path, num_kv_heads, head_dim):
+    from transformers import LlamaConfig
+
+    extra = {"num_key_value_heads": num_kv_heads, "head_dim": head_dim, "num_hidden_layers": 2}
+    model = save(LlamaConfig(**SIZES, **extra), tmp_path)
+    engine = engines(sepllm={"window_size": 48}, model=str(tmp_path), max_model_len=1024)
+    prompts = [book[:500], book[900:930]]
+    for prompt, tokens in zip(prompts, engine.tokens(prompts, max_tokens=30), strict=True):
+        mask = bias(sepllm_mask(prompt + tokens, separator_ids, 4, 48))
+        assert greedy_difference(model, prompt, tokens, mask) is None

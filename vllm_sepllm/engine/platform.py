@@ -6,6 +6,7 @@ built from it. With any other backend every method is vLLM's own.
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
@@ -42,14 +43,32 @@ class SepLLMCpuPlatform(CpuPlatform):
             return
         from vllm_sepllm.engine.startup import announce, prepare
 
-        separators = prepare(vllm_config)
+        # vLLM completes the same configuration again in the engine's process.
+        separators = None if settings.is_resolved(vllm_config) else prepare(vllm_config)
         vllm_config.parallel_config.worker_cls = WORKER_PATH
         vllm_config.scheduler_config.scheduler_cls = SCHEDULER_PATH
         cache_config = vllm_config.cache_config
         super().check_and_update_config(vllm_config)
         if not cache_config.user_specified_block_size:
             cache_config.block_size = DEFAULT_BLOCK_SIZE
-        announce(vllm_config, separators)
+        if separators is not None:
+            announce(vllm_config, separators)
+
+    @classmethod
+    def register_triton_kernel_overrides(cls) -> None:
+        """vLLM's own, kept away from llvmlite.
+
+        It looks into every attribute of every loaded module. One object of llvmlite, which
+        numba loads, answers to any attribute name and ends that scan with an error, so a
+        process could not start a second engine. Not needed once vLLM's scan skips it.
+        """
+        hidden = {name: m for name, m in sys.modules.items() if name.split(".")[0] == "llvmlite"}
+        for name in hidden:
+            del sys.modules[name]
+        try:
+            super().register_triton_kernel_overrides()
+        finally:
+            sys.modules.update(hidden)
 
     @classmethod
     def get_attn_backend_cls(

@@ -44,6 +44,12 @@ def store(vllm_config: VllmConfig, resolved: SepLLMConfig, expected_kept_share: 
     }
 
 
+def is_resolved(vllm_config: VllmConfig) -> bool:
+    """Whether :func:`store` was called, here or in the process this configuration comes from."""
+    additional = vllm_config.additional_config
+    return isinstance(additional, dict) and SHARE_KEY in additional
+
+
 def expected_kept_share(vllm_config: VllmConfig) -> float:
     """Kept tokens per token of ordinary text, as estimated at start-up."""
     additional = vllm_config.additional_config

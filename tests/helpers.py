@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+from collections import Counter
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -104,14 +105,18 @@ class Engine:
         )
 
     def check_integrity(self) -> None:
-        """Every page is free or held by exactly one request, and none is lost."""
-        held: list[int] = []
+        """Every page is free or held, shared only as often as it is referenced, none is lost."""
+        holders: Counter[int] = Counter()
         for manager in self.managers:
+            in_group: Counter[int] = Counter()
             for blocks in manager.req_to_blocks.values():
-                held += [block.block_id for block in blocks if not block.is_null]
-        assert len(held) == len(set(held)), "a page is held twice"
+                in_group.update({block.block_id for block in blocks if not block.is_null})
+            assert not holders.keys() & in_group.keys(), "a page is held in two groups"
+            holders += in_group
+        for block_id, count in holders.items():
+            assert self.pool.blocks[block_id].ref_cnt == count, "references and holders differ"
         free = self.pool.get_num_free_blocks()
-        assert free + len(held) == self.pool.num_gpu_blocks - 1, "pages are lost"
+        assert free + len(holders) == self.pool.num_gpu_blocks - 1, "pages are lost"
 
     def close(self) -> None:
         from vllm.distributed import cleanup_dist_env_and_memory

@@ -75,6 +75,13 @@ def test_engine_options(options, sentence):
     assert sentence in refusal(**options)
 
 
+def test_kv_cache_events():
+    from vllm.config import KVEventsConfig
+
+    events = KVEventsConfig(enable_kv_cache_events=True, publisher="null")
+    assert "enable_kv_cache_events=True" in refusal(kv_events_config=events)
+
+
 def test_decode_context_parallelism():
     message = refusal(decode_context_parallel_size=2, tensor_parallel_size=8)
     assert "decode_context_parallel_size=2" in message
@@ -175,7 +182,7 @@ def test_good_configurations_are_completed():
     args = {"model": MODEL, "attention_backend": "sepllm", "dtype": "float32"}
     config = EngineArgs(**args, additional_config={"other": 1}).create_engine_config()
     assert config.cache_config.block_size == 32
-    assert not config.cache_config.enable_prefix_caching
+    assert config.cache_config.enable_prefix_caching
     assert config.additional_config["other"] == 1
     assert len(config.additional_config["sepllm"]["separator_token_ids"]) == 9
     assert json.dumps(config.additional_config, sort_keys=True)

@@ -107,6 +107,12 @@ def _cache_refusals(vllm_config: VllmConfig) -> Iterator[str]:
     if vllm_config.kv_transfer_config is not None:
         connector = vllm_config.kv_transfer_config.kv_connector
         yield f"kv_connector={connector!r} moves pages it takes for dense ones: leave it out"
+    events = vllm_config.kv_events_config
+    if events is not None and events.enable_kv_cache_events:
+        yield (
+            "enable_kv_cache_events=True reports pages by the tokens they hold, which pages of "
+            "kept tokens do not have: switch it off"
+        )
     if cache.kv_offloading_size is not None:
         yield (
             f"kv_offloading_size={cache.kv_offloading_size} moves pages it takes for dense ones: "

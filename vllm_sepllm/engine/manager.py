@@ -9,6 +9,11 @@ The stream is append-only: the token at position ``p``, if kept, is entry ``kept
 
 So a request holds ``ceil(kept / B)`` pages. Tokens whose ids are not known yet (the one being
 sampled, drafts) are counted as kept: at most a page too many, never one too few.
+
+Pages are shared between requests with the same prefix (``prefix_index.py``). A shared page that
+is partly filled is copied before the request that found it appends to it, by vLLM's own path
+for such copies. The worker copies before it computes a step, so a page may only be found once
+the step that fills it is over: keys wait in ``_pending`` until then.
 """
 
 from __future__ import annotations
@@ -18,10 +23,18 @@ from typing import Any
 
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.block_pool import BlockPool
-from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock
+from vllm.v1.core.kv_cache_utils import (
+    BlockHash,
+    BlockHashList,
+    KVCacheBlock,
+    make_block_hash_with_group_id,
+    resolve_block_hashes,
+)
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
+from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.request import Request
 
+from vllm_sepllm.engine.prefix_index import PrefixIndex, done_key
 from vllm_sepllm.policy import KeptCounts, KeptPolicy
 
 
@@ -36,6 +49,9 @@ class KeptManager(SingleTypeKVCacheManager):
         self._policy: KeptPolicy | None = None
         self._requests: Mapping[str, Request] = {}
         self._counts: dict[str, KeptCounts] = {}
+        self._index = PrefixIndex.of(self.block_pool)
+        # Keys of this step's pages, by request: key, page, tokens of the prefix.
+        self._pending: dict[str, list[tuple[BlockHash, KVCacheBlock, int]]] = {}
 
     def attach(self, policy: KeptPolicy, requests: Mapping[str, Request]) -> None:
         """Give access to the token ids of requests.
@@ -70,29 +86,95 @@ class KeptManager(SingleTypeKVCacheManager):
         request_id: str,
         num_tokens: int,
         new_computed_blocks: Sequence[KVCacheBlock],
+        total_computed_tokens: int,
+        num_local_computed_tokens: int,
         *args: Any,
         **kwargs: Any,
     ) -> int:
-        """Pages to add so that ``num_tokens`` tokens fit; vLLM asks before it allocates."""
-        assert not new_computed_blocks, "the kept stream has no prefix caching yet"
+        """Pages to take from the pool so that ``num_tokens`` tokens fit.
+
+        vLLM asks before it allocates. Pages of a prefix found in the cache that nobody holds
+        count too, and so does the copy of a partly filled one.
+        """
         held = len(self.req_to_blocks.get(request_id, ()))
-        return max(0, self.num_pages(request_id, num_tokens) - held)
+        missing = self.num_pages(request_id, num_tokens) - held - len(new_computed_blocks)
+        num_blocks = max(0, missing) + self._get_num_evictable_blocks(new_computed_blocks)
+        if new_computed_blocks:
+            num_blocks += self.num_kept(request_id, num_local_computed_tokens) % self.block_size > 0
+        return num_blocks
+
+    def add_local_computed_blocks(
+        self,
+        request_id: str,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        num_local_computed_tokens: int,
+        num_external_computed_tokens: int,
+    ) -> None:
+        """Take part in the pages of a prefix found in the cache."""
+        assert num_external_computed_tokens == 0, "KV connectors are refused at start-up"
+        blocks = self.req_to_blocks[request_id]
+        assert not blocks
+        full, tail = divmod(self.num_kept(request_id, num_local_computed_tokens), self.block_size)
+        assert len(new_computed_blocks) == full + (tail > 0)
+        self.block_pool.touch(new_computed_blocks)
+        blocks.extend(new_computed_blocks)
+        self.num_cached_block[request_id] = num_local_computed_tokens // self.block_size
+        if tail:
+            self._partial_hit_reqs[request_id] = (full, new_computed_blocks[-1])
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
-        """Take the pages from the pool; returns the new ones."""
+        """Take pages from the pool; returns the new ones, a copied one among them."""
+        new_blocks = []
+        if request_id in self._partial_hit_reqs:
+            index, source = self._partial_hit_reqs.pop(request_id)
+            new_blocks = self.block_pool.get_new_blocks(1)
+            self._apply_cow(request_id, index, source, new_blocks[0])
         blocks = self.req_to_blocks[request_id]
         missing = self.num_pages(request_id, num_tokens) - len(blocks)
-        if missing <= 0:
-            return []
-        new_blocks = self.block_pool.get_new_blocks(missing)
-        blocks.extend(new_blocks)
+        if missing > 0:
+            added = self.block_pool.get_new_blocks(missing)
+            blocks.extend(added)
+            new_blocks = new_blocks + added
         return new_blocks
 
+    def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        """Note the keys of pages that this step's full token blocks touch."""
+        request_id, size = request.request_id, self.block_size
+        hashes = resolve_block_hashes(request.block_hashes, self.block_pool.hash_block_size, size)
+        first = self.num_cached_block.get(request_id, 0)
+        stop = min(num_tokens // size, len(hashes))
+        if stop <= first:
+            return
+        self.num_kept(request_id, stop * size)
+        kept_prefix = self._counts[request_id].prefix
+        pages = self.req_to_blocks[request_id]
+        pending = self._pending.setdefault(request_id, [])
+        for i in range(first, stop):
+            before, count = int(kept_prefix[i * size]), int(kept_prefix[(i + 1) * size])
+            self._index.store(hashes[i], count)
+            if count // size > before // size:
+                pending.append((done_key(hashes[i]), pages[before // size], (i + 1) * size))
+            if count % size:
+                pending.append((hashes[i], pages[count // size], (i + 1) * size))
+        self.num_cached_block[request_id] = stop
+
+    def step_is_over(self) -> None:
+        """The pages of the last step are filled: let other requests find them."""
+        for entries in self._pending.values():
+            for key, page, num_tokens in entries:
+                named = make_block_hash_with_group_id(key, self.kv_cache_group_id)
+                self.block_pool._insert_block_hash(named, page, num_tokens=num_tokens)
+        self._pending.clear()
+
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
-        """Forget a request that ended or was preempted; returns its pages."""
+        """Forget a request that ended or was preempted; returns its pages.
+
+        Keys it noted since the last step was over are dropped: those pages may never be filled.
+        """
         self._counts.pop(request_id, None)
+        self._pending.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
 
     def remove_skipped_blocks(self, *args: Any, **kwargs: Any) -> None:
@@ -105,8 +187,17 @@ class KeptManager(SingleTypeKVCacheManager):
         max_length: int,
         kv_cache_group_ids: list[int],
         block_pool: BlockPool,
+        kv_cache_spec: KVCacheSpec,
+        drop_eagle_block: bool,
+        alignment_tokens: int,
         *args: Any,
         **kwargs: Any,
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
-        """No hits: prefix caching is switched off at start-up."""
-        return tuple([] for _ in kv_cache_group_ids), 0
+        """Pages of the longest cached prefix of at most ``max_length`` tokens."""
+        assert not drop_eagle_block, "speculative decoding is refused at start-up"
+        size = kv_cache_spec.block_size
+        hashes = resolve_block_hashes(block_hashes, block_pool.hash_block_size, size)
+        pages, length = PrefixIndex.of(block_pool).find(
+            hashes[: max_length // size], block_pool, kv_cache_group_ids, size, alignment_tokens
+        )
+        return tuple(pages), length

@@ -28,9 +28,10 @@ class SepLLMScheduler(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         policy = kept_policy(self.vllm_config)
-        for manager in self.kv_cache_manager.coordinator.single_type_managers:
-            if isinstance(manager, KeptManager):
-                manager.attach(policy, self.requests)
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        self._kept_managers = [m for m in managers if isinstance(m, KeptManager)]
+        for manager in self._kept_managers:
+            manager.attach(policy, self.requests)
         self._too_large: dict[str, str] = {}
 
     def add_request(self, request: Request) -> None:
@@ -56,6 +57,8 @@ class SepLLMScheduler(Scheduler):
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
         """vLLM's update, then an error output for each request that can never fit."""
+        for manager in self._kept_managers:
+            manager.step_is_over()
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if self._too_large:
             too_large, self._too_large = self._too_large, {}

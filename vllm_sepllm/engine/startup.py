@@ -29,10 +29,10 @@ def prepare(vllm_config: VllmConfig) -> Separators:
         separators = _resolve(vllm_config)
     except ValueError as error:
         raise ConfigError(f"SepLLM attention: {error}") from None
-    cache_config = vllm_config.cache_config
-    if cache_config.enable_prefix_caching:
-        cache_config.enable_prefix_caching = False
-        logger.warning("SepLLM attention has no prefix caching yet: it is switched off.")
+    # vLLM's default of 0 keeps the window pages of a prompt's end only, so a prefix shared up to
+    # any other point would be computed again. All of them stay found until memory is needed.
+    if vllm_config.cache_config.prefix_cache_retention_interval == 0:
+        vllm_config.cache_config.prefix_cache_retention_interval = None
     return separators
 
 

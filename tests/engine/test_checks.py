@@ -60,8 +60,14 @@ ENGINE = [
     ({"worker_cls": "my.Worker"}, "worker_cls='my.Worker'"),
     ({"scheduler_cls": "my.Scheduler"}, "scheduler_cls='my.Scheduler'"),
     (
-        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
-        "speculative decoding is not supported yet",
+        {
+            "speculative_config": {
+                "method": "draft_model",
+                "model": MODEL,
+                "num_speculative_tokens": 2,
+            }
+        },
+        "method='draft_model' is not supported yet: use 'ngram'",
     ),
 ]
 

@@ -126,8 +126,12 @@ def _parallel_refusals(vllm_config: VllmConfig) -> Iterator[str]:
         size = getattr(parallel, name)
         if size > 1:
             yield f"{name}={size} splits a request's pages over ranks: must be 1"
-    if vllm_config.speculative_config is not None:
-        yield "speculative decoding is not supported yet: leave speculative_config out"
+    speculative = vllm_config.speculative_config
+    if speculative is not None and speculative.method != "ngram":
+        yield (
+            f"speculative decoding with method={speculative.method!r} is not supported yet: "
+            "use 'ngram' or leave speculative_config out"
+        )
 
 
 def _runner_refusals(vllm_config: VllmConfig) -> Iterator[str]:

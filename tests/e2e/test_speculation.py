@@ -1,0 +1,44 @@
+"""Drafts from the prompt (ngram), most of them rejected, never change a token."""
+
+import pytest
+
+from vllm_sepllm.reference import first_difference
+
+pytestmark = pytest.mark.e2e
+
+NGRAM = {
+    "method": "ngram",
+    "num_speculative_tokens": 4,
+    "prompt_lookup_max": 3,
+    "prompt_lookup_min": 1,
+}
+
+
+@pytest.mark.parametrize(
+    ("window", "block_size", "caching"), [(64, 32, True), (16, 16, False), (3, 32, True)]
+)
+def test_ngram_drafts(engines, book, reference_model, separator_ids, window, block_size, caching):
+    engine = engines(
+        sepllm={"window_size": window},
+        block_size=block_size,
+        speculative_config=NGRAM,
+        enable_prefix_caching=caching,
+    )
+    drafted = accepted = 0
+    update = type(engine.scheduler).make_spec_decoding_stats
+
+    def count(self, stats, num_draft_tokens, num_accepted_tokens, *args, **kwargs):
+        nonlocal drafted, accepted
+        drafted, accepted = drafted + num_draft_tokens, accepted + num_accepted_tokens
+        return update(self, stats, num_draft_tokens, num_accepted_tokens, *args, **kwargs)
+
+    engine.scheduler.make_spec_decoding_stats = count.__get__(engine.scheduler)
+    prompts = [book[:900], book[100:130], book[:400] + book[:300], list(separator_ids[:3]) * 60]
+    for _ in range(2):  # cold, then warm where caching is on
+        for prompt, tokens in zip(prompts, engine.tokens(prompts, 60), strict=True):
+            assert len(tokens) == 60
+            difference = first_difference(reference_model, prompt, tokens, separator_ids, 4, window)
+            assert difference is None, f"prompt of {len(prompt)} tokens, {difference}"
+        engine.check_integrity()
+    assert drafted > accepted > 0, "nothing was drafted, accepted or rejected"
+    assert engine.pool.get_num_free_blocks() == engine.pool.num_gpu_blocks - 1

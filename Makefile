@@ -2,7 +2,7 @@ PY := .venv/bin/python
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test lint bench soak clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*  ## /make \1\t/p' $(MAKEFILE_LIST)
@@ -23,6 +23,9 @@ lint: setup  ## ruff and mypy
 
 bench: setup  ## CPU benchmark; writes benchmarks/results
 	@$(PY) benchmarks/cpu.py
+
+soak: setup  ## random traffic over a tight pool, checked after every step (MINUTES=10)
+	@PYTHONPATH=tests $(PY) tests/soak.py --minutes $(or $(MINUTES),10)
 
 clean:  ## remove caches and build output (.venv stays)
 	rm -rf build dist *.egg-info scripts/vllm-name/build scripts/vllm-name/*.egg-info

@@ -55,6 +55,12 @@ class Separators:
     token_ids: tuple[int, ...]
     texts: tuple[str, ...]
 
+    def below(self, vocab_size: int) -> Separators:
+        """Those whose id is below ``vocab_size``."""
+        pairs = zip(self.token_ids, self.texts, strict=True)
+        inside = [pair for pair in pairs if pair[0] < vocab_size]
+        return Separators(tuple(i for i, _ in inside), tuple(text for _, text in inside))
+
 
 _cache: WeakKeyDictionary[Any, dict[tuple[object, ...], Separators]] = WeakKeyDictionary()
 _texts_cache: WeakKeyDictionary[Any, list[str]] = WeakKeyDictionary()

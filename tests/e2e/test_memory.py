@@ -123,13 +123,46 @@ def test_more_requests_run_at_once_in_the_same_memory(engines, book):
     assert most["sepllm"] >= 2 * most["dense"]
 
 
-def test_start_up_serves_every_length_full_attention_serves(engines):
-    """A pool of exactly one dense request of the full length is accepted."""
+def test_start_up_serves_every_length_full_attention_serves(
+    engines, book, reference_model, separator_ids
+):
+    """A pool of exactly one dense request of the full length is accepted, and serves it."""
     blocks = 2048 // 32 + 1  # and the null block
     assert engines(sepllm=None, num_gpu_blocks_override=blocks).llm
-    for window in (1, 64, 2048, 5000):
-        engine = engines(sepllm={"window_size": window}, num_gpu_blocks_override=blocks)
+    for window in (1, 64, 1024, 5000):
+        engine = engines(
+            sepllm={"window_size": window},
+            num_gpu_blocks_override=blocks,
+            max_num_batched_tokens=64,
+        )
         assert engine.pool.num_gpu_blocks == blocks
+        output = engine.generate([book[:2000]], max_tokens=8)[0].outputs[0]
+        if window <= 1024:
+            assert (
+                first_difference(
+                    reference_model, book[:2000], output.token_ids, separator_ids, 4, window
+                )
+                is None
+            )
+            assert output.finish_reason == "length"
+        else:  # a window over the context beside the stream needs more than full attention
+            assert output.finish_reason == "error"
+
+
+def test_a_pool_too_small_for_ordinary_text_is_warned_of(engines, book, monkeypatch):
+    """The window pages of a chunk as long as the context leave nothing to the stream."""
+    from vllm_sepllm.engine import scheduler
+
+    said = []
+    monkeypatch.setattr(scheduler.logger, "warning", lambda text, *a: said.append(text % a))
+    options = {"sepllm": {"window_size": 64}, "num_gpu_blocks_override": 65}
+    engine = engines(**options, max_num_batched_tokens=2048)
+    [sentence] = said
+    for part in ("2048 tokens of ordinary text", "64 there are", "max_num_batched_tokens (2048)"):
+        assert part in sentence
+    assert engine.generate([book[:2000]], max_tokens=4)[0].outputs[0].finish_reason == "error"
+    engines(**options, max_num_batched_tokens=256)
+    assert len(said) == 1
 
 
 def test_capacity_logged_at_start_up_counts_sepllm_pages(engines):

@@ -49,6 +49,11 @@ def test_options(options, sentence):
 ENGINE = [
     ({"block_size": 24}, "block_size=24: must be a multiple of 16"),
     ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype='fp8' is not supported on CPU"),
+    (
+        {"kv_cache_dtype": "bfloat16", "dtype": "float32"},
+        "kv_cache_dtype='bfloat16' is not supported on CPU with dtype=torch.float32",
+    ),
+    ({"runner": "pooling", "convert": "embed"}, "is run for pooling"),
     ({"disable_hybrid_kv_cache_manager": True}, "disable_hybrid_kv_cache_manager=True"),
     (
         {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},

@@ -34,7 +34,8 @@ def make_pages(block_size, head_size, dtype, num_pages=12, staging=3, num_heads=
     buffer = torch.full((2 * per_layer + extra,), float("nan"), dtype=dtype)
     shape = (num_pages, num_heads, block_size, 2 * head_size)
     cache = buffer[layer * per_layer : (layer + 1) * per_layer].view(shape)
-    return CpuPages(cache, staging, isa_of(block_size, head_size, dtype))
+    layers_end = 2 * per_layer * buffer.element_size()
+    return CpuPages(cache, layers_end, isa_of(block_size, head_size, dtype))
 
 
 @pytest.mark.parametrize(("block_size", "head_size", "dtype"), SHAPES)
@@ -139,7 +140,24 @@ def test_paged_call_equals_the_reference(block_size, head_size, dtype):
         first += count
 
 
-def test_pages_of_another_size_are_refused():
-    buffer = torch.zeros(10_001, dtype=torch.float32)
-    with pytest.raises(ValueError, match="different sizes"):
-        CpuPages(buffer[:8192].view(2, 2, 32, 64), 1, "vec")
+def test_staging_never_reaches_into_a_layer():
+    """Layers with pages of different sizes: each finds its staging behind the last layer."""
+    block_size, head_size, num_pages = 32, 32, 7
+    page = block_size * 2 * head_size
+    heads = [1, 3, 2]
+    ends = np.cumsum([num_pages * h * page for h in heads])
+    buffer = torch.zeros(int(ends[-1]) + 5 * max(heads) * page)
+    isa = isa_of(block_size, head_size, torch.float32)
+    for h, end in zip(heads, ends, strict=True):
+        cache = buffer[end - num_pages * h * page : end]
+        cache = cache.view(num_pages, h, block_size, 2 * head_size)
+        pages = CpuPages(cache, int(ends[-1]) * 4, isa)
+        start = cache.storage_offset() + pages.first_staging_page * h * page
+        assert ends[-1] <= start < ends[-1] + h * page
+        assert len(pages.key_cache) - pages.first_staging_page >= 4
+
+
+def test_pages_that_do_not_follow_each_other_are_refused():
+    buffer = torch.zeros(4, 2, 32, 64)
+    with pytest.raises(ValueError, match="elements apart"):
+        CpuPages(buffer[::2], buffer.nbytes, "vec")

@@ -130,7 +130,6 @@ def test_plan_of_extreme_texts(share, window):
     rng = np.random.default_rng(5)
     policy = KeptPolicy(2, window, np.arange(VOCABULARY) == SEPARATOR)
     lengths, queries = list(range(1, 41)), [1] * 40
-    ids, pages, batch = make_batch(policy, lengths, queries, 4, rng)
     if share == 1.0:
         everything = KeptPolicy(2, window, np.ones(VOCABULARY, dtype=bool))
         ids, pages, batch = make_batch(everything, lengths, queries, 4, rng)

@@ -29,9 +29,9 @@ from vllm.v1.kv_cache_interface import (
 
 from vllm_sepllm.config import ConfigError
 from vllm_sepllm.engine import settings
-from vllm_sepllm.engine.checks import CACHE_DTYPES, OTHER_BACKEND
+from vllm_sepllm.engine.checks import OTHER_BACKEND
 from vllm_sepllm.engine.cpu_attention import CpuPages, PagedCall
-from vllm_sepllm.engine.cpu_plan import BatchPlan, StaircaseRow, staging_pages_per_request
+from vllm_sepllm.engine.cpu_plan import BatchPlan, StaircaseRow
 from vllm_sepllm.engine.metadata import (
     KeptMetadata,
     KeptMetadataBuilder,
@@ -49,7 +49,7 @@ class SepLLMBackend(AttentionBackend):
 
     forward_includes_kv_cache_update: bool = True
     supported_dtypes: ClassVar[list[torch.dtype]] = CPUAttentionBackend.supported_dtypes
-    supported_kv_cache_dtypes: ClassVar[list[Any]] = list(CACHE_DTYPES)
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "float16", "bfloat16"]
 
     @staticmethod
     def get_name() -> str:
@@ -206,18 +206,15 @@ class SepLLMImpl(AttentionImpl):
         spec = layer.get_kv_cache_spec(vllm_config)
         layers.setdefault(self._kept_name, KeptLayer(spec))
 
-    def bind_pages(self, kv_cache: torch.Tensor, window_size: int, max_num_reqs: int) -> None:
+    def bind_pages(self, kv_cache: torch.Tensor, staging_start: int) -> None:
         """Find this layer's pages in the buffer vLLM has just allocated.
 
         Args:
             kv_cache: the layer's view of the buffer.
-            window_size: ``n``, tokens.
-            max_num_reqs: requests that may decode in one step.
+            staging_start: bytes of the buffer that belong to layers; staging pages follow.
         """
-        block_size = kv_cache.shape[2]
-        isa = _get_attn_isa(kv_cache.dtype, block_size, self.head_size, "auto")
-        staging = max_num_reqs * staging_pages_per_request(window_size, block_size)
-        self._pages = CpuPages(kv_cache, staging, isa)
+        isa = _get_attn_isa(kv_cache.dtype, kv_cache.shape[2], self.head_size, "auto")
+        self._pages = CpuPages(kv_cache, staging_start, isa)
 
     def forward(
         self,

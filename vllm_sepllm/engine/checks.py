@@ -8,20 +8,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from vllm.config import VllmConfig
 
 from vllm_sepllm.config import SepLLMConfig
 
 OTHER_BACKEND = "use another attention backend"
 BLOCK_MULTIPLE = 16
-CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32")
 
 
 def refusals(vllm_config: VllmConfig, options: SepLLMConfig) -> list[str]:
     """Everything that stands against serving this configuration; empty if nothing does."""
     return [
         *_option_refusals(options),
-        *_model_refusals(vllm_config.model_config),
+        *_model_refusals(vllm_config),
         *_cache_refusals(vllm_config),
         *_parallel_refusals(vllm_config),
         *_runner_refusals(vllm_config),
@@ -43,7 +43,8 @@ def _option_refusals(options: SepLLMConfig) -> Iterator[str]:
         )
 
 
-def _model_refusals(model: Any) -> Iterator[str]:
+def _model_refusals(vllm_config: VllmConfig) -> Iterator[str]:
+    model: Any = vllm_config.model_config
     name = model.model
     if model.use_mla:
         yield f"{name} uses multi-head latent attention, whose cache is not per head: " + (
@@ -56,6 +57,8 @@ def _model_refusals(model: Any) -> Iterator[str]:
             f"{name} has attention of type {model.attn_type!r}, only 'decoder' is served: "
             f"{OTHER_BACKEND}"
         )
+    if model.runner_type == "pooling":
+        yield f"{name} is run for pooling, only text generation is served: {OTHER_BACKEND}"
     if model.uses_alibi:
         yield f"{name} uses ALiBi, which needs the distance of every key: {OTHER_BACKEND}"
     if model.is_mm_prefix_lm:
@@ -67,7 +70,7 @@ def _model_refusals(model: Any) -> Iterator[str]:
             "enable_prompt_embeds=True gives prompts without token ids, separators cannot be "
             "told: switch it off"
         )
-    if sliding_layers_only(model):
+    if vllm_config.cache_config.sliding_window is not None:  # set if every layer slides
         yield (
             f"every layer of {name} uses sliding-window attention (window "
             f"{model.get_sliding_window()}), so there is no full-attention layer to serve: "
@@ -75,27 +78,13 @@ def _model_refusals(model: Any) -> Iterator[str]:
         )
 
 
-def sliding_layers_only(model: Any) -> bool:
-    """Whether the model's configuration gives each layer a sliding window."""
-    if model.disable_sliding_window or model.get_sliding_window() is None:
-        return False
-    text_config = model.hf_text_config
-    layer_types = getattr(text_config, "layer_types", None)
-    if layer_types is not None:
-        return all(kind == "sliding_attention" for kind in layer_types)
-    if getattr(text_config, "use_sliding_window", True) is False:
-        return False
-    # Models that alternate say so by one of these when they have no layer_types.
-    pattern = ("sliding_window_pattern", "interleave_sliding_window", "max_window_layers")
-    return not any(getattr(text_config, name, None) is not None for name in pattern)
-
-
 def _cache_refusals(vllm_config: VllmConfig) -> Iterator[str]:
     cache = vllm_config.cache_config
-    if cache.cache_dtype not in CACHE_DTYPES:
+    dtype = vllm_config.model_config.dtype
+    if cache.cache_dtype != "auto" and getattr(torch, cache.cache_dtype, None) != dtype:
         yield (
-            f"kv_cache_dtype={cache.cache_dtype!r} is not supported on CPU: "
-            f"use one of {', '.join(CACHE_DTYPES)}"
+            f"kv_cache_dtype={cache.cache_dtype!r} is not supported on CPU with dtype={dtype}: "
+            "leave it at 'auto'"
         )
     if cache.user_specified_block_size and cache.block_size % BLOCK_MULTIPLE:
         yield f"block_size={cache.block_size}: must be a multiple of {BLOCK_MULTIPLE}, e.g. 32"

@@ -82,25 +82,25 @@ class CpuPages:
     Args:
         kv_cache: ``[num_pages, num_kv_heads, block_size, 2 * head_size]``, the layer's view of
             the shared buffer.
-        num_staging_pages: pages at the end of the buffer that belong to nobody.
+        staging_start: bytes of the buffer that belong to layers; what follows is for staging.
         isa: instruction set vLLM's kernels use for these pages.
 
     Raises:
-        ValueError: the buffer's pages are not all of one size.
+        ValueError: the layer's pages do not follow each other.
     """
 
-    def __init__(self, kv_cache: torch.Tensor, num_staging_pages: int, isa: str) -> None:
+    def __init__(self, kv_cache: torch.Tensor, staging_start: int, isa: str) -> None:
         _, num_kv_heads, block_size, width = kv_cache.shape
         head_size = width // 2
         page = num_kv_heads * block_size * width
         total = int(kv_cache.untyped_storage().nbytes()) // kv_cache.element_size()
         offset = int(kv_cache.storage_offset())
-        num_pages, rest = divmod(total - offset, page)
-        if rest or kv_cache.stride(0) != page:
+        if kv_cache.stride(0) != page:
             raise ValueError(
-                f"KV cache pages of different sizes in one buffer ({page} elements here) are not "
-                "supported by SepLLM attention: use another attention backend"
+                f"KV cache pages {kv_cache.stride(0)} elements apart, of {page} elements each, "
+                "are not supported by SepLLM attention: use another attention backend"
             )
+        num_pages = (total - offset) // page
         view = torch.as_strided(
             kv_cache,
             (num_pages, num_kv_heads, 2 * block_size, head_size),
@@ -108,7 +108,7 @@ class CpuPages:
         )
         self.isa = isa
         self.block_size = block_size
-        self.first_staging_page = num_pages - num_staging_pages
+        self.first_staging_page = -((offset - staging_start // kv_cache.element_size()) // page)
         self.key_cache, self.value_cache = view.chunk(2, dim=2)
         self._flat = view.view(num_pages, num_kv_heads, -1)
         self._bits = self._flat.view(_INTEGERS[kv_cache.element_size()]).numpy()

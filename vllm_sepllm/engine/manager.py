@@ -177,9 +177,6 @@ class KeptManager(SingleTypeKVCacheManager):
         self._pending.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
 
-    def remove_skipped_blocks(self, *args: Any, **kwargs: Any) -> None:
-        """Kept tokens stay visible, so no page of the stream is ever skipped."""
-
     @classmethod
     def find_longest_cache_hit(
         cls,

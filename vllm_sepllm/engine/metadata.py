@@ -93,17 +93,19 @@ class KeptRows:
             state = states.get(req_id)
             held = self._rows.get(req_id)
             if held is None or held[1] is not state:
-                row = held[0] if held is not None else self._take(req_ids)
+                row = held[0] if held is not None else self._take(req_ids, states)
                 self._counted[row] = 0
                 held = self._rows[req_id] = (row, state)
             rows[index] = held[0]
         return rows
 
-    def _take(self, in_use: list[str]) -> int:
-        if not self._free:
-            keep = set(in_use)
+    def _take(self, req_ids: list[str], states: dict[str, Any]) -> int:
+        """A free row; rows of requests that have ended are given back first."""
+        for keep in (states, set(req_ids)):
             for req_id in [r for r in self._rows if r not in keep]:
                 self._free.append(self._rows.pop(req_id)[0])
+            if self._free:
+                break
         return self._free.pop()
 
     def count(

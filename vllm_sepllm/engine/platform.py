@@ -43,8 +43,7 @@ class SepLLMCpuPlatform(CpuPlatform):
             return
         from vllm_sepllm.engine.startup import announce, prepare
 
-        # vLLM completes the same configuration again in the engine's process.
-        separators = None if settings.is_resolved(vllm_config) else prepare(vllm_config)
+        separators = prepare(vllm_config)
         vllm_config.parallel_config.worker_cls = WORKER_PATH
         vllm_config.scheduler_config.scheduler_cls = SCHEDULER_PATH
         cache_config = vllm_config.cache_config

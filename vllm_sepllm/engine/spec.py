@@ -68,19 +68,22 @@ class KeptSpec(AttentionSpec):
     num_sink_tokens: int
     expected_kept_share: float
 
+    def expected_kept_tokens(self, num_tokens: int) -> int:
+        """Kept tokens planned for a request of ordinary text."""
+        share = PLANNING_MARGIN * self.expected_kept_share
+        return math.ceil(min(num_tokens, self.num_sink_tokens + share * num_tokens))
+
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         """Memory planned for a request of ``max_model_len`` tokens of ordinary text.
 
         Together with the window group never more than full attention takes, so whatever length
-        full attention can serve passes vLLM's check at start-up. A request with more separators
-        than planned takes more; one that outgrows the pool is ended with an error.
+        full attention can serve passes vLLM's check at start-up. Where that limit is what
+        counts, the scheduler warns; a request that outgrows the pool is ended with an error.
         """
         max_len = vllm_config.model_config.max_model_len
-        share = PLANNING_MARGIN * self.expected_kept_share
-        kept = math.ceil(min(max_len, self.num_sink_tokens + share * max_len))
+        kept = cdiv(self.expected_kept_tokens(max_len), self.block_size)
         full = cdiv(max_len, self.block_size)
-        pages = min(cdiv(kept, self.block_size), full - self._window_pages(vllm_config))
-        return pages * self.page_size_bytes
+        return min(kept, full - self._window_pages(vllm_config)) * self.page_size_bytes
 
     def _window_pages(self, vllm_config: VllmConfig) -> int:
         window: Any = WindowSpec(

@@ -6,7 +6,7 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.tokenizers import cached_tokenizer_from_config
 
-from vllm_sepllm.config import ConfigError
+from vllm_sepllm.config import ConfigError, SepLLMConfig
 from vllm_sepllm.engine import settings
 from vllm_sepllm.engine.checks import refusals
 from vllm_sepllm.engine.compat import is_tested, tested_range, vllm_version
@@ -19,14 +19,24 @@ logger = init_logger(f"vllm.{__name__}")
 UNKNOWN_KEPT_SHARE = 0.25
 
 
-def prepare(vllm_config: VllmConfig) -> Separators:
+def prepare(vllm_config: VllmConfig) -> Separators | None:
     """Check a configuration and write its resolved options back into it.
+
+    Returns:
+        The separators found, or ``None`` if this was done before: vLLM completes the same
+        configuration again in the engine's process.
 
     Raises:
         ConfigError: it cannot be served.
     """
     try:
-        separators = _resolve(vllm_config)
+        options = settings.options(vllm_config)
+        problems = refusals(vllm_config, options)
+        if problems:
+            raise ConfigError("; ".join(problems))
+        if settings.is_resolved(vllm_config):
+            return None
+        separators = _resolve(vllm_config, options)
     except ValueError as error:
         raise ConfigError(f"SepLLM attention: {error}") from None
     # vLLM's default of 0 keeps the window pages of a prompt's end only, so a prefix shared up to
@@ -36,18 +46,18 @@ def prepare(vllm_config: VllmConfig) -> Separators:
     return separators
 
 
-def _resolve(vllm_config: VllmConfig) -> Separators:
-    options = settings.options(vllm_config)
-    problems = refusals(vllm_config, options)
-    if problems:
-        raise ConfigError("; ".join(problems))
+def _resolve(vllm_config: VllmConfig, options: SepLLMConfig) -> Separators:
     model_config = vllm_config.model_config
     vocab_size = model_config.get_vocab_size()
-    ids = options.separator_token_ids
+    tokenizer = None
     if not model_config.skip_tokenizer_init:
         tokenizer = cached_tokenizer_from_config(model_config)
         separators = resolve_separators(options, tokenizer)
-    elif ids is not None:
+        if options.separator_token_ids is None:
+            # Tokens added to the tokenizer alone are never part of a prompt.
+            separators = separators.below(vocab_size)
+    elif options.separator_token_ids is not None:
+        ids = options.separator_token_ids
         separators = Separators(ids, tuple(f"<id {i}>" for i in ids))
     else:
         raise ConfigError(
@@ -56,9 +66,7 @@ def _resolve(vllm_config: VllmConfig) -> Separators:
         )
     resolved = options.with_separator_ids(separators.token_ids)
     policy = KeptPolicy.from_config(resolved, vocab_size)  # checks the ids
-    share = UNKNOWN_KEPT_SHARE
-    if not model_config.skip_tokenizer_init:
-        share = kept_share_of_english(policy, tokenizer)
+    share = kept_share_of_english(policy, tokenizer) if tokenizer else UNKNOWN_KEPT_SHARE
     settings.store(vllm_config, resolved, share)
     return separators
 

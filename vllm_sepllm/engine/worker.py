@@ -32,7 +32,8 @@ class SepLLMCPUWorker(CPUWorker):
         """
         with set_current_vllm_config(self.vllm_config):  # read by SepLLMBackend.customize_spec
             specs = super().get_kv_cache_spec()
-        if specs and not any(isinstance(spec, WindowSpec) for spec in specs.values()):
+        whole_model = self.parallel_config.pipeline_parallel_size == 1
+        if specs and whole_model and not _window_specs(specs):
             raise ConfigError(
                 f"no layer of {self.model_config.model} has full attention, so SepLLM attention "
                 "has nothing to do: use another attention backend"
@@ -44,23 +45,33 @@ class SepLLMCPUWorker(CPUWorker):
         return super().determine_available_memory() - self._staging_bytes()
 
     def _staging_bytes(self) -> int:
-        """Staging pages of one step, shared by all layers."""
+        """Room for the staging pages of one step, shared by all layers.
+
+        Enough whichever size vLLM splits pages into, and for the layer with the largest: the
+        pages of each layer are counted from its own first one, so its first staging page may
+        begin up to a page late.
+        """
         window = settings.options(self.vllm_config).window_size
-        spec = next(s for s in self.get_kv_cache_spec().values() if isinstance(s, WindowSpec))
         sizes = SepLLMBackend.get_supported_kernel_block_sizes()
-        block_size = next(size for size in sizes if spec.block_size % size == 0)
-        pages = self.scheduler_config.max_num_seqs * staging_pages_per_request(window, block_size)
-        return pages * spec.copy_with_new_block_size(block_size).page_size_bytes
+        num_reqs = self.scheduler_config.max_num_seqs
+        needs = [
+            (num_reqs * staging_pages_per_request(window, size) + 1)
+            * spec.copy_with_new_block_size(size).page_size_bytes
+            for spec in _window_specs(self.get_kv_cache_spec())
+            for size in sizes
+        ]
+        return max(needs, default=0)
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Allocate the KV cache with staging pages behind it, and connect what needs it."""
         extra = self._staging_bytes()
+        layers_end = kv_cache_config.kv_cache_tensors[0].size
         tensors = [
             replace(tensor, size=tensor.size + extra) for tensor in kv_cache_config.kv_cache_tensors
         ]
         super().initialize_from_config(replace(kv_cache_config, kv_cache_tensors=tensors))
         self._attach_builders()
-        self._bind_layers()
+        self._bind_layers(layers_end)
 
     def _attach_builders(self) -> None:
         for groups in self.model_runner.attn_groups:
@@ -69,8 +80,7 @@ class SepLLMCPUWorker(CPUWorker):
                     if isinstance(builder, KeptMetadataBuilder):
                         builder.attach(self.model_runner)
 
-    def _bind_layers(self) -> None:
-        window = settings.options(self.vllm_config).window_size
+    def _bind_layers(self, layers_end: int) -> None:
         context = self.vllm_config.compilation_config.static_forward_context
         for name, layer in get_layers_from_vllm_config(self.vllm_config, Attention).items():
             if not isinstance(layer.impl, SepLLMImpl):
@@ -81,4 +91,8 @@ class SepLLMCPUWorker(CPUWorker):
                     f"vLLM placed the two KV-cache groups of {name} in different memory: "
                     "this model is not supported by SepLLM attention"
                 )
-            layer.impl.bind_pages(layer.kv_cache, window, self.scheduler_config.max_num_seqs)
+            layer.impl.bind_pages(layer.kv_cache, layers_end)
+
+
+def _window_specs(specs: dict[str, Any]) -> list[WindowSpec]:
+    return [spec for spec in specs.values() if isinstance(spec, WindowSpec)]

@@ -36,6 +36,7 @@ SAMPLE = (
     "little and see the watery part of the world.\nIt is a way I have of driving off the spleen, "
     "and regulating the circulation.\n"
 )
+SAMPLE_WINDOW = 16
 STYLES = {
     TokenClass.SINK: "black on #8cc2f2",
     TokenClass.SEPARATOR: "black on #ffb547",
@@ -71,7 +72,10 @@ def inspect(
 ) -> None:
     """Show which tokens of a text the last one attends to, and the pages they take."""
     try:
-        config = SepLLMConfig.from_dict(parse_options(option or []))
+        options = parse_options(option or [])
+        if text is None:  # the sample is shorter than the usual window
+            options.setdefault("window_size", SAMPLE_WINDOW)
+        config = SepLLMConfig.from_dict(options)
         _check_inspectable(config)
         _check_least("--block-size", block_size, 1, "32 is a common page size")
         _check_least("--limit", limit, 0, "0 shows all tokens")
@@ -134,7 +138,7 @@ def doctor(
         console.print(Text.assemble(("problem: ", "bold red"), problem), soft_wrap=True)
     if diagnosis.problems:
         raise typer.Exit(1)
-    console.print("serving with SepLLM would start", style="green")
+    console.print("nothing found that would keep SepLLM from being served", style="green")
 
 
 def parse_options(pairs: Sequence[str]) -> dict[str, Any]:

@@ -44,7 +44,8 @@ class SepLLMConfig:
         separators: texts that make a token a separator.
         separator_match: ``"exact"``: the token is one of ``separators``;
             ``"composed"``: the token consists of nothing but characters of ``separators``.
-        separator_token_ids: ids that override the two fields above.
+        separator_token_ids: ids that override the two fields above; none of them leaves sinks
+            and window.
         interval: distance between kept tokens of ``policy="fixed_interval"``.
         position_mode: ``"original"`` keeps each key's own rotary position.
 

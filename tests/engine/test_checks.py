@@ -46,6 +46,31 @@ def test_options(options, sentence):
     assert sentence in refusal(additional_config={"sepllm": options})
 
 
+MISPLACED = [{"window_size": 64}, {"SepLLM": {"window_size": 64}}, {"sepllm ": {}}]
+
+
+@pytest.mark.parametrize("additional", MISPLACED, ids=str)
+def test_misplaced_options(additional):
+    message = refusal(additional_config=additional)
+    assert f"has the key {next(iter(additional))!r}" in message
+    assert 'options belong under {"sepllm": {"window_size": 64}}' in message
+
+
+def test_options_of_a_backend_that_is_not_selected_are_warned_of(monkeypatch):
+    from vllm.engine.arg_utils import EngineArgs
+
+    from vllm_sepllm.engine import settings
+
+    said = []
+    monkeypatch.setattr(settings.logger, "warning_once", said.append)
+    args = {"model": MODEL, "max_model_len": 512}
+    EngineArgs(**args, additional_config={"other": 1}).create_engine_config()
+    assert said == []
+    EngineArgs(**args, additional_config={"sepllm": {}}).create_engine_config()
+    assert len(said) == 1
+    assert "--attention-backend sepllm" in said[0]
+
+
 ENGINE = [
     ({"block_size": 24}, "block_size=24: must be a multiple of 16"),
     ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype='fp8' is not supported on CPU"),
@@ -156,6 +181,10 @@ MODELS = {
             "is_encoder_decoder": True,
         },
         "encoder-decoder",
+    ),
+    "head size": (
+        {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "head_dim": 24},
+        "heads of size 24, must be one of 32, 64,",
     ),
     "alibi": (
         {

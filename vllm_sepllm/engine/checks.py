@@ -6,12 +6,15 @@ Every refusal is one sentence: value, limit, remedy. Nothing falls back to dense
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any
 
 import torch
 from vllm.config import VllmConfig
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
 from vllm_sepllm.config import SepLLMConfig
+from vllm_sepllm.engine.settings import OPTIONS_KEY
 
 OTHER_BACKEND = "use another attention backend"
 BLOCK_MULTIPLE = 16
@@ -21,6 +24,7 @@ def refusals(vllm_config: VllmConfig, options: SepLLMConfig) -> list[str]:
     """Everything that stands against serving this configuration; empty if nothing does."""
     return [
         *_option_refusals(options),
+        *_misplaced_options(vllm_config.additional_config),
         *_model_refusals(vllm_config),
         *_cache_refusals(vllm_config),
         *_parallel_refusals(vllm_config),
@@ -43,6 +47,16 @@ def _option_refusals(options: SepLLMConfig) -> Iterator[str]:
         )
 
 
+def _misplaced_options(additional: Any) -> Iterator[str]:
+    """Keys beside "sepllm" that were surely meant for it; other plugins' keys are left alone."""
+    names = {field.name for field in fields(SepLLMConfig)}
+    for key in additional if isinstance(additional, dict) else ():
+        right = key == OPTIONS_KEY or not isinstance(key, str)
+        if not right and (key in names or key.strip().casefold() == OPTIONS_KEY):
+            where = f'{{"{OPTIONS_KEY}": {{"window_size": 64}}}}'
+            yield f"additional_config has the key {key!r}: options belong under {where}"
+
+
 def _model_refusals(vllm_config: VllmConfig) -> Iterator[str]:
     model: Any = vllm_config.model_config
     name = model.model
@@ -56,6 +70,12 @@ def _model_refusals(vllm_config: VllmConfig) -> Iterator[str]:
         yield (
             f"{name} has attention of type {model.attn_type!r}, only 'decoder' is served: "
             f"{OTHER_BACKEND}"
+        )
+    sizes = CPUAttentionBackend.get_supported_head_sizes()
+    if not model.use_mla and model.get_head_size() not in sizes:
+        yield (
+            f"{name} has heads of size {model.get_head_size()}, must be one of "
+            f"{', '.join(map(str, sizes))}: {OTHER_BACKEND}"
         )
     if model.runner_type == "pooling":
         yield f"{name} is run for pooling, only text generation is served: {OTHER_BACKEND}"

@@ -109,6 +109,7 @@ class CpuPages:
         self.isa = isa
         self.block_size = block_size
         self.first_staging_page = -((offset - staging_start // kv_cache.element_size()) // page)
+        self.num_staging_pages = num_pages - self.first_staging_page
         self.key_cache, self.value_cache = view.chunk(2, dim=2)
         self._flat = view.view(num_pages, num_kv_heads, -1)
         self._bits = self._flat.view(_INTEGERS[kv_cache.element_size()]).numpy()
@@ -209,6 +210,11 @@ class PagedCall:
         """Attend ``query`` into ``output``, both ``[num_queries, num_heads, head_size]``."""
         rows = self._rows
         if self._staged_pages.size:
+            if self._staged_pages.size > pages.num_staging_pages:
+                raise RuntimeError(
+                    f"{self._staged_pages.size} staging pages are needed, "
+                    f"{pages.num_staging_pages} were reserved: please report this"
+                )
             # Staging pages are numbered from the layer's own first page.
             rows.block_table[rows.staged] = self._staged_pages + pages.first_staging_page
             pages.stage(rows.merged, rows.packed)

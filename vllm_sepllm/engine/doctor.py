@@ -1,4 +1,4 @@
-"""What ``vllm-sepllm doctor`` reports: whether serving would start, and if not, why."""
+"""What ``vllm-sepllm doctor`` reports: what would keep a model from being served."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import platform
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, entry_points, version
+from pathlib import Path
 from typing import Any
 
 from vllm_sepllm.config import ConfigError, SepLLMConfig
@@ -36,8 +37,8 @@ class Diagnosis:
 def diagnose(model: str | None, options: dict[str, Any], dtype: str = "auto") -> Diagnosis:
     """Look at the installation, the options and, if given, the model.
 
-    The model's configuration goes through vLLM's own start-up up to the point where weights
-    would be loaded, so what is refused here is what ``vllm serve`` refuses.
+    The model's configuration goes through vLLM's own start-up up to the point where workers
+    start. What shows only there (memory, a layer of an unusual kind) is not seen here.
 
     Args:
         model: name or directory of a model.
@@ -112,6 +113,9 @@ def _model(diagnosis: Diagnosis, model: str, options: dict[str, Any], dtype: str
 
     from vllm_sepllm.engine import settings
 
+    if model.startswith((".", "/", "~")) and not Path(model).expanduser().is_dir():
+        diagnosis.note("model", model, f"{model}: no such folder; name one that holds config.json")
+        return
     try:
         arguments: Any = {"model": model, "dtype": dtype, "attention_backend": "sepllm"}
         args = EngineArgs(**arguments, additional_config={settings.OPTIONS_KEY: options})

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.logger import init_logger
 from vllm.platforms.cpu import CpuPlatform
 
+from vllm_sepllm.config import ConfigError
 from vllm_sepllm.engine.registration import BACKEND_NAME, BACKEND_PATH
 
 if TYPE_CHECKING:
@@ -39,11 +40,16 @@ class SepLLMCpuPlatform(CpuPlatform):
         from vllm_sepllm.engine import settings
 
         if vllm_config.model_config is None or not settings.is_selected(vllm_config):
+            settings.warn_if_unused(vllm_config)
             super().check_and_update_config(vllm_config)
             return
         from vllm_sepllm.engine.startup import announce, prepare
 
-        separators = prepare(vllm_config)
+        try:
+            separators = prepare(vllm_config)
+        except ConfigError as error:
+            logger.error("%s", error)  # the exception is shown in the middle of a traceback
+            raise
         vllm_config.parallel_config.worker_cls = WORKER_PATH
         vllm_config.scheduler_config.scheduler_cls = SCHEDULER_PATH
         cache_config = vllm_config.cache_config
@@ -89,7 +95,7 @@ class SepLLMCpuPlatform(CpuPlatform):
         )
         if reasons:
             raise ValueError(
-                f"SepLLM attention cannot serve this layer: {', '.join(reasons)} "
-                f"({attn_selector_config}); use another attention backend"
+                f"SepLLM attention cannot serve this model: {', '.join(reasons)}; "
+                "use another attention backend"
             )
         return BACKEND_PATH

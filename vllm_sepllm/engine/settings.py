@@ -7,10 +7,13 @@ their ids back, as plain JSON: workers and the scheduler then need no tokenizer.
 from __future__ import annotations
 
 from vllm.config import VllmConfig
+from vllm.logger import init_logger
 
 from vllm_sepllm.config import SepLLMConfig
 from vllm_sepllm.engine.registration import BACKEND_NAME
 from vllm_sepllm.policy import KeptPolicy
+
+logger = init_logger(f"vllm.{__name__}")
 
 OPTIONS_KEY = "sepllm"
 SHARE_KEY = "sepllm_expected_kept_share"
@@ -21,6 +24,16 @@ def is_selected(vllm_config: VllmConfig) -> bool:
     attention = vllm_config.attention_config
     chosen = [attention.backend, *attention.backend_per_kind.values()]
     return any(backend is not None and backend.name == BACKEND_NAME for backend in chosen)
+
+
+def warn_if_unused(vllm_config: VllmConfig) -> None:
+    """Options for a backend that is not selected are most likely a forgotten argument."""
+    additional = vllm_config.additional_config
+    if isinstance(additional, dict) and OPTIONS_KEY in additional:
+        logger.warning_once(
+            "additional_config has options for SepLLM attention, which is not selected: "
+            "full attention is used. Add --attention-backend sepllm."
+        )
 
 
 def options(vllm_config: VllmConfig) -> SepLLMConfig:

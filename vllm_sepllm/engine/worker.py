@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -42,29 +43,50 @@ class SepLLMCPUWorker(CPUWorker):
 
     def determine_available_memory(self) -> int:
         """vLLM's figure less the staging pages, so that the total stays what was asked for."""
-        return super().determine_available_memory() - self._staging_bytes()
+        available = super().determine_available_memory()
+        # Each request that needs staging holds at least the block it writes to, so what the rest
+        # of the memory has room for bounds their number too.
+        per_request, _ = self._staging_sizes()
+        most = available // (per_request + self._block_bytes() + 1) + 1
+        staging = self._staging_bytes(most)
+        logger.info_once(
+            "SepLLM attention: %.1f of %.1f MiB of the KV cache are staging pages, shared by all "
+            "layers",
+            staging / 2**20,
+            available / 2**20,
+        )
+        return available - staging
 
-    def _staging_bytes(self) -> int:
-        """Room for the staging pages of one step, shared by all layers.
+    def _staging_bytes(self, num_blocks: int) -> int:
+        """Room for the staging pages of one step beside ``num_blocks`` blocks."""
+        per_request, page = self._staging_sizes()
+        # Pages are counted from a layer's own first one, so staging may begin up to a page late.
+        return min(self.scheduler_config.max_num_seqs, num_blocks) * per_request + page
 
-        Enough whichever size vLLM splits pages into, and for the layer with the largest: the
-        pages of each layer are counted from its own first one, so its first staging page may
-        begin up to a page late.
+    def _staging_sizes(self) -> tuple[int, int]:
+        """Staging bytes of one request, and the bytes of one page.
+
+        Enough whichever size vLLM splits pages into, and for the layer with the largest.
         """
         window = settings.options(self.vllm_config).window_size
-        sizes = SepLLMBackend.get_supported_kernel_block_sizes()
-        num_reqs = self.scheduler_config.max_num_seqs
-        needs = [
-            (num_reqs * staging_pages_per_request(window, size) + 1)
-            * spec.copy_with_new_block_size(size).page_size_bytes
-            for spec in _window_specs(self.get_kv_cache_spec())
-            for size in sizes
-        ]
-        return max(needs, default=0)
+        per_request = page = 0
+        for spec in _window_specs(self.get_kv_cache_spec()):
+            for size in SepLLMBackend.get_supported_kernel_block_sizes():
+                size_bytes = spec.copy_with_new_block_size(size).page_size_bytes
+                page = max(page, size_bytes)
+                pages = staging_pages_per_request(window, size)
+                per_request = max(per_request, pages * size_bytes)
+        return per_request, page
+
+    def _block_bytes(self) -> int:
+        """At least the bytes of one block: a page of each layer in the smallest group."""
+        layers = Counter(self.get_kv_cache_spec().values())
+        pages = [spec.page_size_bytes for spec in layers]
+        return min(layers.values(), default=0) * min(pages, default=0)
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Allocate the KV cache with staging pages behind it, and connect what needs it."""
-        extra = self._staging_bytes()
+        extra = self._staging_bytes(kv_cache_config.num_blocks)
         layers_end = kv_cache_config.kv_cache_tensors[0].size
         tensors = [
             replace(tensor, size=tensor.size + extra) for tensor in kv_cache_config.kv_cache_tensors

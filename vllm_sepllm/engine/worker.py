@@ -49,9 +49,8 @@ class SepLLMCPUWorker(CPUWorker):
         per_request, _ = self._staging_sizes()
         most = available // (per_request + self._block_bytes() + 1) + 1
         staging = self._staging_bytes(most)
-        logger.info_once(
-            "SepLLM attention: %.1f of %.1f MiB of the KV cache are staging pages, shared by all "
-            "layers",
+        logger.debug(
+            "SepLLM attention: %.1f of %.1f MiB of the KV cache are staging pages",
             staging / 2**20,
             available / 2**20,
         )

@@ -1,7 +1,7 @@
 """SepLLM beside full attention on a book, with the same KV memory: `make demo`.
 
     python examples/demo.py                                   # both, and the table
-    python examples/demo.py --run dense --json /tmp/dense.json  # one of them
+    python examples/demo.py --run dense --json dense.json  # one of them
 
 Each engine runs in a process of its own. The KV cache is kept so small that requests have to
 wait for it, as they do on a busy server; what is printed was read from vLLM's scheduler while

@@ -51,7 +51,7 @@ make_venv() {
   install --upgrade pip packaging
 }
 
-# torch==...+cpu is not on PyPI, so it is asked for on its own and its absence explained.
+# torch==...+cpu is not on every package index, so it is asked for on its own and its absence explained.
 install_torch() {
   local torch=$1 log=.venv/torch.log
   if ! install ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} "$torch" 2>"$log"; then

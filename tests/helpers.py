@@ -130,3 +130,28 @@ def page_bound(kept: int, window: int, chunk: int, block_size: int) -> int:
     """Pages a request may hold: stream, window, and the chunk being computed."""
     pages = math.ceil(kept / block_size) + math.ceil((window - 1) / block_size) + 1
     return pages + math.ceil(chunk / block_size)
+
+
+def make_kept_manager(pool: Any, sinks: int) -> Any:
+    """A manager of the kept group over a real block pool, not attached to requests yet."""
+    import torch
+
+    from vllm_sepllm.engine.manager import KeptManager
+    from vllm_sepllm.engine.spec import KeptSpec
+
+    spec = KeptSpec(
+        block_size=pool.hash_block_size,
+        num_kv_heads=1,
+        head_size=8,
+        dtype=torch.float32,
+        window_size=8,
+        num_sink_tokens=sinks,
+        expected_kept_share=0.2,
+    )
+    return KeptManager(
+        spec,
+        block_pool=pool,
+        enable_caching=pool.enable_caching,
+        kv_cache_group_id=1,
+        scheduler_block_size=pool.hash_block_size,
+    )

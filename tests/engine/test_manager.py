@@ -4,11 +4,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
+from helpers import make_kept_manager
 from vllm.v1.core.block_pool import BlockPool
 
-from vllm_sepllm.engine.manager import KeptManager
-from vllm_sepllm.engine.spec import KeptSpec
 from vllm_sepllm.policy import KeptPolicy, separator_table
 
 pytestmark = pytest.mark.engine
@@ -19,22 +17,7 @@ SEPARATOR, WORD = 1, 2
 class Setup:
     def __init__(self, num_blocks=50, block_size=4, sinks=2):
         self.pool = BlockPool(num_blocks, enable_caching=False, hash_block_size=block_size)
-        spec = KeptSpec(
-            block_size=block_size,
-            num_kv_heads=1,
-            head_size=8,
-            dtype=torch.float32,
-            window_size=8,
-            num_sink_tokens=sinks,
-            expected_kept_share=0.2,
-        )
-        self.manager = KeptManager(
-            spec,
-            block_pool=self.pool,
-            enable_caching=False,
-            kv_cache_group_id=1,
-            scheduler_block_size=block_size,
-        )
+        self.manager = make_kept_manager(self.pool, sinks)
         self.requests = {}
         policy = KeptPolicy(sinks, 8, separator_table([SEPARATOR], 10))
         self.manager.attach(policy, self.requests)

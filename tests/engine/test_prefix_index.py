@@ -4,13 +4,12 @@ import hashlib
 
 import numpy as np
 import pytest
-import torch
+from helpers import make_kept_manager
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHash
 
 from vllm_sepllm.engine.manager import KeptManager
 from vllm_sepllm.engine.prefix_index import COUNTS_PER_PAGE, PrefixIndex
-from vllm_sepllm.engine.spec import KeptSpec
 from vllm_sepllm.policy import KeptPolicy, separator_table
 
 pytestmark = pytest.mark.engine
@@ -41,22 +40,8 @@ class Model:
 
     def __init__(self, num_blocks, sinks=2):
         self.pool = BlockPool(num_blocks, enable_caching=True, hash_block_size=SIZE)
-        self.spec = KeptSpec(
-            block_size=SIZE,
-            num_kv_heads=1,
-            head_size=8,
-            dtype=torch.float32,
-            window_size=8,
-            num_sink_tokens=sinks,
-            expected_kept_share=0.2,
-        )
-        self.manager = KeptManager(
-            self.spec,
-            block_pool=self.pool,
-            enable_caching=True,
-            kv_cache_group_id=GROUP,
-            scheduler_block_size=SIZE,
-        )
+        self.manager = make_kept_manager(self.pool, sinks)
+        self.spec = self.manager.kv_cache_spec
         self.policy = KeptPolicy(sinks, 8, separator_table([SEPARATOR], 16))
         self.requests = {}
         self.manager.attach(self.policy, self.requests)

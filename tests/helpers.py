@@ -105,18 +105,7 @@ class Engine:
         )
 
     def check_integrity(self) -> None:
-        """Every page is free or held, shared only as often as it is referenced, none is lost."""
-        holders: Counter[int] = Counter()
-        for manager in self.managers:
-            in_group: Counter[int] = Counter()
-            for blocks in manager.req_to_blocks.values():
-                in_group.update({block.block_id for block in blocks if not block.is_null})
-            assert not holders.keys() & in_group.keys(), "a page is held in two groups"
-            holders += in_group
-        for block_id, count in holders.items():
-            assert self.pool.blocks[block_id].ref_cnt == count, "references and holders differ"
-        free = self.pool.get_num_free_blocks()
-        assert free + len(holders) == self.pool.num_gpu_blocks - 1, "pages are lost"
+        check_integrity(self.managers, self.pool)
 
     def close(self) -> None:
         from vllm.distributed import cleanup_dist_env_and_memory
@@ -124,6 +113,21 @@ class Engine:
         self.llm = self.core = self.scheduler = self.pool = self.managers = None
         gc.collect()
         cleanup_dist_env_and_memory()
+
+
+def check_integrity(managers: Any, pool: Any) -> None:
+    """Every page is free or held, shared only as often as it is referenced, none is lost."""
+    holders: Counter[int] = Counter()
+    for manager in managers:
+        in_group: Counter[int] = Counter()
+        for blocks in manager.req_to_blocks.values():
+            in_group.update({block.block_id for block in blocks if not block.is_null})
+        assert not holders.keys() & in_group.keys(), "a page is held in two groups"
+        holders += in_group
+    for block_id, count in holders.items():
+        assert pool.blocks[block_id].ref_cnt == count, "references and holders differ"
+    free = pool.get_num_free_blocks()
+    assert free + len(holders) == pool.num_gpu_blocks - 1, "pages are lost"
 
 
 def page_bound(kept: int, window: int, chunk: int, block_size: int) -> int:

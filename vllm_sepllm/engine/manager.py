@@ -34,7 +34,9 @@ from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.request import Request
 
+from vllm_sepllm.engine.junctions import Junctions, refresh
 from vllm_sepllm.engine.prefix_index import PrefixIndex, done_key
+from vllm_sepllm.engine.spare_pages import SparePages
 from vllm_sepllm.policy import KeptCounts, KeptPolicy
 
 
@@ -50,6 +52,9 @@ class KeptManager(SingleTypeKVCacheManager):
         self._requests: Mapping[str, Request] = {}
         self._counts: dict[str, KeptCounts] = {}
         self._index = PrefixIndex.of(self.block_pool)
+        self._spare = SparePages.of(self.block_pool)
+        self._junctions = Junctions.of(self.block_pool)
+        self._resumed: set[str] = set()  # requests whose first step was seen
         # Keys of this step's pages, by request: key, page, tokens of the prefix.
         self._pending: dict[str, list[tuple[BlockHash, KVCacheBlock, int]]] = {}
 
@@ -127,12 +132,13 @@ class KeptManager(SingleTypeKVCacheManager):
     ) -> list[KVCacheBlock]:
         """Take pages from the pool; returns the new ones, a copied one among them."""
         new_blocks = []
+        blocks = self.req_to_blocks[request_id]
+        missing = self.num_pages(request_id, num_tokens) - len(blocks)
+        self._spare.make_room(max(0, missing) + (request_id in self._partial_hit_reqs))
         if request_id in self._partial_hit_reqs:
             index, source = self._partial_hit_reqs.pop(request_id)
             new_blocks = self.block_pool.get_new_blocks(1)
             self._apply_cow(request_id, index, source, new_blocks[0])
-        blocks = self.req_to_blocks[request_id]
-        missing = self.num_pages(request_id, num_tokens) - len(blocks)
         if missing > 0:
             added = self.block_pool.get_new_blocks(missing)
             blocks.extend(added)
@@ -144,6 +150,9 @@ class KeptManager(SingleTypeKVCacheManager):
         request_id, size = request.request_id, self.block_size
         hashes = resolve_block_hashes(request.block_hashes, self.block_pool.hash_block_size, size)
         first = self.num_cached_block.get(request_id, 0)
+        if request_id not in self._resumed:
+            self._resumed.add(request_id)
+            self._refresh_junctions(hashes[:first])
         stop = min(num_tokens // size, len(hashes))
         if stop <= first:
             return
@@ -160,6 +169,11 @@ class KeptManager(SingleTypeKVCacheManager):
                 pending.append((hashes[i], pages[count // size], (i + 1) * size))
         self.num_cached_block[request_id] = stop
 
+    def _refresh_junctions(self, hashes: Sequence[BlockHash]) -> None:
+        """Keep the partly filled pages of junctions that a request has passed by a hit."""
+        for end in self._junctions.among(hashes):
+            refresh(self.block_pool, hashes[end - 1 : end], self.kv_cache_group_id)
+
     def step_is_over(self) -> None:
         """The pages of the last step are filled: let other requests find them."""
         for entries in self._pending.values():
@@ -175,6 +189,7 @@ class KeptManager(SingleTypeKVCacheManager):
         """
         self._counts.pop(request_id, None)
         self._pending.pop(request_id, None)
+        self._resumed.discard(request_id)
         return super().pop_blocks_for_free(request_id)
 
     @classmethod

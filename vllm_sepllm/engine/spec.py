@@ -20,11 +20,11 @@ from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.utils.math_utils import cdiv
-from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
 from vllm.v1.kv_cache_interface import AttentionSpec, SlidingWindowSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cache_spec
 
 from vllm_sepllm.engine.manager import KeptManager
+from vllm_sepllm.engine.window import WindowManager
 
 # Four PG19 books under two tokenizers keep 1.03 to 1.20 times the share of the sample text the
 # estimate is made from.
@@ -34,7 +34,7 @@ PLANNING_MARGIN = 1.25
 KVCacheSpecRegistry._ensure_registered()
 
 
-@register_kv_cache_spec(manager_class=SlidingWindowManager)
+@register_kv_cache_spec(manager_class=WindowManager)
 @dataclass(frozen=True, kw_only=True)
 class WindowSpec(SlidingWindowSpec):
     """The window group.

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from helpers import MODEL, Engine, book_tokens
+from helpers import MODEL, POOL_FILLING_TOKENS, SMALL_POOL, Engine, Reference, book_tokens
 
 
 @pytest.fixture(scope="session")
@@ -50,6 +50,30 @@ def engines() -> Iterator[Any]:
     keeper = EngineKeeper()
     yield keeper.get
     keeper.close()
+
+
+@pytest.fixture(scope="session")
+def reference(reference_model: Any, separator_ids: tuple[int, ...]) -> Reference:
+    """The demo model under the mask of ``SMALL_POOL``."""
+    options = SMALL_POOL["sepllm"]
+    return Reference(
+        reference_model, separator_ids, options["num_sink_tokens"], options["window_size"]
+    )
+
+
+@pytest.fixture
+def engine(engines: Any) -> Iterator[Engine]:
+    """The engine of ``SMALL_POOL``, with nothing in its cache; at the end all pages are back."""
+    engine = engines(**SMALL_POOL)
+    assert engine.llm.reset_prefix_cache()
+    yield engine
+    engine.check_empty()
+
+
+@pytest.fixture(params=["ample", "short"])
+def intruder(request: Any, separator_ids: tuple[int, ...]) -> list[int] | None:
+    """Memory is ample, or a prompt comes that takes all pages of ``SMALL_POOL``."""
+    return [separator_ids[0]] * POOL_FILLING_TOKENS if request.param == "short" else None
 
 
 class EngineKeeper:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import math
 from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,19 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = str(ROOT / "examples/models/pg19-5m-sep")
 BOOK = ROOT / "examples/data/860.txt"
+EOS = 1
+
+# Room for a dozen ordinary requests, and for one prompt of 2,040 separators but not a page more.
+SMALL_POOL: dict[str, Any] = {
+    "sepllm": {"window_size": 64, "num_sink_tokens": 4},
+    "enable_prefix_caching": True,
+    "num_gpu_blocks_override": 84,
+    "max_num_batched_tokens": 512,
+    "scheduling_policy": "priority",
+    "scheduler_reserve_full_isl": False,
+    "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
+}
+POOL_FILLING_TOKENS = 2040
 
 
 @cache
@@ -84,12 +99,31 @@ class Engine:
         outputs = self.generate(prompts, max_tokens, **params)
         return [list(output.outputs[0].token_ids) for output in outputs]
 
-    def add(self, name: str, prompt: list[int], max_tokens: int = 24) -> None:
-        """Queue a request for :meth:`step`."""
-        from vllm import SamplingParams
+    def add(
+        self,
+        name: str,
+        prompt: list[int],
+        max_tokens: int = 24,
+        priority: int = 0,
+        lora: Any = None,
+        **params: Any,
+    ) -> None:
+        """Queue a request for :meth:`step`, greedy unless ``params`` say otherwise.
 
-        sampling = SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True)
-        self.llm.llm_engine.add_request(name, {"prompt_token_ids": prompt}, sampling)
+        It has one output, when it is finished.
+        """
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        final = RequestOutputKind.FINAL_ONLY
+        given = {"temperature": 0, "ignore_eos": True, "output_kind": final, **params}
+        self.llm.llm_engine.add_request(
+            name,
+            {"prompt_token_ids": prompt},
+            SamplingParams(max_tokens=max_tokens, **given),
+            lora_request=lora,
+            priority=priority,
+        )
 
     def step(self) -> list[Any]:
         return self.llm.llm_engine.step()
@@ -106,6 +140,51 @@ class Engine:
 
     def check_integrity(self) -> None:
         check_integrity(self.managers, self.pool)
+
+    def check_empty(self) -> None:
+        """No request is left and all pages came back.
+
+        Requests that are left end here, so that the next test does not meet them.
+        """
+        left = list(self.scheduler.requests)
+        self.llm.llm_engine.abort_request(left, internal=True)
+        self.check_integrity()
+        assert not left, "requests are left"
+        assert self.pool.get_num_free_blocks() == self.pool.num_gpu_blocks - 1, "pages are left"
+
+    def serve(
+        self, requests: dict[str, dict[str, Any]], intruder: list[int] | None = None
+    ) -> dict[str, Any]:
+        """Run requests together, with an integrity check after every step.
+
+        Args:
+            requests: arguments of :meth:`add` by name.
+            intruder: a prompt that is added when all of them decode, and computed before them.
+                It must leave no room: every request is preempted, and resumes after it. Needs
+                ``scheduling_policy="priority"``.
+
+        Returns:
+            The last ``RequestOutput`` of each.
+        """
+        for name, arguments in requests.items():
+            self.add(name, **{"priority": 1, **arguments})
+        mine = set(self.scheduler.requests)
+        finished: dict[str, Any] = {}
+        preempted: set[str] = set()
+        waiting = intruder
+        while self.llm.llm_engine.has_unfinished_requests():
+            outputs = self.step()
+            self.check_integrity()
+            finished.update({output.request_id: output for output in outputs})
+            live = self.scheduler.requests
+            preempted |= {name for name, request in live.items() if request.num_preemptions}
+            if waiting and all(request.num_output_tokens for request in live.values()):
+                assert live.keys() == mine, "requests ended before memory was short"
+                self.add("intruder", waiting, max_tokens=1)
+                waiting = None
+        assert preempted == (mine if intruder else set()), "preempted are not those who should be"
+        self.check_empty()
+        return {name: finished[name] for name in requests}
 
     def close(self) -> None:
         from vllm.distributed import cleanup_dist_env_and_memory
@@ -128,6 +207,73 @@ def check_integrity(managers: Any, pool: Any) -> None:
         assert pool.blocks[block_id].ref_cnt == count, "references and holders differ"
     free = pool.get_num_free_blocks()
     assert free + len(holders) == pool.num_gpu_blocks - 1, "pages are lost"
+
+
+class Reference:
+    """A Hugging Face model under the explicit mask, and comparisons with it."""
+
+    def __init__(self, model: Any, separator_ids: Sequence[int], sinks: int, window: int) -> None:
+        self.model = model
+        self._mask_options = separator_ids, sinks, window
+        self._double: Any = None
+
+    def logits(self, token_ids: Sequence[int], model: Any = None) -> Any:
+        """``[len(token_ids), vocab_size]``, in the model's dtype."""
+        from vllm_sepllm.reference import masked_logits, sepllm_mask
+
+        mask = sepllm_mask(token_ids, *self._mask_options)
+        return masked_logits(model or self.model, token_ids, mask)
+
+    def rows(self, prompt: Sequence[int], generated: Sequence[int]) -> Any:
+        """The logits each generated token is chosen from, ``[len(generated), vocab_size]``."""
+        return self.logits([*prompt, *generated])[len(prompt) - 1 : -1]
+
+    def check(
+        self,
+        prompt: Sequence[int],
+        generated: Sequence[int],
+        rule: Callable[[Any, list[int]], None] = lambda row, before: None,
+    ) -> None:
+        """Each generated token is the best one, after ``rule`` has changed the logits in place.
+
+        One forward pass suffices: as long as all tokens so far agree, the reference's own run
+        would have had the same input.
+        """
+        assert generated
+        for step, row in enumerate(self.rows(prompt, generated)):
+            rule(row, list(generated[:step]))
+            best = int(row.argmax())
+            assert generated[step] == best, f"step {step}: {generated[step]} instead of {best}"
+
+    def check_log_probs(
+        self, token_ids: Sequence[int], entries: Mapping[int, Mapping[int, Any]], top: int = 0
+    ) -> None:
+        """Log-probabilities of tokens are those of the reference, in float32.
+
+        Args:
+            token_ids: the whole sequence.
+            entries: by position, vLLM's ``Logprob`` by token; the position's own is among them.
+            top: so many of them are the best there are.
+        """
+        import torch
+
+        if self._double is None:
+            self._double = copy.deepcopy(self.model).double()
+        exact = self.logits(token_ids, self._double).log_softmax(-1)
+        rounded = self.logits(token_ids).log_softmax(-1).double()
+        # What float32 alone does to the same model, twice; and the last bit of the largest value.
+        bound = 2 * (rounded - exact).abs().max()
+        bound += torch.finfo(torch.float32).eps * exact.abs().max()
+        assert entries
+        for place, entry in entries.items():
+            assert token_ids[place] in entry
+            expected = exact[place - 1]
+            given = {token: found.logprob for token, found in entry.items()}
+            for token, value in given.items():
+                assert abs(value - expected[token]) <= bound
+            best = torch.tensor(sorted(given.values(), reverse=True)[:top])
+            assert len(best) == top
+            assert (best - expected.topk(top).values).abs().le(bound).all()
 
 
 def page_bound(kept: int, window: int, chunk: int, block_size: int) -> int:

@@ -239,15 +239,21 @@ def sample(rows, seed, temperature=1.0, top_k=None, top_p=None):
 
 
 def test_seeded_samples(engine, intruder, book, reference):
-    """Three samples of one prompt, whose seeds count up, and a narrower one of another."""
+    """Three samples of one prompt, whose seeds count up, and a narrower one of another.
+
+    The three find a partly filled page of the stream, and each fills the rest in its own way:
+    what it wrote there is read once it is behind the window.
+    """
     first, second = book[500:600], book[7000:7090]
     narrow = {"temperature": 0.7, "top_k": 40, "top_p": 0.9}
     requests = {
-        "three": {"prompt": first, "n": 3, "seed": 7, "temperature": 1.0},
+        "three": {"prompt": first, "max_tokens": 120, "n": 3, "seed": 7, "temperature": 1.0},
         "narrow": {"prompt": second, "seed": 11, **narrow},
     }
+    engine.serve({"warm": {"prompt": first, "max_tokens": 1}})
     answers = engine.serve(requests, intruder)
     samples = [list(output.token_ids) for output in answers["three"].outputs]
+    assert answers["three"].num_cached_tokens == 96
     assert len({tuple(tokens) for tokens in samples}) == 3
     for i, tokens in enumerate(samples):
         assert sample(reference.rows(first, tokens), 7 + i) == tokens

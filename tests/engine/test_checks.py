@@ -1,6 +1,7 @@
 """Every refusal comes before a model is loaded, and names value, limit and remedy."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from helpers import MODEL
@@ -74,10 +75,6 @@ def test_options_of_a_backend_that_is_not_selected_are_warned_of(monkeypatch):
 ENGINE = [
     ({"block_size": 24}, "block_size=24: must be a multiple of 16"),
     ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype='fp8' is not supported on CPU"),
-    (
-        {"kv_cache_dtype": "bfloat16", "dtype": "float32"},
-        "kv_cache_dtype='bfloat16' is not supported on CPU with dtype=torch.float32",
-    ),
     ({"runner": "pooling", "convert": "embed"}, "is run for pooling"),
     ({"disable_hybrid_kv_cache_manager": True}, "disable_hybrid_kv_cache_manager=True"),
     (
@@ -109,6 +106,30 @@ def test_engine_options(options, sentence):
 
         options = {"kv_transfer_config": KVTransferConfig(**options["kv_transfer_config"])}
     assert sentence in refusal(**options)
+
+
+def test_a_cache_of_another_float_type():
+    """From 0.33 on vLLM refuses this itself, before it asks the platform."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    args = {"model": MODEL, "attention_backend": "sepllm", "max_model_len": 512}
+    both = r"""kv_cache_dtype=['"]bfloat16['"] is (not supported|incompatible) .*float32"""
+    with pytest.raises(ValueError, match=both):
+        EngineArgs(**args, kv_cache_dtype="bfloat16", dtype="float32").create_engine_config()
+
+
+def test_a_model_that_groups_its_own_kv_cache(monkeypatch):
+    """vLLM 0.33 asks the model, 0.32 has no such property."""
+    from vllm.config import ModelConfig
+
+    from vllm_sepllm.engine.compat import groups_own_kv_cache
+
+    as_in_0_32 = SimpleNamespace()
+    as_in_0_33 = SimpleNamespace(supports_kv_cache_grouping=False)
+    assert not groups_own_kv_cache(as_in_0_32)
+    assert not groups_own_kv_cache(as_in_0_33)
+    monkeypatch.setattr(ModelConfig, "supports_kv_cache_grouping", True, raising=False)
+    assert "groups its layers' KV caches in its own way: use another" in refusal()
 
 
 def test_kv_cache_events():

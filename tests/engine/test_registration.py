@@ -107,13 +107,62 @@ def test_importing_the_package_imports_neither_torch_nor_vllm():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-def test_version_range():
-    from vllm_sepllm.engine.compat import is_tested, vllm_version
+def test_the_compatibility_table():
+    from vllm_sepllm.engine import compat
 
-    assert is_tested(vllm_version())
-    assert is_tested("0.32.1+cpu")
-    assert not is_tested("0.31.9")
-    assert not is_tested("0.33.0")
+    assert compat.evidence("0.32.0") == compat.evidence("0.32.0+cpu") == "run"
+    assert compat.evidence("0.33.0+cpu") == "source checked"
+    for other in ("0.31.9", "0.32.1", "0.33.0rc1", "0.33.0.dev7+g123", "0.34.0", "main"):
+        assert compat.evidence(other) == "untested"
+    assert compat.summary() == "run: 0.32.0; source checked: 0.33.0"
+    assert compat.caution("0.32.0+cpu") is None
+    checked, other = compat.caution("0.33.0"), compat.caution("0.34.0")
+    assert checked.startswith("source checked against vLLM 0.33.0, not run with it: no CPU build")
+    assert other.startswith("untested with vLLM 0.34.0, which may have moved what it uses")
+    for text in (checked, other):
+        assert text.endswith("(run: 0.32.0; source checked: 0.33.0)")
+
+
+@pytest.mark.parametrize(
+    ("found", "row"),
+    [
+        ("0.32.0+cpu", ("vLLM", "0.32.0+cpu (run)", True)),
+        ("0.33.0+cpu", ("vLLM", "0.33.0+cpu (source checked)", False)),
+        ("0.99.0+cpu", ("vLLM", "0.99.0+cpu (untested)", False)),
+    ],
+)
+def test_the_doctor_shows_the_compatibility_table(monkeypatch, found, row):
+    from vllm_sepllm.engine import doctor
+
+    monkeypatch.setattr(doctor, "vllm_version", lambda: found)
+    diagnosis = doctor.Diagnosis()
+    doctor._versions(diagnosis)
+    assert row in diagnosis.rows
+    assert ("vLLM releases", "run: 0.32.0; source checked: 0.33.0", True) in diagnosis.rows
+    assert diagnosis.problems == []
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, 32), (64, 64)])
+@pytest.mark.parametrize("sets_default_late", [False, True], ids=["as in 0.32", "as in 0.33"])
+def test_default_block_size(monkeypatch, given, expected, sets_default_late):
+    """vLLM 0.33 sets its own default once the model is loaded."""
+    from vllm.platforms import current_platform
+    from vllm.platforms.cpu import CpuPlatform
+
+    def stock(cls, vllm_config):
+        cache = vllm_config.cache_config
+        if sets_default_late and not cache.user_specified_block_size:
+            cache.block_size = 128
+
+    monkeypatch.setattr(CpuPlatform, "update_block_size_for_backend", classmethod(stock))
+    sizes = {} if given is None else {"block_size": given}
+    config = configuration(attention_backend="sepllm", **sizes)
+    current_platform.update_block_size_for_backend(config)
+    assert config.cache_config.block_size == expected
+    config = configuration()
+    current_platform.update_block_size_for_backend(config)
+    stock_size = 128 if sets_default_late else config.cache_config.block_size
+    assert config.cache_config.block_size == stock_size
 
 
 def test_an_untested_version_is_warned_of_once(monkeypatch):

@@ -14,6 +14,7 @@ from vllm.config import VllmConfig
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
 from vllm_sepllm.config import SepLLMConfig
+from vllm_sepllm.engine.compat import groups_own_kv_cache
 from vllm_sepllm.engine.settings import OPTIONS_KEY
 
 OTHER_BACKEND = "use another attention backend"
@@ -83,6 +84,8 @@ def _model_refusals(vllm_config: VllmConfig) -> Iterator[str]:
         yield f"{name} uses ALiBi, which needs the distance of every key: {OTHER_BACKEND}"
     if model.is_mm_prefix_lm:
         yield f"{name} attends to its prefix in both directions: {OTHER_BACKEND}"
+    if groups_own_kv_cache(model):
+        yield f"{name} groups its layers' KV caches in its own way: {OTHER_BACKEND}"
     if model.attention_chunk_size is not None or model.rswa_window is not None:
         yield f"{name} uses chunked or reference-window attention of its own: {OTHER_BACKEND}"
     if model.enable_prompt_embeds:

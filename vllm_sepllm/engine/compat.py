@@ -1,13 +1,47 @@
-"""Which vLLM this is, without importing it."""
+"""Which vLLM this is, what is known about it, and where versions differ; imports no vLLM."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Literal
 
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 
-TESTED_FROM = Version("0.32.0")
-TESTED_BELOW = Version("0.33.0")
+Evidence = Literal["run", "source checked", "untested"]
+
+
+@dataclass(frozen=True)
+class Compatibility:
+    """What is known about one release of vLLM.
+
+    Attributes:
+        version: the release; others of the same series are not covered by it.
+        evidence: ``"run"``: all tests pass with it. ``"source checked"``: every name, signature
+            and field the engine uses is there and its code was read, but no build of it that
+            this plugin supports has been run.
+        detail: what exactly was done, or why no more.
+    """
+
+    version: Version
+    evidence: Evidence
+    detail: str
+
+
+# Oldest first; tests/engine/test_contract.py compares each with vLLM's source.
+COMPATIBILITY = (
+    Compatibility(Version("0.32.0"), "run", "all tests, CPU build"),
+    Compatibility(
+        Version("0.33.0"),
+        "source checked",
+        "no CPU build yet; all tests pass on its Python code over the kernels of the 0.32.0 one",
+    ),
+)
+
+
+def groups_own_kv_cache(model_config: Any) -> bool:
+    """Whether the model itself says which layers share pages; vLLM 0.32 knows no such models."""
+    return bool(getattr(model_config, "supports_kv_cache_grouping", False))
 
 
 def vllm_version() -> str | None:
@@ -29,11 +63,34 @@ def is_cpu_build() -> bool:
     return "cpu" in (vllm_version() or "")
 
 
-def is_tested(found: str) -> bool:
-    """Whether this version is in the tested range."""
-    return TESTED_FROM <= Version(Version(found).base_version) < TESTED_BELOW
+def lookup(found: str) -> Compatibility | None:
+    """What is known about a version, if anything; its local part does not matter."""
+    try:
+        public = Version(Version(found).public)
+    except InvalidVersion:
+        return None
+    return next((entry for entry in COMPATIBILITY if entry.version == public), None)
 
 
-def tested_range() -> str:
-    """The tested range in words."""
-    return f"vLLM >= {TESTED_FROM}, < {TESTED_BELOW}"
+def evidence(found: str) -> Evidence:
+    """How far a version was tried."""
+    entry = lookup(found)
+    return entry.evidence if entry is not None else "untested"
+
+
+def caution(found: str) -> str | None:
+    """What to know before relying on a version; ``None`` if all tests were run with it."""
+    entry = lookup(found)
+    if entry is None:
+        return f"untested with vLLM {found}, which may have moved what it uses ({summary()})"
+    if entry.evidence == "run":
+        return None
+    return f"{entry.evidence} against vLLM {found}, not run with it: {entry.detail} ({summary()})"
+
+
+def summary() -> str:
+    """The table in words: ``run: 0.32.0; source checked: 0.33.0``."""
+    by_evidence: dict[str, list[str]] = {}
+    for entry in COMPATIBILITY:
+        by_evidence.setdefault(entry.evidence, []).append(str(entry.version))
+    return "; ".join(f"{known}: {', '.join(names)}" for known, names in by_evidence.items())

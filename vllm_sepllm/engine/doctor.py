@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_sepllm.config import ConfigError, SepLLMConfig
-from vllm_sepllm.engine.compat import is_cpu_build, is_tested, tested_range, vllm_version
+from vllm_sepllm.engine.compat import caution, evidence, is_cpu_build, summary, vllm_version
 
 PLUGIN_GROUPS = ("vllm.general_plugins", "vllm.platform_plugins")
 
@@ -69,11 +69,10 @@ def _versions(diagnosis: Diagnosis) -> None:
         diagnosis.note(
             "vLLM", "not installed", "vLLM is not installed: pip install 'vllm-sepllm[cpu]'"
         )
-    elif is_tested(found):
-        diagnosis.note("vLLM", f"{found} (tested)")
     else:
-        # Outside the range it may well work, so this is no problem yet; start-up warns too.
-        diagnosis.rows.append(("vLLM", f"{found}, outside the tested {tested_range()}", False))
+        # Where not all tests were run it may well work, so it is no problem; start-up warns too.
+        diagnosis.rows.append(("vLLM", f"{found} ({evidence(found)})", caution(found) is None))
+    diagnosis.note("vLLM releases", summary())
     for name in ("torch", "triton", "transformers", "vllm-sepllm"):
         try:
             diagnosis.note(name, version(name))

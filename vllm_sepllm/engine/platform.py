@@ -60,6 +60,20 @@ class SepLLMCpuPlatform(CpuPlatform):
             announce(vllm_config, separators)
 
     @classmethod
+    def update_block_size_for_backend(cls, vllm_config: VllmConfig) -> None:
+        """vLLM's own, with our default where the user gave none.
+
+        vLLM 0.32 sets its default of 128 above, 0.33 here, once the model is loaded.
+        """
+        from vllm_sepllm.engine import settings
+
+        super().update_block_size_for_backend(vllm_config)
+        cache_config = vllm_config.cache_config
+        is_ours = vllm_config.model_config is not None and settings.is_selected(vllm_config)
+        if is_ours and not cache_config.user_specified_block_size:
+            cache_config.block_size = DEFAULT_BLOCK_SIZE
+
+    @classmethod
     def register_triton_kernel_overrides(cls) -> None:
         """vLLM's own, kept away from llvmlite.
 

@@ -9,7 +9,7 @@ from vllm.tokenizers import cached_tokenizer_from_config
 from vllm_sepllm.config import ConfigError, SepLLMConfig
 from vllm_sepllm.engine import settings
 from vllm_sepllm.engine.checks import refusals
-from vllm_sepllm.engine.compat import is_tested, tested_range, vllm_version
+from vllm_sepllm.engine.compat import caution, vllm_version
 from vllm_sepllm.policy import KeptPolicy
 from vllm_sepllm.separators import Separators, kept_share_of_english, resolve_separators
 
@@ -72,7 +72,7 @@ def _resolve(vllm_config: VllmConfig, options: SepLLMConfig) -> Separators:
 
 
 def announce(vllm_config: VllmConfig, separators: Separators) -> None:
-    """The one INFO line, and a WARNING outside the tested range of vLLM."""
+    """The one INFO line, and a WARNING with a vLLM that was not run with all tests."""
     options = settings.options(vllm_config)
     found = vllm_version() or "unknown"
     shown = [repr(text) for text in separators.texts[:12]]
@@ -90,7 +90,6 @@ def announce(vllm_config: VllmConfig, separators: Separators) -> None:
         vllm_config.cache_config.block_size,
         found,
     )
-    if found != "unknown" and not is_tested(found):
-        logger.warning_once(
-            "SepLLM attention is tested with %s; this is vLLM %s.", tested_range(), found
-        )
+    warning = caution(found) if found != "unknown" else None
+    if warning is not None:
+        logger.warning_once("SepLLM attention is %s.", warning)

@@ -115,7 +115,9 @@ class Worker:
         request = self.requests[name]
         start, stop = request.computed, request.computed + count
         if self.simulation.asynchronous and drafts:
-            drafts = self.drafts.pop(name)[: len(drafts)]
+            # A request that has just been resumed has none yet: whatever is there is rejected.
+            proposed = self.drafts.pop(name, [])
+            drafts = (proposed + [0] * len(drafts))[: len(drafts)]
         known = len(request.token_ids)
         request.token_ids.extend(drafts)
         request.identify()

@@ -45,8 +45,13 @@ class Model:
         self.policy = KeptPolicy(sinks, 8, separator_table([SEPARATOR], 16))
         self.requests = {}
         self.manager.attach(self.policy, self.requests)
+        self.manager.new_step_starts()
         self.pages = {}
         self.hits = 0
+
+    def next_step(self):
+        self.manager.step_is_scheduled()
+        self.manager.new_step_starts()
 
     def kept(self, ids):
         return np.nonzero(self.policy.kept_flags(ids))[0]
@@ -156,7 +161,7 @@ def test_random_requests_with_shared_prefixes(num_blocks, seed):
             model.manager.free(request.request_id)
             del model.requests[request.request_id]
         if rng.random() < 0.9:  # several requests may share a step
-            model.manager.step_is_over()
+            model.next_step()
         model.check()
     assert model.hits > 20
 
@@ -169,7 +174,7 @@ def test_pages_of_a_step_that_never_ran_are_not_found():
     model.manager.allocate_new_blocks("a", 30, 30)
     model.manager.cache_blocks(first, 30)
     model.manager.free("a")
-    model.manager.step_is_over()
+    model.next_step()
     assert model.start(Request("b", [SEPARATOR] * 30)) == 0
 
 
@@ -177,14 +182,14 @@ def test_pages_of_the_running_step_are_not_found_yet():
     model = Model(40)
     model.start(Request("a", [SEPARATOR] * 9))
     assert model.start(Request("b", [SEPARATOR] * 9)) == 0
-    model.manager.step_is_over()
+    model.next_step()
     assert model.start(Request("c", [SEPARATOR] * 9)) == 8
 
 
 def test_texts_without_kept_tokens_are_found_without_pages():
     model = Model(40, sinks=0)
     model.start(Request("a", [2] * 13))
-    model.manager.step_is_over()
+    model.next_step()
     assert model.start(Request("b", [2] * 13)) == 12
     assert model.manager.req_to_blocks["b"] == []
 
@@ -193,7 +198,7 @@ def test_alignment():
     model = Model(40)
     request = Request("a", [2, 2, SEPARATOR, 2] * 3 + [2])
     model.start(request)
-    model.manager.step_is_over()
+    model.next_step()
     index = PrefixIndex.of(model.pool)
     for alignment, length in ((SIZE, 12), (2 * SIZE, 8), (8 * SIZE, 0)):
         assert index.find(request.block_hashes, model.pool, [GROUP], SIZE, alignment)[1] == length
@@ -203,7 +208,7 @@ def test_an_evicted_page_ends_the_prefix():
     model = Model(40)
     request = Request("a", [SEPARATOR] * 13)
     model.start(request)
-    model.manager.step_is_over()
+    model.next_step()
     second = model.manager.req_to_blocks["a"][1]
     model.pool._maybe_evict_cached_block(second)
     found = PrefixIndex.of(model.pool).find(request.block_hashes, model.pool, [GROUP], SIZE, SIZE)

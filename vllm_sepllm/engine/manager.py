@@ -12,8 +12,9 @@ sampled, drafts) are counted as kept: at most a page too many, never one too few
 
 Pages are shared between requests with the same prefix (``prefix_index.py``). A shared page that
 is partly filled is copied before the request that found it appends to it, by vLLM's own path
-for such copies. The worker copies before it computes a step, so a page may only be found once
-the step that fills it is over: keys wait in ``_pending`` until then.
+for such copies. The worker copies before it computes a step, and works through steps in their
+order, so a page may be found by any later step than the one that fills it: keys noted while a
+step is scheduled wait in ``_pending`` until that is done.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ class KeptManager(SingleTypeKVCacheManager):
         self._spare = SparePages.of(self.block_pool)
         self._junctions = Junctions.of(self.block_pool)
         self._resumed: set[str] = set()  # requests whose first step was seen
+        self._scheduling = False
         # Keys of this step's pages, by request: key, page, tokens of the prefix.
         self._pending: dict[str, list[tuple[BlockHash, KVCacheBlock, int]]] = {}
 
@@ -168,14 +170,21 @@ class KeptManager(SingleTypeKVCacheManager):
             if count % size:
                 pending.append((hashes[i], pages[count // size], (i + 1) * size))
         self.num_cached_block[request_id] = stop
+        if not self._scheduling:  # asynchronous scheduling also notes what a past step computed
+            self.step_is_scheduled()
 
     def _refresh_junctions(self, hashes: Sequence[BlockHash]) -> None:
         """Keep the partly filled pages of junctions that a request has passed by a hit."""
         for end in self._junctions.among(hashes):
             refresh(self.block_pool, hashes[end - 1 : end], self.kv_cache_group_id)
 
-    def step_is_over(self) -> None:
-        """The pages of the last step are filled: let other requests find them."""
+    def new_step_starts(self) -> None:
+        """vLLM begins to schedule a step."""
+        self._scheduling = True
+
+    def step_is_scheduled(self) -> None:
+        """The step is complete and will be computed: later ones may find its pages."""
+        self._scheduling = False
         for entries in self._pending.values():
             for key, page, num_tokens in entries:
                 named = make_block_hash_with_group_id(key, self.kv_cache_group_id)
@@ -185,7 +194,8 @@ class KeptManager(SingleTypeKVCacheManager):
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """Forget a request that ended or was preempted; returns its pages.
 
-        Keys it noted since the last step was over are dropped: those pages may never be filled.
+        If it is preempted while the step is scheduled, its keys of that step are dropped: the
+        pages will not be filled.
         """
         self._counts.pop(request_id, None)
         self._pending.pop(request_id, None)

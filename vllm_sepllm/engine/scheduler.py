@@ -107,12 +107,17 @@ class SepLLMScheduler(Scheduler):
                 "it, give the KV cache more memory, or choose fewer separators"
             )
 
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        """vLLM's; then the pages of this step can be found by the next one."""
+        output = super().schedule(*args, **kwargs)
+        for manager in self._kept_managers:
+            manager.step_is_scheduled()
+        return output
+
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
         """vLLM's update, then an error output for each request that can never fit."""
-        for manager in self._kept_managers:
-            manager.step_is_over()
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if self._too_large:
             too_large, self._too_large = self._too_large, {}

@@ -144,6 +144,15 @@ def test_decode_context_parallelism():
     assert "decode_context_parallel_size=2" in message
 
 
+def test_pipeline_stages_without_compilation():
+    """With any attention the first request would end the engine, after a start without a word."""
+    message = refusal(pipeline_parallel_size=2, enforce_eager=True)
+    assert "pipeline_parallel_size=2 without compilation" in message
+    assert "leave out enforce_eager" in message
+    message = refusal(pipeline_parallel_size=2, enable_lora=True)
+    assert "pipeline_parallel_size=2 without compilation" in message
+
+
 def test_v2_model_runner(monkeypatch):
     """As where Triton has a CPU backend, or with VLLM_USE_V2_MODEL_RUNNER=1."""
     from vllm.config import VllmConfig

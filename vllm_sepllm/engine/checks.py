@@ -10,7 +10,7 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from vllm.config import VllmConfig
+from vllm.config import CompilationMode, VllmConfig
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
 from vllm_sepllm.config import SepLLMConfig
@@ -138,6 +138,15 @@ def _parallel_refusals(vllm_config: VllmConfig) -> Iterator[str]:
         size = getattr(parallel, name)
         if size > 1:
             yield f"{name}={size} splits a request's pages over ranks: must be 1"
+    stages = parallel.pipeline_parallel_size
+    compiled = vllm_config.compilation_config.mode != CompilationMode.NONE
+    if stages > 1 and (not compiled or vllm_config.lora_config is not None):
+        # With any attention: buffers between stages are only made by the warm-up for compilation,
+        # and the first request ends the engine with an AssertionError.
+        yield (
+            f"pipeline_parallel_size={stages} without compilation fails in vLLM on CPU: leave out "
+            "enforce_eager and LoRA, which switch it off, or use tensor_parallel_size"
+        )
     speculative = vllm_config.speculative_config
     if speculative is not None and speculative.method != "ngram":
         yield (

@@ -43,6 +43,7 @@ class SepLLMCpuPlatform(CpuPlatform):
             settings.warn_if_unused(vllm_config)
             super().check_and_update_config(vllm_config)
             return
+        from vllm_sepllm.engine.patches import tell_clients_why
         from vllm_sepllm.engine.startup import announce, prepare
 
         try:
@@ -58,6 +59,7 @@ class SepLLMCpuPlatform(CpuPlatform):
             cache_config.block_size = DEFAULT_BLOCK_SIZE
         if separators is not None:
             announce(vllm_config, separators)
+            tell_clients_why()
 
     @classmethod
     def update_block_size_for_backend(cls, vllm_config: VllmConfig) -> None:

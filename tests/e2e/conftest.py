@@ -1,0 +1,42 @@
+"""One server at a time, shared by consecutive tests that ask for the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serving import Server
+
+
+@pytest.fixture(scope="session")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Servers by their options; asking for another, or after its end, starts a new one."""
+    keeper = ServerKeeper(tmp_path_factory.mktemp("serve"))
+    yield keeper.get
+    keeper.close()
+
+
+class ServerKeeper:
+    """Holds one server."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._started = 0
+        self._asked: Any = None
+        self._server: Server | None = None
+
+    def get(self, *options: str, env: dict[str, str] | None = None) -> Server:
+        alive = self._server is not None and self._server.process.poll() is None
+        if self._server is None or not alive or self._asked != (options, env):
+            self.close()
+            self._started += 1
+            log = self._folder / f"log{self._started}.txt"
+            self._server, self._asked = Server(*options, log=log, env=env), (options, env)
+        return self._server
+
+    def close(self) -> None:
+        if self._server is not None:
+            self._server.stop()
+        self._server = None

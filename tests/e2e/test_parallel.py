@@ -1,4 +1,7 @@
-"""Two tensor-parallel processes give the tokens of one; kept sets need no agreement."""
+"""Two tensor-parallel ranks or pipeline stages give the tokens of one process.
+
+Kept sets follow from token ids, so the ranks need no agreement about them.
+"""
 
 import json
 import os
@@ -21,12 +24,11 @@ if __name__ == "__main__":
         sys.argv[1],
         attention_backend="sepllm",
         additional_config={"sepllm": {"window_size": 64}},
-        tensor_parallel_size=2,
         dtype="float32",
         max_model_len=2048,
         max_num_batched_tokens=256,
         kv_cache_memory_bytes=64 << 20,
-        enforce_eager=True,
+        **json.loads(sys.argv[2]),
     )
     prompts = [{"prompt_token_ids": ids} for ids in json.load(sys.stdin)]
     params = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
@@ -37,14 +39,22 @@ if __name__ == "__main__":
 """
 
 
-def test_two_ranks(book, reference_model, separator_ids, tmp_path):
+WAYS = {
+    "ranks": {"tensor_parallel_size": 2, "enforce_eager": True},
+    # Stages need compilation on CPU, in vLLM itself.
+    "stages": {"pipeline_parallel_size": 2},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_two_processes(book, reference_model, separator_ids, tmp_path, way):
     prompts = [book[:1100], book[100:102], book[3000:3342]]
-    script = tmp_path / "two_ranks.py"
+    script = tmp_path / "two_processes.py"
     script.write_text(SCRIPT)
     env = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     env |= {"VLLM_CPU_OMP_THREADS_BIND": "0|1" if len(os.sched_getaffinity(0)) > 1 else "nobind"}
     result = subprocess.run(
-        [sys.executable, str(script), MODEL],
+        [sys.executable, str(script), MODEL, json.dumps(WAYS[way])],
         input=json.dumps(prompts),
         capture_output=True,
         text=True,

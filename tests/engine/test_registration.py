@@ -77,6 +77,30 @@ def test_nothing_changes_with_another_backend(backend):
     assert mine.cache_config.enable_prefix_caching
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"distributed_executor_backend": "ray", "tensor_parallel_size": 2},
+        {"data_parallel_backend": "ray", "data_parallel_size": 2},
+    ],
+)
+def test_ray_stays_refused_with_another_backend(options):
+    """In the words of vLLM's own CPU platform; its executor would say them later."""
+    from vllm.platforms import current_platform
+    from vllm.platforms.cpu import CpuPlatform
+
+    assert not CpuPlatform.ray_device_key, "vLLM serves Ray on CPU now: drop our refusal"
+    assert current_platform.ray_device_key == "GPU"
+    with pytest.raises(ValueError, match="current platform cpu does not support ray"):
+        configuration(**options)
+
+
+def test_ray_executor_is_accepted():
+    ray = {"distributed_executor_backend": "ray", "tensor_parallel_size": 2}
+    config = configuration(attention_backend="sepllm", **ray)
+    assert config.parallel_config.use_ray
+
+
 def test_sliding_window_layers_keep_vllms_backend():
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum

@@ -16,7 +16,7 @@ from vllm_sepllm.config import ConfigError
 from vllm_sepllm.engine.registration import BACKEND_NAME, BACKEND_PATH
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import ParallelConfig, VllmConfig
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -30,6 +30,13 @@ DEFAULT_BLOCK_SIZE = 32
 class SepLLMCpuPlatform(CpuPlatform):
     """The CPU platform of a process that has this package installed."""
 
+    # The resource vLLM asks Ray for, one per worker; vLLM's own CPU platform names none and refuses
+    # Ray. It must be one whose ids Ray hands to workers (`get_accelerator_ids`), and "GPU" is the
+    # one that `ray start --num-gpus` sets on any machine: here a "GPU" of Ray stands for a worker.
+    # Ray workers read it before they load general plugins, so it cannot depend on the backend;
+    # `_keep_refusal_of_ray` is why it changes nothing for others.
+    ray_device_key = "GPU"
+
     @classmethod
     def check_and_update_config(cls, vllm_config: VllmConfig) -> None:
         """Check and complete a configuration that selects SepLLM.
@@ -41,6 +48,7 @@ class SepLLMCpuPlatform(CpuPlatform):
 
         if vllm_config.model_config is None or not settings.is_selected(vllm_config):
             settings.warn_if_unused(vllm_config)
+            _keep_refusal_of_ray(vllm_config.parallel_config)
             super().check_and_update_config(vllm_config)
             return
         from vllm_sepllm.engine.patches import tell_clients_why
@@ -60,6 +68,13 @@ class SepLLMCpuPlatform(CpuPlatform):
         if separators is not None:
             announce(vllm_config, separators)
             tell_clients_why()
+            if vllm_config.parallel_config.use_ray:
+                # Too few of them and vLLM waits half an hour, for "GPUs" no CPU user thinks of.
+                logger.info_once(
+                    "Ray on CPU: each of the %d workers takes one logical GPU of the cluster "
+                    "(ray start --num-gpus)",
+                    vllm_config.parallel_config.world_size,
+                )
 
     @classmethod
     def update_block_size_for_backend(cls, vllm_config: VllmConfig) -> None:
@@ -115,3 +130,19 @@ class SepLLMCpuPlatform(CpuPlatform):
                 "use another attention backend"
             )
         return BACKEND_PATH
+
+
+def _keep_refusal_of_ray(parallel_config: ParallelConfig) -> None:
+    """End the start of another backend on Ray, in the words of vLLM's own CPU platform.
+
+    vLLM says them once it has reached Ray. There it would now find a ``ray_device_key`` and wait
+    half an hour for GPUs, which the Ray of a CPU machine does not have.
+
+    Raises:
+        ValueError: the configuration needs Ray.
+    """
+    ray_ranks = parallel_config.data_parallel_size > 1 and (
+        parallel_config.data_parallel_backend == "ray"
+    )
+    if parallel_config.use_ray or ray_ranks:
+        raise ValueError(f"current platform {CpuPlatform.device_name} does not support ray.")

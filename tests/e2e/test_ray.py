@@ -139,7 +139,9 @@ def cluster(tmp_path_factory):
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as name:
         env = environment(name)
         command = [Path(sys.executable).parent / "ray", "start", "--head", "--block", "--port=0"]
-        command += [f"--ray-client-server-port={free_port()}", "--include-dashboard=false"]
+        # Otherwise 10001 and up, the same for every Ray of the machine.
+        command += [f"--ray-client-server-port={free_port()}"]
+        command += ["--min-worker-port=0", "--max-worker-port=0", "--include-dashboard=false"]
         command += ["--num-cpus=4", "--num-gpus=2", f"--object-store-memory={200 * 2**20}"]
         command += [f"--temp-dir={name}", "--disable-usage-stats"]
         with Command(*command, env=env, log=log) as ray:
@@ -154,7 +156,8 @@ def test_two_ranks(cluster, book, reference_model, separator_ids, tmp_path):
     prompts = [book[:1100], book[100:102], book[3000:3342]]
     path = tmp_path / "prompts.json"
     path.write_text(json.dumps(prompts))
-    options = json.dumps({"distributed_executor_backend": "ray"})
+    ray = {"distributed_executor_backend": "ray", "tensor_parallel_size": 2}
+    options = json.dumps({**ray, "enforce_eager": True})
     command = [sys.executable, two_processes.__file__, path, options]
     env = {**cluster, "VLLM_LOGGING_LEVEL": "INFO"}
     with Command(*command, env=env, log=tmp_path / "log.txt") as run:

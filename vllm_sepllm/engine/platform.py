@@ -69,10 +69,10 @@ class SepLLMCpuPlatform(CpuPlatform):
             announce(vllm_config, separators)
             tell_clients_why()
             if vllm_config.parallel_config.use_ray:
-                # Too few of them and vLLM waits half an hour, for "GPUs" no CPU user thinks of.
+                # With too few, vLLM waits half an hour and speaks of GPUs, on a CPU machine.
                 logger.info_once(
-                    "Ray on CPU: each of the %d workers takes one logical GPU of the cluster "
-                    "(ray start --num-gpus)",
+                    "Ray on CPU: each of the %d workers takes one logical GPU of the cluster, and "
+                    "the start waits until it has that many (ray start --num-gpus)",
                     vllm_config.parallel_config.world_size,
                 )
 

@@ -15,6 +15,7 @@ import random
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import conftest  # sets the environment before vLLM is imported
@@ -90,9 +91,9 @@ class Soak:
         self.preempted |= {(r.request_id, n) for r in live for n in range(r.num_preemptions)}
         self.counts["steps"] += 1
 
-    def run(self, seconds: float) -> None:
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
+    def run(self, goes_on: Callable[[], bool]) -> None:
+        """Traffic for as long as ``goes_on()`` is true, then until all requests have ended."""
+        while goes_on():
             if len(self.prompts) < 40 and self.rng.random() < 0.3:
                 self.arrive()
             if self.prompts and self.rng.random() < 0.02:
@@ -106,7 +107,8 @@ class Soak:
         pool = self.engine.pool
         assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1, "pages were left behind"
         assert not self.prompts, "requests were lost"
-        print({**self.counts, "preemptions": len(self.preempted)}, flush=True)
+        self.counts["preemptions"] = len(self.preempted)
+        print(dict(self.counts), flush=True)
         self.engine.close()
 
 
@@ -125,8 +127,9 @@ def main() -> None:
     while time.monotonic() < end:
         print(f"seed {seed}: ", end="", flush=True)
         try:
-            left = end - time.monotonic()
-            Soak(random.Random(seed), args.check_share, reference).run(min(60, left))
+            soak = Soak(random.Random(seed), args.check_share, reference)
+            stop = min(time.monotonic() + 60, end)
+            soak.run(lambda stop=stop: time.monotonic() < stop)  # type: ignore[misc]
         except AssertionError as error:
             sys.exit(f"wrong with --seed {seed}: {error}")
         seed += 1

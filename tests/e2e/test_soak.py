@@ -1,0 +1,19 @@
+"""A short run of the soak: random traffic over a pool that is too small (``make soak``)."""
+
+import random
+
+import pytest
+from soak import Soak
+
+pytestmark = pytest.mark.e2e
+
+STEPS = 250
+
+
+# Seeds whose options differ: window, block size, scheduling policy, prefix caching.
+@pytest.mark.parametrize("seed", [1, 4])
+def test_soak(reference_model, seed):
+    soak = Soak(random.Random(seed), check_share=0.2, reference=reference_model)
+    soak.run(lambda: soak.counts["steps"] < STEPS)
+    assert soak.counts["compared"] > 3
+    assert soak.counts["preemptions"] + soak.counts["aborted"] > 0

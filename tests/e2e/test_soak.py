@@ -11,9 +11,9 @@ STEPS = 250
 
 
 # Seeds whose options differ: window, block size, scheduling policy, prefix caching.
-@pytest.mark.parametrize("seed", [1, 4])
+@pytest.mark.parametrize("seed", [6, 7])
 def test_soak(reference_model, seed):
     soak = Soak(random.Random(seed), check_share=0.2, reference=reference_model)
     soak.run(lambda: soak.counts["steps"] < STEPS)
     assert soak.counts["compared"] > 3
-    assert soak.counts["preemptions"] + soak.counts["aborted"] > 0
+    assert soak.counts["preemptions"] > 0

@@ -78,12 +78,16 @@ class WindowManager(SlidingWindowManager):
         return ends
 
     def _remove_blocks_in_range(self, request_id: str, first_block: int, last_block: int) -> None:
-        pages = self.req_to_blocks.get(request_id, [])[first_block:last_block]
+        pages = self.req_to_blocks.get(request_id, [])
+        leaving = []
+        for block in range(min(last_block, len(pages)) - 1, first_block - 1, -1):
+            if pages[block].is_null:  # so are all before it; a step looks at a page or two
+                break
+            leaving.append((block, pages[block]))
         super()._remove_blocks_in_range(request_id, first_block, last_block)
         junctions = self._junctions.get(request_id, ())
-        for block, page in enumerate(pages, first_block):
-            needed = any(end - self._pages_for_hit <= block < end for end in junctions)
-            if not page.is_null and not needed:
+        for block, page in reversed(leaving):
+            if not any(end - self._pages_for_hit <= block < end for end in junctions):
                 self._spare.add(page)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:

@@ -11,6 +11,8 @@ MEMBERS: dict[str, tuple[str, ...]] = {
     "vllm.engine.arg_utils:EngineArgs": ("model", "dtype", "attention_backend"),
     "vllm.model_executor.layers.attention:Attention": ("impl", "kv_cache"),
     "vllm.model_executor.layers.attention_layer_base:AttentionLayerBase": ("bind_kv_cache",),
+    "vllm.outputs:CompletionOutput": ("finish_reason", "stop_reason"),
+    "vllm.outputs:RequestOutput": ("outputs",),
     "vllm.v1.attention.selector:AttentionSelectorConfig": ("has_sliding_window",),
     "vllm.v1.core.kv_cache_utils:KVCacheBlock": ("block_id", "is_null", "ref_cnt"),
     "vllm.v1.engine:EngineCoreOutputs": ("outputs",),

@@ -97,7 +97,7 @@ class Command:
                 return found
             if ended:
                 break
-            time.sleep(0.02)
+            time.sleep(0.1)
         raise AssertionError(f"no {what}; living {self.living()}\n{self.output[-5000:]}")
 
 
@@ -107,7 +107,7 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def environment(folder, **more):
+def environment(folder):
     """Of a user's shell, with a Ray that can neither find nor be found by another one."""
     unset = ("VLLM_ENABLE_V1_MULTIPROCESSING", "RAY_ADDRESS")
     return {
@@ -121,7 +121,6 @@ def environment(folder, **more):
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_worker_niceness": "0",  # else workers wait for all that runs beside the tests
         "RAY_USAGE_STATS_ENABLED": "0",
-        **more,
     }
 
 

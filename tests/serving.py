@@ -11,11 +11,14 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import psutil
 from helpers import ROOT
+
+from vllm_sepllm.reference import first_difference
 
 NAME = "pg19-5m-sep"
 START_SECONDS = 400
@@ -138,3 +141,15 @@ class Server:
             except subprocess.TimeoutExpired:
                 os.killpg(self.process.pid, signal.SIGKILL)
                 self.process.wait(30)
+
+
+def check_concurrent(
+    server: Server, book: list[int], reference_model: Any, separator_ids: tuple[int, ...]
+) -> None:
+    """Twelve requests of all lengths at once get the reference's tokens."""
+    prompts = [book[i * 97 : i * 97 + 30 + 110 * i] for i in range(12)]
+    with ThreadPoolExecutor(12) as threads:
+        answers = list(threads.map(server.complete, prompts))
+    for prompt, tokens in zip(prompts, answers, strict=True):
+        assert len(tokens) == 24
+        assert first_difference(reference_model, prompt, tokens, separator_ids, 4, 64) is None

@@ -4,14 +4,12 @@ import json
 import socket
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from helpers import MODEL, ROOT
-from serving import BIN, NAME, SMALL_POOL, environment
+from serving import BIN, NAME, SMALL_POOL, check_concurrent, environment
 
 from vllm_sepllm.engine.compat import vllm_version
-from vllm_sepllm.reference import first_difference
 
 pytestmark = pytest.mark.e2e
 
@@ -31,12 +29,7 @@ def test_one_line_says_what_is_active(server):
 
 
 def test_concurrent_requests_equal_the_reference(server, book, reference_model, separator_ids):
-    prompts = [book[i * 97 : i * 97 + 30 + 110 * i] for i in range(12)]
-    with ThreadPoolExecutor(12) as threads:
-        answers = list(threads.map(server.complete, prompts))
-    for prompt, tokens in zip(prompts, answers, strict=True):
-        assert len(tokens) == 24
-        assert first_difference(reference_model, prompt, tokens, separator_ids, 4, 64) is None
+    check_concurrent(server, book, reference_model, separator_ids)
 
 
 def test_streamed_chat_through_the_openai_client(server):

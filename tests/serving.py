@@ -24,8 +24,10 @@ NAME = "pg19-5m-sep"
 START_SECONDS = 400
 BIN = Path(sys.executable).parent
 
-# float32, so that tokens can be compared, and a pool that 2,000 separators outgrow.
+# float32, so that tokens can be compared, a pool that 2,000 separators outgrow, and a log that
+# shows which requests have reached the engine.
 SMALL_POOL = (
+    "--enable-log-requests",
     *("--dtype", "float32"),
     *("--max-num-batched-tokens", "256"),
     *("--num-gpu-blocks-override", "66"),

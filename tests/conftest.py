@@ -14,6 +14,14 @@ os.environ.update(
     VLLM_NO_USAGE_STATS="1",
 )
 
+import v2_runner
+
+# See `e2e/test_v2_runner.py`.
+if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
+    v2_runner.select_v2_runner()
+if os.environ.get("SEPLLM_TEST_ASYNC_SCHEDULING") == "1":
+    v2_runner.schedule_asynchronously()
+
 from collections.abc import Iterator
 from typing import Any
 

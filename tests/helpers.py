@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -81,8 +82,20 @@ class Engine:
         self.llm = LLM(model, **{**defaults, **options})
         self.core = self.llm.llm_engine.engine_core.engine_core
         self.scheduler = self.core.scheduler
+        self._check_runner()
         self.pool = self.scheduler.kv_cache_manager.block_pool
         self.managers = self.scheduler.kv_cache_manager.coordinator.single_type_managers
+
+    def _check_runner(self) -> None:
+        """It runs what the environment selects (``e2e/test_v2_runner.py``)."""
+        from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+
+        runner = type(self.core.model_executor.driver_worker.worker.model_runner)
+        is_v2 = runner.__module__ == "vllm.v1.worker.cpu.model_runner"
+        assert is_v2 == (os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1")
+        is_async = isinstance(self.scheduler, AsyncScheduler)
+        assert is_async == (self.core.batch_queue is not None)
+        assert is_async == (os.environ.get("SEPLLM_TEST_ASYNC_SCHEDULING") == "1")
 
     def generate(self, prompts: list[list[int]], max_tokens: int = 24, **params: Any) -> list[Any]:
         """Greedy completions, one ``RequestOutput`` per prompt."""

@@ -28,6 +28,7 @@ from vllm.v1.core.kv_cache_utils import (
     init_none_hash,
     resolve_kv_cache_block_sizes,
 )
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
@@ -35,6 +36,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from vllm_sepllm.engine import settings
 from vllm_sepllm.engine.manager import KeptManager
+from vllm_sepllm.engine.scheduler import SepLLMAsyncScheduler
 from vllm_sepllm.engine.spec import KeptSpec, WindowSpec
 
 HEADS = {"num_kv_heads": 4, "head_size": 32, "dtype": torch.bfloat16}
@@ -258,7 +260,7 @@ class Simulation:
     def _make_scheduler(self, config: Any, kv_cache_config: Any) -> Any:
         scheduler_class = config.scheduler_config.get_scheduler_cls()
         if self.asynchronous:
-            scheduler_class = asynchronous_scheduler(scheduler_class)
+            scheduler_class = AsyncScheduler if self.policy is None else SepLLMAsyncScheduler
             config.scheduler_config.async_scheduling = True
         scheduler_size, hash_size = resolve_kv_cache_block_sizes(kv_cache_config, config)
         scheduler = scheduler_class(
@@ -356,10 +358,3 @@ class Simulation:
             computed = worker.token_ids[: worker.computed]
             least = int(self.policy.kept_flags(computed).sum())
             assert num_pages >= math.ceil(least / self.block_size), f"{name} lacks a page"
-
-
-def asynchronous_scheduler(scheduler_class: Any) -> Any:
-    """The asynchronous kin of a scheduler class."""
-    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-
-    return type("Asynchronous", (scheduler_class, AsyncScheduler), {})

@@ -22,8 +22,9 @@ MEMBERS: dict[str, tuple[str, ...]] = {
         "sliding_window",
     ),
     "vllm.v1.kv_cache_interface:SlidingWindowSpec": ("page_size_bytes",),
+    "vllm.v1.utils:CpuGpuBuffer": ("np",),
     "vllm.v1.worker.gpu_input_batch:InputBatch": ("req_ids", "token_ids_cpu"),
-    "vllm.v1.worker.gpu_model_runner:GPUModelRunner": ("input_batch", "requests"),
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner": ("input_batch", "input_ids", "requests"),
 }
 
 # Other names that must exist, and constants that must have a value.

@@ -153,14 +153,6 @@ def test_pipeline_stages_without_compilation():
     assert "pipeline_parallel_size=2 without compilation" in message
 
 
-def test_v2_model_runner(monkeypatch):
-    """As where Triton has a CPU backend, or with VLLM_USE_V2_MODEL_RUNNER=1."""
-    from vllm.config import VllmConfig
-
-    monkeypatch.setattr(VllmConfig, "use_v2_model_runner", property(lambda self: True))
-    assert "set VLLM_USE_V2_MODEL_RUNNER=0" in refusal()
-
-
 SMALL = {
     "hidden_size": 64,
     "intermediate_size": 128,

@@ -156,13 +156,11 @@ def _parallel_refusals(vllm_config: VllmConfig) -> Iterator[str]:
 
 
 def _runner_refusals(vllm_config: VllmConfig) -> Iterator[str]:
-    from vllm_sepllm.engine.platform import SCHEDULER_PATH, WORKER_PATH
+    from vllm_sepllm.engine.platform import ASYNC_SCHEDULER_PATH, SCHEDULER_PATH, WORKER_PATH
 
     worker = vllm_config.parallel_config.worker_cls
     scheduler = vllm_config.scheduler_config.scheduler_cls
     if worker not in ("auto", WORKER_PATH):
         yield f"worker_cls={worker!r}: SepLLM needs a worker of its own; leave it out"
-    if scheduler not in (None, SCHEDULER_PATH):
+    if scheduler not in (None, SCHEDULER_PATH, ASYNC_SCHEDULER_PATH):
         yield f"scheduler_cls={scheduler!r}: SepLLM needs a scheduler of its own; leave it out"
-    if vllm_config.use_v2_model_runner:
-        yield "the V2 model runner is not supported yet: set VLLM_USE_V2_MODEL_RUNNER=0"

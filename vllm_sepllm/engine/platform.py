@@ -22,6 +22,7 @@ logger = init_logger(f"vllm.{__name__}")
 
 WORKER_PATH = "vllm_sepllm.engine.worker.SepLLMCPUWorker"
 SCHEDULER_PATH = "vllm_sepllm.engine.scheduler.SepLLMScheduler"
+ASYNC_SCHEDULER_PATH = "vllm_sepllm.engine.scheduler.SepLLMAsyncScheduler"
 # Finer pages than vLLM's 128 on CPU: a request holds part of a page at each end of its window
 # and at the end of its stream, and 32 tokens are what the C++ kernel works in.
 DEFAULT_BLOCK_SIZE = 32
@@ -60,9 +61,12 @@ class SepLLMCpuPlatform(CpuPlatform):
             logger.error("%s", error)  # the exception is shown in the middle of a traceback
             raise
         vllm_config.parallel_config.worker_cls = WORKER_PATH
-        vllm_config.scheduler_config.scheduler_cls = SCHEDULER_PATH
         cache_config = vllm_config.cache_config
+        scheduler_config = vllm_config.scheduler_config
         super().check_and_update_config(vllm_config)
+        scheduler_config.scheduler_cls = (
+            ASYNC_SCHEDULER_PATH if scheduler_config.async_scheduling else SCHEDULER_PATH
+        )
         if not cache_config.user_specified_block_size:
             cache_config.block_size = DEFAULT_BLOCK_SIZE
         if separators is not None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from vllm.logger import init_logger
 from vllm.utils.math_utils import cdiv
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
@@ -135,3 +136,7 @@ class SepLLMScheduler(Scheduler):
                 client = outputs.setdefault(request.client_index, EngineCoreOutputs())
                 client.outputs.append(output)
         return outputs
+
+
+class SepLLMAsyncScheduler(SepLLMScheduler, AsyncScheduler):
+    """Set instead where vLLM schedules asynchronously, as it does by default on CUDA."""

@@ -68,6 +68,11 @@ class KeptSpec(AttentionSpec):
     num_sink_tokens: int
     expected_kept_share: float
 
+    @property
+    def uses_slot_mapping(self) -> bool:
+        """Stream slots follow from kept counts, not from positions."""
+        return False
+
     def expected_kept_tokens(self, num_tokens: int) -> int:
         """Kept tokens planned for a request of ordinary text."""
         share = PLANNING_MARGIN * self.expected_kept_share

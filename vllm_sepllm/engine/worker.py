@@ -16,6 +16,7 @@ from vllm_sepllm.config import ConfigError
 from vllm_sepllm.engine import settings
 from vllm_sepllm.engine.backend import KEPT_SUFFIX, SepLLMBackend, SepLLMImpl
 from vllm_sepllm.engine.cpu_plan import staging_pages_per_request
+from vllm_sepllm.engine.kept_rows import KeptRows, RunnerTokens
 from vllm_sepllm.engine.metadata import KeptMetadataBuilder
 from vllm_sepllm.engine.spec import WindowSpec
 
@@ -24,6 +25,18 @@ logger = init_logger(f"vllm.{__name__}")
 
 class SepLLMCPUWorker(CPUWorker):
     """Set as ``worker_cls`` at start-up when the SEPLLM backend is selected."""
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """Load the model; the V2 runner then keeps our state beside it.
+
+        Raises:
+            ConfigError: the model needs a state of its own.
+        """
+        super().load_model(*args, **kwargs)
+        if self.use_v2_model_runner:
+            from vllm_sepllm.engine.model_state import SepLLMModelState
+
+            SepLLMModelState.replace(self.model_runner)
 
     def get_kv_cache_spec(self) -> dict[str, Any]:
         """vLLM's specs.
@@ -91,15 +104,22 @@ class SepLLMCPUWorker(CPUWorker):
             replace(tensor, size=tensor.size + extra) for tensor in kv_cache_config.kv_cache_tensors
         ]
         super().initialize_from_config(replace(kv_cache_config, kv_cache_tensors=tensors))
-        self._attach_builders()
+        if not self.use_v2_model_runner:
+            self._tell_builders_where_tokens_are()
         self._bind_layers(layers_end)
 
-    def _attach_builders(self) -> None:
+    def _tell_builders_where_tokens_are(self) -> None:
+        rows = KeptRows(
+            settings.kept_policy(self.vllm_config),
+            self.scheduler_config.max_num_seqs,
+            self.model_config.max_model_len,
+        )
+        tokens = RunnerTokens(rows, self.model_runner)
         for groups in self.model_runner.attn_groups:
             for group in groups:
                 for builder in group.metadata_builders:
                     if isinstance(builder, KeptMetadataBuilder):
-                        builder.attach(self.model_runner)
+                        builder.tokens = tokens
 
     def _bind_layers(self, layers_end: int) -> None:
         context = self.vllm_config.compilation_config.static_forward_context

@@ -1,0 +1,49 @@
+"""vLLM's V2 model runner, the default on CUDA, on a CPU. For tests only.
+
+It needs Triton, which has no CPU backend: its kernels run in Triton's interpreter. To be called
+before vLLM is imported.
+"""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+from typing import Any
+
+
+def select_v2_runner() -> None:
+    """Have engines of this process use the V2 runner."""
+    os.environ.update(VLLM_USE_V2_MODEL_RUNNER="1", TRITON_INTERPRET="1")
+    from triton.backends import backends
+
+    backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True), compiler=None)
+    _let_interpreter_take_masks_of_integers()
+
+
+def _let_interpreter_take_masks_of_integers() -> None:
+    """``&`` of a scalar and a vector of booleans is one of integers in Triton 3.9's interpreter,
+    which its loads then refuse. vLLM's ngram kernel has such a mask."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    load = InterpreterBuilder.create_masked_load
+
+    def create_masked_load(self: Any, pointers: Any, mask: Any, *args: Any) -> Any:
+        return load(self, pointers, TensorHandle(mask.data.astype(bool), mask.dtype), *args)
+
+    InterpreterBuilder.create_masked_load = create_masked_load
+
+
+def schedule_asynchronously() -> None:
+    """Have the CPU platform leave asynchronous scheduling on, as it is on CUDA by default.
+
+    vLLM switches it off on CPU, where it gains nothing.
+    """
+    from vllm.platforms.cpu import CpuPlatform
+
+    switch_off = CpuPlatform.check_and_update_config.__func__
+
+    def check_and_update_config(cls: Any, vllm_config: Any) -> None:
+        switch_off(cls, vllm_config)
+        vllm_config.scheduler_config.async_scheduling = True
+
+    CpuPlatform.check_and_update_config = classmethod(check_and_update_config)

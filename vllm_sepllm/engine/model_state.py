@@ -1,0 +1,96 @@
+"""Token ids of the V2 model runner, by its own seam for what a model needs beside the usual."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from vllm.v1.core.sched.output import NewRequestData
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+from vllm.v1.worker.gpu.model_states.interface import ModelSpecificAttnMetadata
+
+from vllm_sepllm.config import ConfigError
+from vllm_sepllm.engine.checks import OTHER_BACKEND
+from vllm_sepllm.engine.cpu_plan import IntArray
+from vllm_sepllm.engine.kept_rows import KeptRows
+from vllm_sepllm.engine.metadata import KeptMetadataBuilder
+from vllm_sepllm.engine.settings import kept_policy
+from vllm_sepllm.policy import CountArray
+
+
+class BatchTokens(ModelSpecificAttnMetadata):
+    """Token ids of one batch, handed to the builder of the kept group."""
+
+    def __init__(self, rows: KeptRows, input_batch: InputBatch) -> None:
+        self.rows = rows
+        self._input_batch = input_batch
+
+    def get_extra_attn_kwargs(self, attn_metadata_builder: Any, num_reqs: int) -> dict[str, Any]:
+        """Arguments of ``build``, for the builder of the kept group only."""
+        is_kept = isinstance(attn_metadata_builder, KeptMetadataBuilder)
+        return {"tokens": self} if is_kept else {}
+
+    def count(self, num_reqs: int, query_start: CountArray, stops: IntArray) -> IntArray:
+        """See :class:`vllm_sepllm.engine.kept_rows.StepTokens`."""
+        batch = self._input_batch
+        query_start = query_start[: batch.num_reqs + 1]
+        starts = stops[: batch.num_reqs] - (query_start[1:] - query_start[:-1])
+        rows = batch.idx_mapping_np[: batch.num_reqs]
+        self.rows.count(rows, batch.input_ids.numpy(), query_start, starts)
+        return rows
+
+
+class SepLLMModelState(DefaultModelState):
+    """vLLM's state of a model, and the kept tokens of each request.
+
+    Rows are the runner's own request indices. A request that resumes is added anew, with the
+    ids of all tokens it has.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._rows = KeptRows(
+            kept_policy(self.vllm_config), self.max_num_reqs, self.model_config.max_model_len
+        )
+        self._known: set[str] = set()
+
+    @classmethod
+    def replace(cls, runner: GPUModelRunner) -> None:
+        """Put one in the place of the state a V2 runner has made for its model.
+
+        Raises:
+            ConfigError: the model needs a state of its own.
+        """
+        found = type(runner.model_state)
+        if found is not DefaultModelState:
+            raise ConfigError(
+                f"the model needs a {found.__name__}, SepLLM attention serves models with a plain "
+                f"KV cache: {OTHER_BACKEND}"
+            )
+        runner.model_state = cls(
+            runner.vllm_config, runner.model, runner.encoder_cache, runner.device
+        )
+
+    def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
+        """Count the tokens of a request that is new or resumes."""
+        super().add_request(req_index, new_req_data)
+        self._known.add(new_req_data.req_id)
+        token_ids = new_req_data.prefill_token_ids
+        assert token_ids is not None
+        self._rows.restart(req_index, np.asarray(token_ids, dtype=np.int32))
+
+    def remove_request(self, req_id: str) -> None:
+        """Forget a request that ended or was preempted."""
+        super().remove_request(req_id)
+        self._known.discard(req_id)
+
+    def prepare_attn(self, input_batch: InputBatch, *args: Any, **kwargs: Any) -> Any:
+        """Metadata of a batch; ``None`` for one of vLLM's own making, whose requests are none."""
+        if input_batch.req_ids[0] not in self._known:
+            return None
+        tokens = BatchTokens(self._rows, input_batch)
+        return super().prepare_attn(
+            input_batch, *args, **kwargs, model_specific_attn_metadata=tokens
+        )

@@ -48,6 +48,7 @@ class SepLLMConfig:
             and window.
         interval: distance between kept tokens of ``policy="fixed_interval"``.
         position_mode: ``"original"`` keeps each key's own rotary position.
+        dense_layers: layers with full attention, by index; negative ones count from the last.
 
     Raises:
         ConfigError: a value is out of range or contradicts another.
@@ -62,6 +63,7 @@ class SepLLMConfig:
     separator_token_ids: tuple[int, ...] | None = None
     interval: int | None = None
     position_mode: str = "original"
+    dense_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         _check_choice("policy", self.policy, POLICIES)
@@ -77,6 +79,7 @@ class SepLLMConfig:
         if self.separator_token_ids is not None:
             ids = _token_ids("separator_token_ids", self.separator_token_ids)
             object.__setattr__(self, "separator_token_ids", ids)
+        object.__setattr__(self, "dense_layers", _layers("dense_layers", self.dense_layers))
         self._check_combinations()
 
     def _check_combinations(self) -> None:
@@ -131,6 +134,26 @@ class SepLLMConfig:
         """The same options with the tokenizer's answer filled in."""
         return replace(self, separator_token_ids=token_ids)
 
+    def with_dense_layers_of(self, num_layers: int) -> SepLLMConfig:
+        """The same options for a model of ``num_layers`` layers: indices count from the front.
+
+        Raises:
+            ConfigError: a layer does not exist, or none is left for SepLLM attention.
+        """
+        for index in self.dense_layers:
+            if not -num_layers <= index < num_layers:
+                raise ConfigError(
+                    f"dense_layers holds {index}: the model has {num_layers} layers, so indices "
+                    f"go from {-num_layers} to {num_layers - 1}"
+                )
+        found = tuple(sorted({index % num_layers for index in self.dense_layers}))
+        if len(found) == num_layers:
+            raise ConfigError(
+                f"dense_layers names all {num_layers} layers, so SepLLM attention has nothing to "
+                "do: leave some out, or use another attention backend"
+            )
+        return replace(self, dense_layers=found)
+
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
@@ -164,3 +187,15 @@ def _token_ids(name: str, value: object) -> tuple[int, ...]:
                 f"{name} holds {item!r}: every token id must be a whole number of at least 0"
             )
     return tuple(sorted(set(value)))
+
+
+def _layers(name: str, value: object) -> tuple[int, ...]:
+    good = isinstance(value, (list, tuple)) and all(
+        isinstance(item, int) and not isinstance(item, bool) for item in value
+    )
+    if not good:
+        raise ConfigError(
+            f"{name}={value!r}: must be a list of layer indices, e.g. [0, 1, -2, -1] for the first "
+            "two and the last two"
+        )
+    return tuple(value)  # type: ignore[arg-type]

@@ -5,13 +5,16 @@ Slow and plain on purpose. Uses no code of the engine and none of the kernels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+PIECE = 4096
 
 
 def sepllm_mask(
@@ -72,22 +75,67 @@ def masked_attention(
 
 @torch.no_grad()
 def masked_logits(
-    model: PreTrainedModel, token_ids: Sequence[int], mask: torch.Tensor
+    model: PreTrainedModel,
+    token_ids: Sequence[int],
+    mask: torch.Tensor,
+    dense_layers: Sequence[int] = (),
 ) -> torch.Tensor:
     """Logits of a Hugging Face model under an explicit mask.
+
+    A long sequence goes through in pieces, so that attention weights of the whole are never
+    held at once.
 
     Args:
         model: a causal language model; its dtype decides the arithmetic.
         token_ids: ``[num_tokens]``.
         mask: ``[num_tokens, num_tokens]`` bool.
+        dense_layers: layers that see every earlier token instead.
 
     Returns:
         ``[num_tokens, vocab_size]`` in the model's dtype.
     """
-    bias = torch.zeros(mask.shape, dtype=model.dtype).masked_fill(~mask, float("-inf"))
+
+    def bias(rows: torch.Tensor) -> torch.Tensor:
+        added = torch.zeros(rows.shape, dtype=model.dtype)
+        return added.masked_fill_(~rows, float("-inf"))[None, None]
+
+    def see_everything(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        shape = kwargs["attention_mask"].shape[-2:]
+        causal = torch.ones(shape, dtype=torch.bool).tril(shape[1] - shape[0])
+        return args, {**kwargs, "attention_mask": bias(causal)}
+
+    with ExitStack() as hooks:
+        for index in dense_layers:
+            attention: torch.nn.Module = model.model.layers[index].self_attn
+            hook = attention.register_forward_pre_hook(see_everything, with_kwargs=True)
+            hooks.callback(hook.remove)
+        return _logits_in_pieces(model, token_ids, mask, bias)
+
+
+def _logits_in_pieces(
+    model: PreTrainedModel,
+    token_ids: Sequence[int],
+    mask: torch.Tensor,
+    bias: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
     ids = torch.as_tensor([list(token_ids)])
-    logits: torch.Tensor = model(input_ids=ids, attention_mask=bias[None, None]).logits[0]
-    return logits
+    num_tokens = ids.shape[1]
+    if num_tokens <= PIECE:
+        logits: torch.Tensor = model(input_ids=ids, attention_mask=bias(mask)).logits[0]
+        return logits
+    pieces, cache = [], None
+    for start in range(0, num_tokens, PIECE):
+        stop = min(start + PIECE, num_tokens)
+        output = model(
+            input_ids=ids[:, start:stop],
+            attention_mask=bias(mask[start:stop, :stop]),
+            position_ids=torch.arange(start, stop)[None],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        cache = output.past_key_values
+        pieces.append(output.logits[0])
+    return torch.cat(pieces)
 
 
 def first_difference(
@@ -97,6 +145,7 @@ def first_difference(
     separator_ids: Sequence[int],
     num_sink_tokens: int,
     window_size: int,
+    dense_layers: Sequence[int] = (),
 ) -> str | None:
     """Where ``generated`` leaves the model's greedy continuation of ``prompt``.
 
@@ -108,7 +157,7 @@ def first_difference(
     """
     token_ids = [*prompt, *generated]
     mask = sepllm_mask(token_ids, separator_ids, num_sink_tokens, window_size)
-    logits = masked_logits(model, token_ids, mask)[len(prompt) - 1 : -1]
+    logits = masked_logits(model, token_ids, mask, dense_layers)[len(prompt) - 1 : -1]
     for step, (row, token) in enumerate(zip(logits.float(), generated, strict=True)):
         best = int(row.argmax())
         if best != token:

@@ -65,6 +65,16 @@ def test_the_comparison_can_fail(engines, book, reference_model, separator_ids):
         assert first_difference(reference_model, prompt, tokens, separators, sinks, window)
 
 
+def test_the_reference_in_pieces(book, reference_model, separator_ids, monkeypatch):
+    """Long sequences go through the model in pieces."""
+    exact = copy.deepcopy(reference_model).double()
+    mask = sepllm_mask(book[:1000], separator_ids, 4, 64)
+    whole = masked_logits(exact, book[:1000], mask)
+    monkeypatch.setattr("vllm_sepllm.reference.PIECE", 300)
+    pieces = masked_logits(exact, book[:1000], mask)
+    torch.testing.assert_close(pieces, whole, rtol=1e-9, atol=1e-9)
+
+
 def test_requests_that_come_while_others_decode(engines, book, reference_model, separator_ids):
     """Prefill and decode share batches, and requests change rows as others end."""
     engine = engines(sepllm={"window_size": 64})

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import MODEL
 
+from vllm_sepllm.config import ConfigError
 from vllm_sepllm.reference import sepllm_mask
 
 pytestmark = pytest.mark.e2e
@@ -81,6 +82,16 @@ def test_only_full_attention_layers_of_a_mixed_model(
     size = len(long + tokens)
     dense = dict.fromkeys(masks, bias(sepllm_mask(long + tokens, (), 0, size)))
     assert greedy_difference(model, long, tokens, dense) is not None, "any mask would pass"
+
+
+def test_a_dense_layer_with_a_sliding_window(engines, tmp_path):
+    from transformers import Gemma3TextConfig
+
+    kinds = ["sliding_attention", "full_attention"]
+    extra = {"num_key_value_heads": 2, "head_dim": 32, "sliding_window": 64}
+    save(Gemma3TextConfig(**SIZES, **extra, num_hidden_layers=2, layer_types=kinds), tmp_path)
+    with pytest.raises(ConfigError, match="holds 0, a layer with a sliding window of 64 tokens"):
+        engines(sepllm={"dense_layers": [0]}, model=str(tmp_path), max_model_len=1024)
 
 
 @pytest.mark.parametrize(

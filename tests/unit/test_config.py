@@ -32,6 +32,7 @@ def test_from_dict_of_nothing_is_the_default(nothing):
         {"policy": "fixed_interval", "interval": 5},
         {"policy": "streaming", "window_size": MAX_TOKENS},
         {"max_separator_tokens": 64, "position_mode": "cache"},
+        {"dense_layers": [0, 1, -2, -1]},
     ],
 )
 def test_round_trip_through_json(options):
@@ -77,6 +78,9 @@ def test_with_separator_ids_changes_nothing_else():
         ({"separator_token_ids": [13, -1]}, ["separator_token_ids holds -1", "at least 0"]),
         ({"separator_token_ids": [True]}, ["separator_token_ids holds True"]),
         ({"separator_token_ids": ["."]}, ["separator_token_ids holds '.'"]),
+        ({"dense_layers": 3}, ["dense_layers=3", "list of layer indices"]),
+        ({"dense_layers": [True]}, ["dense_layers=[True]", "list of layer indices"]),
+        ({"dense_layers": ["0"]}, ["dense_layers=['0']", "list of layer indices"]),
         ({"interval": 5}, ["interval=5", "policy='sepllm'", "fixed_interval"]),
         ({"policy": "fixed_interval"}, ["without interval", "interval=5"]),
         ({"policy": "fixed_interval", "interval": 0}, ["interval=0", "at least 1"]),
@@ -100,3 +104,23 @@ def test_errors_name_value_limit_and_remedy(options, parts):
 
 def test_default_separators_are_the_papers_nine():
     assert len(DEFAULT_SEPARATORS) == len(set(DEFAULT_SEPARATORS)) == 9
+
+
+@pytest.mark.parametrize(
+    ("given", "found"), [([], ()), ([0, -1], (0, 5)), ([5, -1, 5], (5,)), ([-6], (0,))]
+)
+def test_dense_layers_of_a_model(given, found):
+    config = SepLLMConfig(dense_layers=given)
+    assert config.with_dense_layers_of(6).dense_layers == found
+    assert config.with_dense_layers_of(6).with_dense_layers_of(6).dense_layers == found
+
+
+@pytest.mark.parametrize("index", [6, -7, 100])
+def test_dense_layers_that_do_not_exist(index):
+    with pytest.raises(ConfigError, match=f"holds {index}: the model has 6 layers, .* -6 to 5"):
+        SepLLMConfig(dense_layers=[0, index]).with_dense_layers_of(6)
+
+
+def test_every_layer_dense():
+    with pytest.raises(ConfigError, match=r"names all 2 layers, .* use another attention backend"):
+        SepLLMConfig(dense_layers=[0, -1]).with_dense_layers_of(2)

@@ -16,9 +16,11 @@ from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionType
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, _get_attn_isa
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import (
     AttentionSpec,
     FullAttentionSpec,
@@ -42,6 +44,11 @@ from vllm_sepllm.engine.registration import BACKEND_NAME
 from vllm_sepllm.engine.spec import KeptSpec, WindowSpec
 
 KEPT_SUFFIX = ".kept"
+
+
+def layer_index(name: str) -> int:
+    """Index of the layer an attention module belongs to, counted over all pipeline stages."""
+    return int(extract_layer_index(name))
 
 
 class SepLLMBackend(AttentionBackend):
@@ -202,9 +209,30 @@ class SepLLMImpl(AttentionImpl):
                 f"{name} has values of size {layer.head_size_v} and keys of size "
                 f"{layer.head_size}, SepLLM attention needs both alike: {OTHER_BACKEND}"
             )
+        if layer_index(name) in settings.options(vllm_config).dense_layers:
+            self._make_dense(layer, act_dtype)
+            return
         self._kept_name = name + KEPT_SUFFIX
         spec = layer.get_kv_cache_spec(vllm_config)
         layers.setdefault(self._kept_name, KeptLayer(spec))
+
+    def _make_dense(self, layer: Attention, act_dtype: torch.dtype) -> None:
+        """Give the layer vLLM's own backend; only now is it known which layer it is."""
+        layer.attn_backend = CPUAttentionBackend
+        layer.backend = AttentionBackendEnum[CPUAttentionBackend.get_name()]
+        layer.impl = CPUAttentionBackend.get_impl_cls()(
+            self.num_heads,
+            self.head_size,
+            self.scale,
+            self.num_kv_heads,
+            None,
+            None,
+            self.kv_cache_dtype,
+            self.logits_soft_cap or None,
+            AttentionType.DECODER,
+            None,
+        )
+        layer.impl.process_weights_after_loading(act_dtype)
 
     def bind_pages(self, kv_cache: torch.Tensor, staging_start: int) -> None:
         """Find this layer's pages in the buffer vLLM has just allocated.

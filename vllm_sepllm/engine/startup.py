@@ -65,6 +65,8 @@ def _resolve(vllm_config: VllmConfig, options: SepLLMConfig) -> Separators:
             "set separator_token_ids"
         )
     resolved = options.with_separator_ids(separators.token_ids)
+    if resolved.dense_layers:
+        resolved = resolved.with_dense_layers_of(model_config.get_total_num_hidden_layers())
     policy = KeptPolicy.from_config(resolved, vocab_size)  # checks the ids
     share = kept_share_of_english(policy, tokenizer) if tokenizer else UNKNOWN_KEPT_SHARE
     settings.store(vllm_config, resolved, share)
@@ -80,7 +82,7 @@ def announce(vllm_config: VllmConfig, separators: Separators) -> None:
         shown.append("...")
     logger.info_once(
         "SepLLM attention: policy=%s, %d sinks, window of %d tokens, %d separator ids (%s), "
-        "about %.0f%% of English prose kept behind the window, block size %d, vLLM %s",
+        "about %.0f%% of English prose kept behind the window, block size %d, vLLM %s%s",
         options.policy,
         options.num_sink_tokens,
         options.window_size,
@@ -89,6 +91,7 @@ def announce(vllm_config: VllmConfig, separators: Separators) -> None:
         100 * settings.expected_kept_share(vllm_config),
         vllm_config.cache_config.block_size,
         found,
+        f", full attention in layers {list(options.dense_layers)}" if options.dense_layers else "",
     )
     warning = caution(found) if found != "unknown" else None
     if warning is not None:

@@ -14,7 +14,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_sepllm.config import ConfigError
 from vllm_sepllm.engine import settings
-from vllm_sepllm.engine.backend import KEPT_SUFFIX, SepLLMBackend, SepLLMImpl
+from vllm_sepllm.engine.backend import KEPT_SUFFIX, SepLLMBackend, SepLLMImpl, layer_index
 from vllm_sepllm.engine.cpu_plan import staging_pages_per_request
 from vllm_sepllm.engine.kept_rows import KeptRows, RunnerTokens
 from vllm_sepllm.engine.metadata import KeptMetadataBuilder
@@ -46,6 +46,7 @@ class SepLLMCPUWorker(CPUWorker):
         """
         with set_current_vllm_config(self.vllm_config):  # read by SepLLMBackend.customize_spec
             specs = super().get_kv_cache_spec()
+        self._check_dense_layers()
         whole_model = self.parallel_config.pipeline_parallel_size == 1
         if specs and whole_model and not _window_specs(specs):
             raise ConfigError(
@@ -53,6 +54,20 @@ class SepLLMCPUWorker(CPUWorker):
                 "has nothing to do: use another attention backend"
             )
         return specs
+
+    def _check_dense_layers(self) -> None:
+        """Layers asked to be dense would have been SepLLM's.
+
+        Raises:
+            ConfigError: one has a sliding window of its own.
+        """
+        dense = settings.options(self.vllm_config).dense_layers
+        for name, layer in get_layers_from_vllm_config(self.vllm_config, Attention).items():
+            if dense and layer.sliding_window is not None and layer_index(name) in dense:
+                raise ConfigError(
+                    f"dense_layers holds {layer_index(name)}, a layer with a sliding window of "
+                    f"{layer.sliding_window} tokens of its own: leave it out"
+                )
 
     def determine_available_memory(self) -> int:
         """vLLM's figure less the staging pages, so that the total stays what was asked for."""

@@ -27,7 +27,7 @@ from vllm_sepllm.inspection import (
     visible_text,
 )
 from vllm_sepllm.inspection_html import html_page
-from vllm_sepllm.policy import KeptPolicy
+from vllm_sepllm.policy import SepLLMPolicy
 from vllm_sepllm.separators import resolve_separators
 
 SAMPLE = (
@@ -216,10 +216,10 @@ def _load_tokenizer(model: str) -> Any:
         ) from error
 
 
-def _policy(config: SepLLMConfig, tokenizer: Any) -> KeptPolicy:
+def _policy(config: SepLLMConfig, tokenizer: Any) -> SepLLMPolicy:
     found = resolve_separators(config, tokenizer)
     try:
-        return KeptPolicy.from_config(config.with_separator_ids(found.token_ids), len(tokenizer))
+        return SepLLMPolicy.build(config.with_separator_ids(found.token_ids), len(tokenizer))
     except ValueError as error:
         raise InputError(str(error)) from error
 

@@ -92,11 +92,19 @@ class SepLLMConfig:
             raise ConfigError(
                 "policy='fixed_interval' without interval: set interval, e.g. interval=5"
             )
-        if self.policy != "sepllm" and self.max_separator_tokens is not None:
-            raise ConfigError(
-                f"max_separator_tokens={self.max_separator_tokens} with policy={self.policy!r}: "
-                "only policy='sepllm' has separators; drop one of the two"
-            )
+        if self.policy == "sepllm":
+            return
+        given: dict[str, object] = {
+            "max_separator_tokens": self.max_separator_tokens,
+            "separator_token_ids": list(self.separator_token_ids or ()),
+            "separators": self.separators if self.separators != DEFAULT_SEPARATORS else None,
+        }
+        for name, value in given.items():
+            if value:
+                raise ConfigError(
+                    f"{name}={value!r} with policy={self.policy!r}: "
+                    "only policy='sepllm' has separators; drop one of the two"
+                )
 
     @classmethod
     def from_dict(cls, options: object) -> SepLLMConfig:

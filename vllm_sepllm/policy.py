@@ -5,7 +5,8 @@ With ``a`` sinks, a window of ``n`` tokens (the query's own included) and separa
 
     visible(q, k)  =  k <= q  and  ( k < a  or  id[k] in S  or  k > q - n )
 
-A *kept* token is a sink or a separator; it stays visible for ever. ``kept_prefix[x]`` counts
+A *kept* token is a sink or a separator; it stays visible for ever. (Other policies choose other
+tokens instead of separators; all else is the same.) ``kept_prefix[x]`` counts
 the kept tokens at positions below ``x``, and everything else derives from it::
 
     position   0  1  2  3  4  5  6  7  8  9        a = 1, n = 3, S = {"."}
@@ -24,9 +25,11 @@ every way of cutting a prompt into chunks, and for every request that shares the
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -38,36 +41,64 @@ CountArray = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True, eq=False)
-class KeptPolicy:
+class KeptPolicy(ABC):
     """Which tokens are kept, and what a query sees.
+
+    A subclass says which tokens it keeps beside the sinks, and registers itself under the name
+    that users choose it by: ``class Mine(KeptPolicy, name="mine")``.
 
     Attributes:
         num_sink_tokens: ``a``, tokens.
         window_size: ``n``, tokens, the query's own included.
-        is_separator: ``[vocab_size]`` bool, indexed by token id.
     """
 
     num_sink_tokens: int
     window_size: int
-    is_separator: BoolArray
+    registered: ClassVar[dict[str, type[KeptPolicy]]] = {}
 
-    @classmethod
-    def from_config(cls, config: SepLLMConfig, vocab_size: int) -> KeptPolicy:
-        """Build the policy of resolved options.
+    def __init_subclass__(cls, *, name: str) -> None:
+        KeptPolicy.registered[name] = cls
+
+    @staticmethod
+    def from_config(config: SepLLMConfig, vocab_size: int) -> KeptPolicy:
+        """The policy of resolved options.
 
         Raises:
             ValueError: separator ids are missing or outside the vocabulary.
         """
-        ids = config.separator_token_ids
-        if ids is None:
-            raise ValueError("separator_token_ids is not resolved: call resolve_separators first")
-        return cls(config.num_sink_tokens, config.window_size, separator_table(ids, vocab_size))
+        return KeptPolicy.registered[config.policy].build(config, vocab_size)
+
+    @classmethod
+    def build(cls, config: SepLLMConfig, vocab_size: int) -> KeptPolicy:
+        """One of this class; see :meth:`from_config`."""
+        return cls(config.num_sink_tokens, config.window_size)
+
+    @abstractmethod
+    def chosen(
+        self, token_ids: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]
+    ) -> BoolArray:
+        """Flag the tokens this policy keeps beside the sinks.
+
+        It may look at nothing but a token's id and position, so that every rank and every way
+        of cutting a prompt agrees.
+
+        Args:
+            token_ids: ``[num_tokens]`` ids; some may lie outside the vocabulary.
+            positions: ``[num_tokens]``.
+
+        Returns:
+            ``[num_tokens]`` bool.
+        """
+
+    def chooses(self, token_id: int, position: int) -> bool:
+        """:meth:`chosen` of one token; where it is cheap without arrays, worth overriding."""
+        return bool(self.chosen(np.array([token_id]), np.array([position]))[0])
 
     def kept_flags(self, token_ids: npt.ArrayLike, first_position: int = 0) -> BoolArray:
         """Flag the kept ones among consecutive tokens.
 
         Args:
-            token_ids: ``[num_tokens]`` ids; those outside the vocabulary are no separators.
+            token_ids: ``[num_tokens]`` ids; some may lie outside the vocabulary.
             first_position: position of ``token_ids[0]`` in its request.
 
         Returns:
@@ -78,15 +109,9 @@ class KeptPolicy:
 
     def kept_flags_at(self, token_ids: npt.ArrayLike, positions: npt.ArrayLike) -> BoolArray:
         """The same for tokens at arbitrary ``positions``, also ``[num_tokens]``."""
-        ids = np.asarray(token_ids, dtype=np.int64)
-        separator = self._guarded.take(ids + 1, mode="clip")
-        sink: BoolArray = np.asarray(positions) < self.num_sink_tokens
-        return separator | sink
-
-    @cached_property
-    def _guarded(self) -> BoolArray:
-        """``is_separator`` with a false on either side for ids outside the vocabulary."""
-        return np.pad(self.is_separator, 1)
+        at = np.asarray(positions, dtype=np.int64)
+        sink: BoolArray = at < self.num_sink_tokens
+        return self.chosen(np.asarray(token_ids, dtype=np.int64), at) | sink
 
     def window_start(self, position: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """First position of the window of queries at ``position``; the last is its own."""
@@ -95,6 +120,83 @@ class KeptPolicy:
     def stream_limit(self, kept_prefix: CountArray, position: npt.ArrayLike) -> CountArray:
         """Stream entries ``[0, limit)`` that queries at ``position`` attend to."""
         return kept_prefix[self.window_start(position)]
+
+
+@dataclass(frozen=True, eq=False)
+class SepLLMPolicy(KeptPolicy, name="sepllm"):
+    """Separators (SepLLM, arXiv 2412.12094).
+
+    Attributes:
+        is_separator: ``[vocab_size]`` bool, indexed by token id.
+    """
+
+    is_separator: BoolArray
+
+    @classmethod
+    def build(cls, config: SepLLMConfig, vocab_size: int) -> SepLLMPolicy:
+        """One of this class; see :meth:`from_config`."""
+        ids = config.separator_token_ids
+        if ids is None:
+            raise ValueError("separator_token_ids is not resolved: call resolve_separators first")
+        return cls(config.num_sink_tokens, config.window_size, separator_table(ids, vocab_size))
+
+    def chosen(
+        self, token_ids: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]
+    ) -> BoolArray:
+        """Flag separators."""
+        flags: BoolArray = self._guarded.take(token_ids + 1, mode="clip")
+        return flags
+
+    def chooses(self, token_id: int, position: int) -> bool:
+        """Whether it is a separator."""
+        return 0 <= token_id < self.is_separator.size and bool(self.is_separator[token_id])
+
+    @cached_property
+    def _guarded(self) -> BoolArray:
+        """``is_separator`` with a false on either side for ids outside the vocabulary."""
+        return np.pad(self.is_separator, 1)
+
+
+class StreamingPolicy(KeptPolicy, name="streaming"):
+    """Nothing beside sinks and window (StreamingLLM, arXiv 2309.17453)."""
+
+    def chosen(
+        self, token_ids: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]
+    ) -> BoolArray:
+        """Flag nothing."""
+        return np.zeros(len(positions), dtype=np.bool_)
+
+    def chooses(self, token_id: int, position: int) -> bool:
+        """Never."""
+        return False
+
+
+@dataclass(frozen=True, eq=False)
+class FixedIntervalPolicy(KeptPolicy, name="fixed_interval"):
+    """Every so many tokens one (FixLLM, the ablation of arXiv 2412.12094).
+
+    Attributes:
+        interval: distance between kept tokens; those at multiples of it are kept.
+    """
+
+    interval: int
+
+    @classmethod
+    def build(cls, config: SepLLMConfig, vocab_size: int) -> FixedIntervalPolicy:
+        """One of this class; see :meth:`from_config`."""
+        assert config.interval is not None
+        return cls(config.num_sink_tokens, config.window_size, config.interval)
+
+    def chosen(
+        self, token_ids: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]
+    ) -> BoolArray:
+        """Flag multiples of the interval."""
+        flags: BoolArray = positions % self.interval == 0
+        return flags
+
+    def chooses(self, token_id: int, position: int) -> bool:
+        """Whether the position is a multiple of the interval."""
+        return position % self.interval == 0
 
 
 def separator_table(token_ids: Iterable[int], vocab_size: int) -> BoolArray:
@@ -135,10 +237,8 @@ class KeptCounts:
             grown[: start + 1] = self._prefix[: start + 1]
             self._prefix = grown
         if stop == start + 1:  # a decode step; numpy's set-up would cost more than the work
-            policy, token = self._policy, token_ids[0]
-            kept = start < policy.num_sink_tokens or (
-                0 <= token < policy.is_separator.size and bool(policy.is_separator[token])
-            )
+            policy = self._policy
+            kept = start < policy.num_sink_tokens or policy.chooses(token_ids[0], start)
             self._prefix[stop] = self._prefix[start] + kept
         else:
             flags = self._policy.kept_flags(token_ids, start)

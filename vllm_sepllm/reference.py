@@ -18,7 +18,11 @@ PIECE = 4096
 
 
 def sepllm_mask(
-    token_ids: Sequence[int], separator_ids: Sequence[int], num_sink_tokens: int, window_size: int
+    token_ids: Sequence[int],
+    separator_ids: Sequence[int],
+    num_sink_tokens: int,
+    window_size: int,
+    interval: int | None = None,
 ) -> torch.Tensor:
     """Which key each query sees (arXiv 2412.12094, equation 1).
 
@@ -27,6 +31,7 @@ def sepllm_mask(
         separator_ids: ids of separator tokens.
         num_sink_tokens: first tokens that stay visible.
         window_size: recent tokens that stay visible, the query's own included.
+        interval: every so many tokens one stays visible too, from the first on.
 
     Returns:
         ``[num_tokens, num_tokens]`` bool, rows are queries.
@@ -36,6 +41,8 @@ def sepllm_mask(
     query, key = position[:, None], position[None, :]
     separator = torch.isin(ids, torch.as_tensor(sorted(separator_ids), dtype=torch.long))
     kept = separator | (position < num_sink_tokens)
+    if interval is not None:
+        kept[::interval] = True
     return (key <= query) & (kept[None, :] | (key > query - window_size))
 
 

@@ -69,9 +69,13 @@ _texts_cache: WeakKeyDictionary[Any, list[str]] = WeakKeyDictionary()
 def resolve_separators(config: SepLLMConfig, tokenizer: Tokenizer) -> Separators:
     """Find the separators ``config`` asks for; remembered per tokenizer and options.
 
+    A policy other than ``"sepllm"`` has none.
+
     Raises:
         ConfigError: the tokenizer has none of them.
     """
+    if config.policy != "sepllm":
+        return Separators((), ())
     key = (config.separators, config.separator_match, config.separator_token_ids)
     found = _cache.setdefault(tokenizer, {})
     if key not in found:

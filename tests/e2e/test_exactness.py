@@ -110,6 +110,29 @@ def test_no_separators_is_sinks_and_window(engines, book, reference_model):
     assert first_difference(reference_model, book[:700], tokens, (), 4, 32) is None
 
 
+@pytest.mark.parametrize(
+    ("options", "interval"),
+    [
+        ({"policy": "streaming"}, None),
+        ({"policy": "streaming", "num_sink_tokens": 0}, None),
+        ({"policy": "fixed_interval", "interval": 5}, 5),
+    ],
+    ids=["streaming", "window alone", "fixed interval"],
+)
+def test_other_policies(engines, book, reference_model, options, interval):
+    engine = engines(sepllm={"window_size": 64, **options}, enable_prefix_caching=True)
+    texts = [book[:700], book[100:130], [*book[:350], *book[3000:3400]]]
+    for _ in range(2):  # cold, then warm
+        outputs = engine.generate(texts, 40)
+        for prompt, output in zip(texts, outputs, strict=True):
+            tokens = list(output.outputs[0].token_ids)
+            mask = sepllm_mask(prompt + tokens, (), options.get("num_sink_tokens", 4), 64, interval)
+            logits = masked_logits(reference_model, prompt + tokens, mask)
+            assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == tokens
+    assert [output.num_cached_tokens for output in outputs] == [672, 0, 736]
+    engine.check_empty()
+
+
 def test_log_probabilities_equal_the_reference(engines, book, reference_model, separator_ids):
     """Not only the best token: prompt and sample log-probabilities, in float32."""
     engine = engines(sepllm={"window_size": 64})

@@ -3,7 +3,7 @@
 import pytest
 from helpers import page_bound
 
-from vllm_sepllm.policy import KeptPolicy, separator_table
+from vllm_sepllm.policy import SepLLMPolicy, separator_table
 from vllm_sepllm.reference import first_difference
 
 pytestmark = pytest.mark.e2e
@@ -13,7 +13,7 @@ VOCABULARY = 4096
 
 def kept_in(ids, separator_ids, sinks):
     table = separator_table(separator_ids, VOCABULARY)
-    return int(KeptPolicy(sinks, 1, table).kept_flags(ids).sum())
+    return int(SepLLMPolicy(sinks, 1, table).kept_flags(ids).sum())
 
 
 def run(engine, prompts, max_tokens, after_step=lambda step: None):

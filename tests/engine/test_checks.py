@@ -34,7 +34,12 @@ OPTIONS = [
     ({"separator_token_ids": [-3]}, "holds -3"),
     ({"separator_match": "loose"}, "separator_match='loose': must be one of 'exact'"),
     ({"policy": "h2o"}, "policy='h2o': must be one of"),
-    ({"policy": "streaming"}, "policy='streaming' is not supported yet"),
+    ({"policy": "fixed_interval"}, "policy='fixed_interval' without interval"),
+    ({"policy": "streaming", "separators": ["."]}, "separators=('.',) with policy='streaming'"),
+    (
+        {"policy": "streaming", "separator_token_ids": [5]},
+        "separator_token_ids=[5] with policy='streaming'",
+    ),
     ({"policy": "sepllm", "interval": 5}, "interval=5 with policy='sepllm'"),
     ({"max_separator_tokens": 64}, "max_separator_tokens=64 is not supported yet"),
     ({"position_mode": "cache"}, "position_mode='cache' is not supported yet"),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from vllm_sepllm.engine.cpu_plan import Batch, plan_batch, staging_pages_per_request
-from vllm_sepllm.policy import KeptCounts, KeptPolicy
+from vllm_sepllm.policy import KeptCounts, SepLLMPolicy
 
 pytestmark = pytest.mark.engine
 
@@ -116,7 +116,7 @@ def check(policy, ids, pages, plan):
 def test_plan_reads_the_visible_tokens(block_size, window, sinks):
     rng = np.random.default_rng(window * 100 + sinks)
     table = np.arange(VOCABULARY) == SEPARATOR
-    policy = KeptPolicy(sinks, window, table)
+    policy = SepLLMPolicy(sinks, window, table)
     for _ in range(6):
         lengths = rng.integers(1, 120, 7).tolist()
         queries = [int(rng.integers(1, n + 1)) if rng.random() < 0.4 else 1 for n in lengths]
@@ -128,14 +128,14 @@ def test_plan_reads_the_visible_tokens(block_size, window, sinks):
 @pytest.mark.parametrize("window", [1, 6, 8])
 def test_plan_of_extreme_texts(share, window):
     rng = np.random.default_rng(5)
-    policy = KeptPolicy(2, window, np.arange(VOCABULARY) == SEPARATOR)
+    policy = SepLLMPolicy(2, window, np.arange(VOCABULARY) == SEPARATOR)
     lengths, queries = list(range(1, 41)), [1] * 40
     if share == 1.0:
-        everything = KeptPolicy(2, window, np.ones(VOCABULARY, dtype=bool))
+        everything = SepLLMPolicy(2, window, np.ones(VOCABULARY, dtype=bool))
         ids, pages, batch = make_batch(everything, lengths, queries, 4, rng)
         ids = [np.full(n, SEPARATOR) for n in lengths]
     else:
-        nothing = KeptPolicy(2, window, np.zeros(VOCABULARY, dtype=bool))
+        nothing = SepLLMPolicy(2, window, np.zeros(VOCABULARY, dtype=bool))
         ids, pages, batch = make_batch(nothing, lengths, queries, 4, rng)
         ids = [np.ones(n, dtype=int) for n in lengths]
     check(policy, ids, pages, plan_batch(policy, batch, pages.window, 4))
@@ -146,7 +146,7 @@ def test_plan_of_extreme_texts(share, window):
 )
 def test_staging_stays_within_what_is_reserved(window, block_size):
     rng = np.random.default_rng(0)
-    policy = KeptPolicy(3, window, np.arange(VOCABULARY) == SEPARATOR)
+    policy = SepLLMPolicy(3, window, np.arange(VOCABULARY) == SEPARATOR)
     lengths = rng.integers(1, 700, 60).tolist()
     _ids, pages, batch = make_batch(policy, lengths, [1] * 60, block_size, rng)
     rows = plan_batch(policy, batch, pages.window, block_size).paged
@@ -158,7 +158,7 @@ def test_staging_stays_within_what_is_reserved(window, block_size):
 
 def test_windows_of_whole_pages_copy_no_entry_of_the_stream():
     rng = np.random.default_rng(1)
-    policy = KeptPolicy(3, 64, np.arange(VOCABULARY) == SEPARATOR)
+    policy = SepLLMPolicy(3, 64, np.arange(VOCABULARY) == SEPARATOR)
     _, pages, batch = make_batch(policy, [333, 500], [1, 1], 16, rng)
     rows = plan_batch(policy, batch, pages.window, 16).paged
     assert rows.packed is None

@@ -7,7 +7,7 @@ import pytest
 from helpers import make_kept_manager
 from vllm.v1.core.block_pool import BlockPool
 
-from vllm_sepllm.policy import KeptPolicy, separator_table
+from vllm_sepllm.policy import SepLLMPolicy, separator_table
 
 pytestmark = pytest.mark.engine
 
@@ -19,7 +19,7 @@ class Setup:
         self.pool = BlockPool(num_blocks, enable_caching=False, hash_block_size=block_size)
         self.manager = make_kept_manager(self.pool, sinks)
         self.requests = {}
-        policy = KeptPolicy(sinks, 8, separator_table([SEPARATOR], 10))
+        policy = SepLLMPolicy(sinks, 8, separator_table([SEPARATOR], 10))
         self.manager.attach(policy, self.requests)
 
     def request(self, name, token_ids, computed=0):

@@ -10,7 +10,7 @@ from vllm.v1.core.kv_cache_utils import BlockHash
 
 from vllm_sepllm.engine.manager import KeptManager
 from vllm_sepllm.engine.prefix_index import COUNTS_PER_PAGE, PrefixIndex
-from vllm_sepllm.policy import KeptPolicy, separator_table
+from vllm_sepllm.policy import SepLLMPolicy, separator_table
 
 pytestmark = pytest.mark.engine
 
@@ -42,7 +42,7 @@ class Model:
         self.pool = BlockPool(num_blocks, enable_caching=True, hash_block_size=SIZE)
         self.manager = make_kept_manager(self.pool, sinks)
         self.spec = self.manager.kv_cache_spec
-        self.policy = KeptPolicy(sinks, 8, separator_table([SEPARATOR], 16))
+        self.policy = SepLLMPolicy(sinks, 8, separator_table([SEPARATOR], 16))
         self.requests = {}
         self.manager.attach(self.policy, self.requests)
         self.manager.new_step_starts()

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from vllm_sepllm import cli
 from vllm_sepllm.config import ConfigError
 from vllm_sepllm.inspection import TokenClass, classify, summarize, tokenize, visible_text
-from vllm_sepllm.policy import KeptPolicy, separator_table
+from vllm_sepllm.policy import SepLLMPolicy, separator_table
 
 pytestmark = pytest.mark.unit
 
@@ -76,14 +76,14 @@ S, P, W, D = TokenClass.SINK, TokenClass.SEPARATOR, TokenClass.WINDOW, TokenClas
 )
 def test_classify(sinks, window, expected):
     ids = [0, 1, 2, 1, 1, 2, 1, 2, 1, 1]
-    policy = KeptPolicy(sinks, window, separator_table([2], 3))
+    policy = SepLLMPolicy(sinks, window, separator_table([2], 3))
     assert classify(ids, policy) == expected
     assert classify([], policy) == []
 
 
 def test_sinks_and_separators_are_the_stream_below_the_limit():
     ids = [0, 2, 1, 1, 2, 1, 2, 1]
-    policy = KeptPolicy(2, 3, separator_table([2], 3))
+    policy = SepLLMPolicy(2, 3, separator_table([2], 3))
     kinds = classify(ids, policy)
     prefix = [0, *policy.kept_flags(ids).cumsum()]
     assert kinds.count(S) + kinds.count(P) == prefix[int(policy.window_start(7))] == 3
@@ -102,7 +102,7 @@ def test_sinks_and_separators_are_the_stream_below_the_limit():
 )
 def test_pages(length, window, block_size, pages):
     ids = [0, 1, 2, 1, 1, 2, 1, 2, 1, 1][:length]
-    summary = summarize(ids, KeptPolicy(1, window, separator_table([2], 3)), block_size)
+    summary = summarize(ids, SepLLMPolicy(1, window, separator_table([2], 3)), block_size)
     assert (summary.kept_pages, summary.window_pages, summary.full_pages) == pages
 
 

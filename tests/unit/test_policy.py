@@ -1,10 +1,12 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_sepllm.config import SepLLMConfig
-from vllm_sepllm.policy import KeptCounts, KeptPolicy, separator_table
+from vllm_sepllm.config import POLICIES, SepLLMConfig
+from vllm_sepllm.policy import KeptCounts, KeptPolicy, SepLLMPolicy, separator_table
 
 pytestmark = pytest.mark.unit
 
@@ -14,7 +16,7 @@ VOCAB = 8
 def policy_of(
     sinks: int, window: int, separators: frozenset[int] = frozenset({2, 5})
 ) -> KeptPolicy:
-    return KeptPolicy(sinks, window, separator_table(separators, VOCAB))
+    return SepLLMPolicy(sinks, window, separator_table(separators, VOCAB))
 
 
 def is_visible(query: int, key: int, ids: list[int], sinks: int, window: int, separators) -> bool:
@@ -184,3 +186,29 @@ def test_from_config_wants_resolved_ids():
 def test_separators_outside_the_vocabulary_are_refused(token_id):
     with pytest.raises(ValueError, match=f"{token_id}: must be below the vocabulary size {VOCAB}"):
         separator_table([1, token_id], VOCAB)
+
+
+def test_every_policy_has_a_class():
+    assert tuple(KeptPolicy.registered) == POLICIES
+
+
+@given(
+    ids=token_ids,
+    a=sinks,
+    config=st.one_of(
+        st.just(SepLLMConfig(policy="streaming")),
+        st.builds(SepLLMConfig, policy=st.just("fixed_interval"), interval=st.integers(1, 9)),
+    ),
+    first=st.integers(0, 20),
+)
+@settings(max_examples=100, deadline=None)
+def test_other_policies_look_at_positions_only(ids, a, config, first):
+    policy = KeptPolicy.from_config(replace(config, num_sink_tokens=a), VOCAB)
+    interval = config.interval or 10**9
+    expected = [p < a or (p % interval == 0 and interval < 10**9) for p in range(first + len(ids))]
+    assert policy.kept_flags(ids, first).tolist() == expected[first:]
+    one_by_one, at_once = KeptCounts(policy), KeptCounts(policy)
+    for token in ids:
+        one_by_one.extend([token])
+    at_once.extend(ids)
+    assert one_by_one.prefix.tolist() == at_once.prefix.tolist()

@@ -34,8 +34,6 @@ def refusals(vllm_config: VllmConfig, options: SepLLMConfig) -> list[str]:
 
 
 def _option_refusals(options: SepLLMConfig) -> Iterator[str]:
-    if options.policy != "sepllm":
-        yield f"policy={options.policy!r} is not supported yet: use policy='sepllm'"
     if options.max_separator_tokens is not None:
         yield (
             f"max_separator_tokens={options.max_separator_tokens} is not supported yet: "

@@ -56,8 +56,8 @@ def _resolve(vllm_config: VllmConfig, options: SepLLMConfig) -> Separators:
         if options.separator_token_ids is None:
             # Tokens added to the tokenizer alone are never part of a prompt.
             separators = separators.below(vocab_size)
-    elif options.separator_token_ids is not None:
-        ids = options.separator_token_ids
+    elif options.separator_token_ids is not None or options.policy != "sepllm":
+        ids = options.separator_token_ids or ()
         separators = Separators(ids, tuple(f"<id {i}>" for i in ids))
     else:
         raise ConfigError(

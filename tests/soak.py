@@ -2,10 +2,12 @@
 
     python tests/soak.py --minutes 10 [--seed 0] [--check-share 0.1]
 
-Requests arrive at random, share prefixes, are of 1 to 30,000 tokens, get aborted in every phase
-and preempt each other. After each step every page must be free or held as often as it is
-referenced; a share of the answers is compared with the Hugging Face reference, and at the end all
-pages must be back. Ends with status 1 and the seed at the first thing that is wrong.
+Requests arrive at random, share prefixes, get aborted in every phase and preempt each other. Most
+are short; engines with an odd seed also take some of up to 30,000 tokens. After each step every
+page must be free or held as often as it is referenced, and at the end of an engine's life all pages
+must be back. A share of the short answers is compared with the Hugging Face reference, and of the
+long ones two per engine: the longest, and one that was preempted. Ends with status 1 and the seed
+at the first thing that is wrong.
 """
 
 from __future__ import annotations
@@ -19,14 +21,19 @@ from collections.abc import Callable
 from typing import Any
 
 import conftest  # sets the environment before vLLM is imported
-from helpers import Engine, book_tokens, find_separators
+from helpers import Engine, book_tokens, find_separators, page_bound
 
 from vllm_sepllm.reference import first_difference
 
 assert conftest
 SINKS = 4
-SHORT, LONG = 2048, 30_000  # tokens of the longest requests
-CHECKED = 4096  # of longer answers one is compared in each engine's life: it takes a minute
+SHORT, LONG = 2048, 30_000  # tokens of the longest requests of an engine
+LARGE_SHARE = 0.08  # of requests are longer than SHORT, where the engine takes them
+CHECKED = 4096  # answers to longer prompts are compared after the traffic: one takes up to a minute
+VERY_LONG = 16_384  # at least one answer to a longer prompt is compared
+STEMS = [0, 0, 33, 200, 640, 1200, 12_000]  # shared tokens at the beginning of prompts
+MAX_TOKENS = [1, 5, 30, 200]
+MOST_KEPT = 0.18
 
 
 class Soak:
@@ -39,13 +46,13 @@ class Soak:
         self.max_len, self.longest_compared = max_len, 0
         self.window = rng.choice([3, 16, 64, 100, 256])
         book = book_tokens()
-        self.book, self.separators = book * (1 + max_len // len(book)), find_separators()
-        block_size = rng.choice([16, 32, 64])
+        self.book, self.separators = book * (2 + max_len // len(book)), find_separators()
+        block_size, chunk = rng.choice([16, 32, 64]), rng.choice([64, 200, 512])
         options: dict[str, Any] = {
             "block_size": block_size,
-            "max_num_batched_tokens": rng.choice([64, 200, 512]),
+            "max_num_batched_tokens": chunk,
             "max_num_seqs": rng.choice([3, 8, 16]),
-            "num_gpu_blocks_override": self._room() // block_size + rng.choice([2, 20, 80]),
+            "num_gpu_blocks_override": self._room(chunk, block_size) + rng.choice([2, 20, 80]),
             "max_model_len": max_len,
             # The tables of rotary embeddings are as long; what the model makes of it is no matter.
             "hf_overrides": {"max_position_embeddings": max_len},
@@ -58,82 +65,109 @@ class Soak:
         self.engine = Engine(sepllm=sepllm, **options)
         self.counts: Counter[str] = Counter()
         self.prompts: dict[str, list[int]] = {}
-        self.preempted: set[tuple[str, int]] = set()
+        self.preempted: dict[tuple[str, int], int] = {}  # length by request and how often
+        self.long_answers: dict[str, tuple[list[int], list[int]]] = {}
 
-    def _room(self) -> int:
-        """Tokens' worth of blocks: all separators of the longest short request, or little more
-        than the longest long one of ordinary text keeps."""
-        return self.max_len if self.max_len == SHORT else int(0.22 * self.max_len)
+    def _room(self, chunk: int, block_size: int) -> int:
+        """Blocks for all separators of the longest short request, or for the longest long one of
+        ordinary text."""
+        if self.max_len == SHORT:
+            return SHORT // block_size
+        kept = int(MOST_KEPT * self.max_len)
+        return 1 + page_bound(kept, self.window, chunk, block_size)
 
-    def prompt(self) -> list[int]:
+    def length(self) -> int:
+        """Tokens of a prompt: below ``SHORT`` and, for a few, above, longer ones more often."""
+        low, high = (SHORT, self._most()) if self.rng.random() < LARGE_SHARE else (1, SHORT)
+        return min(self._most(), int(low * (high / low) ** self.rng.random() ** 0.5))
+
+    def _most(self) -> int:
+        return self.max_len - max(MAX_TOKENS)
+
+    def prompt(self, length: int) -> list[int]:
         """A piece of the book behind one of a few shared beginnings, or separators only."""
-        most = self.max_len - 120
         if self.rng.random() < 0.05:
-            return [self.rng.choice(self.separators)] * self.rng.randint(1, most)
-        stem = self.book[: self.rng.choice([0, 0, 33, 200, 640, 1200])]
-        if self.max_len > SHORT and self.rng.random() < 0.2:
-            length = self.rng.randint(SHORT, most)
-        else:
-            length = int(self.rng.expovariate(1 / 250) + 1)
-        start = self.rng.randrange(0, 9000)
-        return (stem + self.book[start : start + length])[:most]
+            return [self.rng.choice(self.separators)] * length
+        stem, start = self.rng.choice(STEMS), self.rng.randrange(0, 9000)
+        return (self.book[:stem] + self.book[start : start + length])[:length]
 
-    def arrive(self) -> None:
+    def arrive(self, prompt: list[int]) -> None:
         from vllm import SamplingParams
 
         name = f"r{self.counts['arrived']}"
         self.counts["arrived"] += 1
-        self.prompts[name] = self.prompt()
+        self.prompts[name] = prompt
         params = SamplingParams(
-            max_tokens=self.rng.choice([1, 5, 30, 100]), temperature=0, ignore_eos=True
+            max_tokens=self.rng.choice(MAX_TOKENS), temperature=0, ignore_eos=True
         )
-        prompt = {"prompt_token_ids": self.prompts[name]}
         engine = self.engine.llm.llm_engine
-        engine.add_request(name, prompt, params, priority=self.rng.randint(0, 2))
+        priority = self.rng.randint(0, 2)
+        engine.add_request(name, {"prompt_token_ids": prompt}, params, priority=priority)
 
     def step(self) -> None:
         for output in self.engine.step():
-            if not output.finished:
-                continue
-            prompt, answer = self.prompts.pop(output.request_id), output.outputs[0]
-            self.counts[answer.finish_reason] += 1
-            self.counts["cached tokens"] += output.num_cached_tokens or 0
-            if answer.finish_reason == "length" and self._is_compared(len(prompt)):
-                self.counts["compared"] += 1
-                self.longest_compared = max(self.longest_compared, len(prompt))
-                wrong = first_difference(
-                    self.reference, prompt, answer.token_ids, self.separators, SINKS, self.window
-                )
-                assert wrong is None, f"prompt of {len(prompt)} tokens: {wrong}"
+            if output.finished:
+                prompt, answer = self.prompts.pop(output.request_id), output.outputs[0]
+                self.counts["tokens"] += len(prompt) + len(answer.token_ids)
+                self.counts["cached tokens"] += output.num_cached_tokens or 0
+                self.counts[answer.finish_reason] += 1
+                if answer.finish_reason == "length":
+                    self._take(output.request_id, prompt, list(answer.token_ids))
         self.engine.check_integrity()
-        live = self.engine.scheduler.requests.values()
-        self.preempted |= {(r.request_id, n) for r in live for n in range(r.num_preemptions)}
+        for request in self.engine.scheduler.requests.values():
+            name = request.request_id.rsplit("-", 1)[0]  # vLLM appends a random part
+            for times in range(request.num_preemptions):
+                self.preempted[name, times] = request.num_tokens
         self.counts["steps"] += 1
 
-    def _is_compared(self, length: int) -> bool:
-        if length <= CHECKED:
-            return self.rng.random() < self.check_share
-        return length > self.max_len // 2 and self.longest_compared <= CHECKED
+    def _take(self, name: str, prompt: list[int], answer: list[int]) -> None:
+        if len(prompt) > SHORT:
+            self.counts["large"] += 1
+        if len(prompt) > CHECKED:
+            self.long_answers[name] = prompt, answer
+        elif self.rng.random() < self.check_share:
+            self._compare(prompt, answer)
+
+    def _compare(self, prompt: list[int], answer: list[int]) -> None:
+        self.counts["compared"] += 1
+        self.longest_compared = max(self.longest_compared, len(prompt))
+        wrong = first_difference(
+            self.reference, prompt, answer, self.separators, SINKS, self.window
+        )
+        assert wrong is None, f"prompt of {len(prompt)} tokens: {wrong}"
+
+    def _compare_long(self) -> None:
+        """The longest answer, and one of the preempted."""
+        names = sorted(self.long_answers, key=lambda name: len(self.long_answers[name][0]))
+        preempted = sorted({name for name, _ in self.preempted} & set(names[:-1]))
+        for name in names[-1:] + self.rng.sample(preempted, min(1, len(preempted))):
+            self._compare(*self.long_answers[name])
 
     def run(self, goes_on: Callable[[], bool]) -> None:
         """Traffic for as long as ``goes_on()`` is true, then until all requests have ended."""
         while goes_on():
             if len(self.prompts) < 40 and self.rng.random() < 0.3:
-                self.arrive()
+                self.arrive(self.prompt(self.length()))
             if self.prompts and self.rng.random() < 0.02:
                 name = self.rng.choice(list(self.prompts))
                 self.engine.abort([name])
                 del self.prompts[name]
                 self.counts["aborted"] += 1
             self.step()
+        lengths = [len(prompt) for prompt, _ in self.long_answers.values()]
+        if self.max_len > VERY_LONG and max(lengths, default=0) <= VERY_LONG:
+            # Nothing is aborted any more: there will be one to compare.
+            self.arrive(self.book[: self.rng.randint(VERY_LONG + 1, self._most())])
         while self.engine.llm.llm_engine.has_unfinished_requests():
             self.step()
         pool = self.engine.pool
         assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1, "pages were left behind"
         assert not self.prompts, "requests were lost"
         self.counts["preemptions"] = len(self.preempted)
-        print(f"{dict(self.counts)}, longest compared {self.longest_compared}", flush=True)
+        self.counts["large preemptions"] = sum(n > SHORT for n in self.preempted.values())
         self.engine.close()
+        self._compare_long()
+        print(f"{dict(self.counts)}, longest compared {self.longest_compared}", flush=True)
 
 
 def main() -> None:
@@ -144,10 +178,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--seed", type=int, default=int(time.time()))
-    parser.add_argument("--check-share", type=float, default=0.1)
+    parser.add_argument("--check-share", type=float, default=0.05)
     args = parser.parse_args()
     reference = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     end, seed = time.monotonic() + 60 * args.minutes, args.seed
+    totals: Counter[str] = Counter()
+    longest = 0
     while time.monotonic() < end:
         print(f"seed {seed}: ", end="", flush=True)
         try:
@@ -157,8 +193,10 @@ def main() -> None:
             soak.run(lambda stop=stop: time.monotonic() < stop)  # type: ignore[misc]
         except AssertionError as error:
             sys.exit(f"wrong with --seed {seed}: {error}")
+        totals += soak.counts
+        longest = max(longest, soak.longest_compared)
         seed += 1
-    print("nothing wrong")
+    print(f"nothing wrong: {dict(totals)}, longest compared {longest}")
 
 
 if __name__ == "__main__":

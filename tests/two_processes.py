@@ -2,13 +2,15 @@
 
     python tests/two_processes.py PROMPTS.json '{"tensor_parallel_size": 2, "enforce_eager": true}'
 
-Options are vLLM's, on top of those below. What it prints is for :func:`check`.
+Options are vLLM's, on top of those below, and ``dense_layers``. What it prints is for
+:func:`check`.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from helpers import MODEL
@@ -17,13 +19,13 @@ NEW_TOKENS = 24
 MARK = "ANSWER"
 
 
-def main(prompts: list[list[int]], **options: Any) -> None:
+def main(prompts: list[list[int]], dense_layers: Sequence[int] = (), **options: Any) -> None:
     from vllm import LLM, SamplingParams
 
     llm = LLM(
         MODEL,
         attention_backend="sepllm",
-        additional_config={"sepllm": {"window_size": 64}},
+        additional_config={"sepllm": {"window_size": 64, "dense_layers": list(dense_layers)}},
         dtype="float32",
         max_model_len=2048,
         max_num_batched_tokens=256,
@@ -38,7 +40,13 @@ def main(prompts: list[list[int]], **options: Any) -> None:
         print(f"\n{MARK}{json.dumps(answer)}", flush=True)
 
 
-def check(shown: str, prompts: list[list[int]], model: Any, separators: tuple[int, ...]) -> None:
+def check(
+    shown: str,
+    prompts: list[list[int]],
+    model: Any,
+    separators: tuple[int, ...],
+    dense_layers: Sequence[int] = (),
+) -> None:
     """Both answers are the reference's, and the second came from the prefix cache."""
     from vllm_sepllm.reference import first_difference
 
@@ -46,7 +54,7 @@ def check(shown: str, prompts: list[list[int]], model: Any, separators: tuple[in
     cold, warm = (json.loads(line.removeprefix(MARK)) for line in lines)
     for prompt, (tokens, cached), (again, found) in zip(prompts, cold, warm, strict=True):
         assert len(tokens) == NEW_TOKENS
-        assert first_difference(model, prompt, tokens, separators, 4, 64) is None
+        assert first_difference(model, prompt, tokens, separators, 4, 64, dense_layers) is None
         assert tokens == again
         assert cached == 0
         assert found == (len(prompt) - 1) // 32 * 32

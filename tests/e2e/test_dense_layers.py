@@ -6,6 +6,7 @@ vLLM gives layers of one kind groups of equal size, so the demo model's 6 layers
 
 import pytest
 
+from vllm_sepllm.engine.junctions import Junctions
 from vllm_sepllm.engine.manager import KeptManager
 from vllm_sepllm.reference import first_difference
 
@@ -53,7 +54,10 @@ def test_dense_layers(engines, book, reference_model, separator_ids, layers, gro
     engine.check_empty()
 
     [cold] = engine.tokens(prompts[:1], 40)
+    visits = Junctions.of(engine.pool)._visits
+    before = sum(visits.values())
     [warm] = engine.generate(prompts[:1], 40)
+    assert sum(visits.values()) == before + 1, "groups count one by one"
     assert list(warm.outputs[0].token_ids) == cold
     assert warm.num_cached_tokens == 992
     arguments = check(prompts[0], cold)

@@ -17,6 +17,7 @@ WAYS = {
     "ranks": {"tensor_parallel_size": 2, "enforce_eager": True},
     # Stages need compilation on CPU, in vLLM itself.
     "stages": {"pipeline_parallel_size": 2},
+    "stages with a dense layer each": {"pipeline_parallel_size": 2, "dense_layers": [0, 5]},
 }
 
 
@@ -35,4 +36,5 @@ def test_two_processes(book, reference_model, separator_ids, tmp_path, way):
         env=env,
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    two_processes.check(result.stdout, prompts, reference_model, separator_ids)
+    dense = WAYS[way].get("dense_layers", [])
+    two_processes.check(result.stdout, prompts, reference_model, separator_ids, dense)

@@ -11,7 +11,7 @@ STEPS = 250
 
 
 # Seeds whose options differ: window, block size, scheduling policy, prefix caching.
-@pytest.mark.parametrize("seed", [6, 7])
+@pytest.mark.parametrize("seed", [5, 7])
 def test_soak(reference_model, seed):
     soak = Soak(random.Random(seed), check_share=0.2, reference=reference_model)
     soak.run(lambda: soak.counts["steps"] < STEPS)

@@ -81,6 +81,10 @@ def test_options_of_a_backend_that_is_not_selected_are_warned_of(monkeypatch):
 
 ENGINE = [
     ({"block_size": 24}, "block_size=24: must be a multiple of 16"),
+    (
+        {"block_size": 48, "additional_config": {"sepllm": {"dense_layers": [0]}}},
+        "block_size=48: must be a multiple of 32 with dense_layers",
+    ),
     ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype='fp8' is not supported on CPU"),
     ({"runner": "pooling", "convert": "embed"}, "is run for pooling"),
     ({"disable_hybrid_kv_cache_manager": True}, "disable_hybrid_kv_cache_manager=True"),

@@ -209,7 +209,8 @@ class SepLLMImpl(AttentionImpl):
                 f"{name} has values of size {layer.head_size_v} and keys of size "
                 f"{layer.head_size}, SepLLM attention needs both alike: {OTHER_BACKEND}"
             )
-        if layer_index(name) in settings.options(vllm_config).dense_layers:
+        dense = settings.options(vllm_config).dense_layers
+        if dense and layer_index(name) in dense:
             self._make_dense(layer, act_dtype)
             return
         self._kept_name = name + KEPT_SUFFIX

@@ -19,6 +19,7 @@ from vllm_sepllm.engine.settings import OPTIONS_KEY
 
 OTHER_BACKEND = "use another attention backend"
 BLOCK_MULTIPLE = 16
+DENSE_BLOCK_MULTIPLE = 32  # of vLLM's own CPU backend
 
 
 def refusals(vllm_config: VllmConfig, options: SepLLMConfig) -> list[str]:
@@ -27,7 +28,7 @@ def refusals(vllm_config: VllmConfig, options: SepLLMConfig) -> list[str]:
         *_option_refusals(options),
         *_misplaced_options(vllm_config.additional_config),
         *_model_refusals(vllm_config),
-        *_cache_refusals(vllm_config),
+        *_cache_refusals(vllm_config, options),
         *_parallel_refusals(vllm_config),
         *_runner_refusals(vllm_config),
     ]
@@ -99,7 +100,7 @@ def _model_refusals(vllm_config: VllmConfig) -> Iterator[str]:
         )
 
 
-def _cache_refusals(vllm_config: VllmConfig) -> Iterator[str]:
+def _cache_refusals(vllm_config: VllmConfig, options: SepLLMConfig) -> Iterator[str]:
     cache = vllm_config.cache_config
     dtype = vllm_config.model_config.dtype
     if cache.cache_dtype != "auto" and getattr(torch, cache.cache_dtype, None) != dtype:
@@ -107,8 +108,10 @@ def _cache_refusals(vllm_config: VllmConfig) -> Iterator[str]:
             f"kv_cache_dtype={cache.cache_dtype!r} is not supported on CPU with dtype={dtype}: "
             "leave it at 'auto'"
         )
-    if cache.user_specified_block_size and cache.block_size % BLOCK_MULTIPLE:
-        yield f"block_size={cache.block_size}: must be a multiple of {BLOCK_MULTIPLE}, e.g. 32"
+    multiple = DENSE_BLOCK_MULTIPLE if options.dense_layers else BLOCK_MULTIPLE
+    if cache.user_specified_block_size and cache.block_size % multiple:
+        because = " with dense_layers" if options.dense_layers else ""
+        yield f"block_size={cache.block_size}: must be a multiple of {multiple}{because}, e.g. 32"
     if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
         yield (
             "disable_hybrid_kv_cache_manager=True merges the two KV-cache groups SepLLM needs: "

@@ -53,7 +53,9 @@ def diagnose(model: str | None, options: dict[str, Any], dtype: str = "auto") ->
     except ConfigError as error:
         diagnosis.note("options", "refused", str(error))
         return diagnosis
-    diagnosis.note("options", f"{parsed.num_sink_tokens} sinks, window {parsed.window_size}")
+    dense = f", dense layers {list(parsed.dense_layers)}" if parsed.dense_layers else ""
+    about = f"{parsed.policy}, {parsed.num_sink_tokens} sinks, window {parsed.window_size}{dense}"
+    diagnosis.note("options", about)
     if vllm_version() is None:
         return diagnosis
     _platform(diagnosis)

@@ -26,6 +26,7 @@ class Junctions:
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
+        self._is_claimed = False
         self._visits: OrderedDict[BlockHash, int] = OrderedDict()
 
     @classmethod
@@ -35,6 +36,11 @@ class Junctions:
         if junctions is None:
             junctions = _junctions[block_pool] = cls(block_pool.num_gpu_blocks)
         return junctions
+
+    def claim(self) -> bool:
+        """Whether the caller is the first to ask: one manager counts visits for all groups."""
+        was_claimed, self._is_claimed = self._is_claimed, True
+        return not was_claimed
 
     def visit(self, block_hash: BlockHash) -> None:
         """Count a request that resumes, or could have, behind the block of this hash."""

@@ -37,6 +37,7 @@ class WindowManager(SlidingWindowManager):
         self._index = PrefixIndex.of(self.block_pool)
         self._spare = SparePages.of(self.block_pool)
         self._all_junctions = Junctions.of(self.block_pool)
+        self._counts_visits = self._all_junctions.claim()
         self._pages_for_hit = cdiv(self.sliding_window - 1, self.block_size)
         # Junctions of each live request, in token blocks.
         self._junctions: dict[str, list[int]] = {}
@@ -68,7 +69,7 @@ class WindowManager(SlidingWindowManager):
         known = found
         while known < len(hashes) and self._index.kept_count(hashes[known]) is not None:
             known += 1
-        for end in {found, known} - {0}:
+        for end in {found, known} - {0} if self._counts_visits else ():
             self._all_junctions.visit(hashes[end - 1])
         ends = self._all_junctions.among(hashes)
         for end in ends:

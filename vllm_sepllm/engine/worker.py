@@ -50,8 +50,8 @@ class SepLLMCPUWorker(CPUWorker):
         whole_model = self.parallel_config.pipeline_parallel_size == 1
         if specs and whole_model and not _window_specs(specs):
             raise ConfigError(
-                f"no layer of {self.model_config.model} has full attention, so SepLLM attention "
-                "has nothing to do: use another attention backend"
+                f"no layer of {self.model_config.model} has full attention and is left out of "
+                "dense_layers, so SepLLM attention has nothing to do: use another attention backend"
             )
         return specs
 
@@ -106,10 +106,14 @@ class SepLLMCPUWorker(CPUWorker):
         return per_request, page
 
     def _block_bytes(self) -> int:
-        """At least the bytes of one block: a page of each layer in the smallest group."""
+        """At least the bytes of one block: a page of each layer in the smallest group.
+
+        Groups are made of all stages' layers, of which a stage only knows its own.
+        """
         layers = Counter(self.get_kv_cache_spec().values())
-        pages = [spec.page_size_bytes for spec in layers]
-        return min(layers.values(), default=0) * min(pages, default=0)
+        page = min((spec.page_size_bytes for spec in layers), default=0)
+        whole_model = self.parallel_config.pipeline_parallel_size == 1
+        return page * min(layers.values(), default=0) if whole_model else page
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Allocate the KV cache with staging pages behind it, and connect what needs it."""

@@ -10,6 +10,8 @@ import os
 from types import SimpleNamespace
 from typing import Any
 
+import interpreter
+
 
 def select_v2_runner() -> None:
     """Have engines of this process use the V2 runner."""
@@ -17,20 +19,7 @@ def select_v2_runner() -> None:
     from triton.backends import backends
 
     backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True), compiler=None)
-    _let_interpreter_take_masks_of_integers()
-
-
-def _let_interpreter_take_masks_of_integers() -> None:
-    """``&`` of a scalar and a vector of booleans is one of integers in Triton 3.9's interpreter,
-    which its loads then refuse. vLLM's ngram kernel has such a mask."""
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    load = InterpreterBuilder.create_masked_load
-
-    def create_masked_load(self: Any, pointers: Any, mask: Any, *args: Any) -> Any:
-        return load(self, pointers, TensorHandle(mask.data.astype(bool), mask.dtype), *args)
-
-    InterpreterBuilder.create_masked_load = create_masked_load
+    interpreter.mend()
 
 
 def schedule_asynchronously() -> None:

@@ -1,0 +1,76 @@
+"""Reference of ``kept_metadata``: one token at a time."""
+
+from __future__ import annotations
+
+import torch
+
+NO_SLOT = -1
+
+
+def kept_metadata_reference(
+    token_ids: torch.Tensor,
+    query_start: torch.Tensor,
+    seq_lens: torch.Tensor,
+    rows: torch.Tensor,
+    kept_table: torch.Tensor,
+    is_chosen: torch.Tensor,
+    kept_prefix: torch.Tensor,
+    stream_slots: torch.Tensor,
+    stream_ranges: torch.Tensor,
+    *,
+    num_sink_tokens: int,
+    window_size: int,
+    page_size: int,
+    interval: int = 0,
+    max_separator_tokens: int | None = None,
+) -> None:
+    """Count a step's kept tokens, and find where they go and what each token sees of the stream.
+
+    A token is kept if its position is below ``num_sink_tokens``, its id is marked in ``is_chosen``,
+    or its position is a multiple of ``interval`` (SepLLM, arXiv 2412.12094, equation 1; the last
+    one is FixLLM, its ablation). ``kept_prefix`` is a ring: position ``p`` of a request is at
+    ``p % ring`` of its row. It must hold the counts of the ``window_size`` positions before the
+    step and of the step's own.
+
+    Args:
+        token_ids: ``[num_tokens]`` int32, requests one after the other, then padding; ids outside
+            the vocabulary are not kept for their id.
+        query_start: ``[num_reqs + 1]`` int32, where each request's tokens begin.
+        seq_lens: ``[num_reqs]`` int32, tokens, those of the step included.
+        rows: ``[num_reqs]`` int, row of ``kept_prefix`` of each request.
+        kept_table: ``[num_reqs, *]`` int32, page of each ``page_size`` stream entries.
+        is_chosen: ``[vocab_size]`` bool.
+        kept_prefix: ``[max_num_reqs, ring]`` int32, kept tokens below a position; positions after
+            the step's first are written.
+        stream_slots: ``[num_tokens]`` int64, written: slot of each kept token, -1 for others.
+        stream_ranges: ``[num_tokens, 2]`` int32, written: stream entries ``[start, limit)`` that
+            each token sees, sinks apart if there is a bound; 0 for padding.
+        num_sink_tokens, window_size: tokens.
+        page_size: entries of a page.
+        interval: tokens; 0 is none.
+        max_separator_tokens: newest separators behind the window that are seen; ``None`` is all.
+    """
+    ring, vocab_size = kept_prefix.shape[1], is_chosen.shape[0]
+    stream_slots.fill_(NO_SLOT)
+    stream_ranges.fill_(0)
+    for req in range(seq_lens.shape[0]):
+        first, stop = int(query_start[req]), int(query_start[req + 1])
+        start = int(seq_lens[req]) - (stop - first)
+        prefix = kept_prefix[int(rows[req])]
+        for token in range(first, stop):
+            position, token_id = start + token - first, int(token_ids[token])
+            entry = int(prefix[position % ring])
+            kept = (
+                position < num_sink_tokens
+                or (0 <= token_id < vocab_size and bool(is_chosen[token_id]))
+                or (interval > 0 and position % interval == 0)
+            )
+            prefix[(position + 1) % ring] = entry + kept
+            if kept:
+                page = int(kept_table[req, entry // page_size])
+                stream_slots[token] = page * page_size + entry % page_size
+            limit = int(prefix[max(0, position - window_size + 1) % ring])
+            stream_ranges[token, 1] = limit
+            if max_separator_tokens is not None:
+                newest = max(0, limit - max_separator_tokens)
+                stream_ranges[token, 0] = max(min(num_sink_tokens, limit), newest)

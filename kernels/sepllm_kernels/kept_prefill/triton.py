@@ -1,0 +1,159 @@
+"""``kept_prefill_paged`` in Triton: chunks of prompts, a program per block of tokens and KV head.
+
+A block reads the stream up to its last token's limit (a staircase inside the block) and the window
+from its first token's to its last token's position; tiles that no token of it sees are skipped.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from sepllm_kernels.batch import KeptBatch, PagedKV
+from sepllm_kernels.tiles import attend_span
+
+TILE = 64  # entries
+ROWS = 128  # query tokens times heads per KV head
+
+
+@triton.jit
+def _find_request(query_start, block, num_reqs, BLOCK: tl.constexpr):
+    """Request of a block; each request begins a block of its own, so the first block of request
+    ``i`` is no later than ``query_start[i] // BLOCK + i``."""
+    low = block * 0  # a tensor, as what it becomes in the loop
+    high = low + num_reqs
+    while high - low > 1:
+        middle = (low + high) // 2
+        if tl.load(query_start + middle) // BLOCK + middle <= block:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@triton.jit
+def _prefill(
+    queries,
+    key_pages,
+    value_pages,
+    output,
+    query_start,
+    seq_lens,
+    window_table,
+    kept_table,
+    stream_ranges,
+    num_reqs,
+    part_stride,
+    page_stride,
+    head_stride,
+    entry_stride,
+    window_table_stride,
+    kept_table_stride,
+    window_size,
+    num_sinks,
+    scale,
+    value_scale,
+    SOFT_CAP: tl.constexpr,
+    ROWS: tl.constexpr,
+    GROUP: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    PAGE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    BLOCK: tl.constexpr = ROWS // GROUP
+    kv_head = tl.program_id(1)
+    base = tl.load(query_start)  # of the batch's tokens, the first that is prefilled
+    block = tl.program_id(0)
+    req = _find_request(query_start, block + base // BLOCK, num_reqs, BLOCK).to(tl.int64)
+    first = tl.load(query_start + req)
+    num_tokens = tl.load(query_start + req + 1) - first
+    done = (block + base // BLOCK - (first // BLOCK + req).to(tl.int32)) * BLOCK
+    if done >= num_tokens:
+        return
+    row = tl.arange(0, ROWS)
+    offset = done + row // GROUP
+    token, head = first + offset, kv_head * GROUP + row % GROUP
+    row_valid = (row < BLOCK * GROUP) & (offset < num_tokens)
+    position = tl.load(seq_lens + req) - num_tokens + offset
+    acc, weight_sum, _ = attend_span(
+        queries,
+        part_stride,
+        token,
+        head,
+        row_valid,
+        position,
+        key_pages + kv_head * head_stride,
+        value_pages + kv_head * head_stride,
+        page_stride,
+        entry_stride,
+        window_table + req * window_table_stride,
+        kept_table + req * kept_table_stride,
+        stream_ranges,
+        window_size,
+        num_sinks,
+        0,
+        1,
+        scale,
+        SOFT_CAP,
+        NUM_HEADS,
+        HEAD_SIZE,
+        PAGE,
+        TILE,
+    )
+    result = acc / tl.where(row_valid, weight_sum, 1.0)[:, None] * value_scale
+    dim = tl.arange(0, triton.next_power_of_2(HEAD_SIZE))
+    at = (token.to(tl.int64) * NUM_HEADS + head)[:, None] * HEAD_SIZE + dim[None, :]
+    stored = row_valid[:, None] & (dim[None, :] < HEAD_SIZE)
+    tl.store(output + at, result.to(output.dtype.element_ty), mask=stored)
+
+
+def kept_prefill_paged(
+    queries: torch.Tensor,
+    pages: PagedKV,
+    batch: KeptBatch,
+    output: torch.Tensor,
+    scale: float,
+    logits_soft_cap: float = 0.0,
+) -> None:
+    """Attend any number of tokens of each request to what they see.
+
+    Arguments as :func:`kept_attention_reference`, queries, output and tables with rows of
+    consecutive elements.
+    """
+    num_heads, head_size = queries.shape[-2:]
+    num_reqs, num_kv_heads = batch.seq_lens.shape[0], pages.key.shape[1]
+    group = num_heads // num_kv_heads
+    rows = max(ROWS, triton.next_power_of_2(group))
+    page_stride, head_stride, entry_stride, _ = pages.key.stride()
+    num_blocks = output.shape[0] // (rows // group) + num_reqs + 1
+    _prefill[(num_blocks, num_kv_heads)](
+        queries,
+        pages.key,
+        pages.value,
+        output,
+        batch.query_start,
+        batch.seq_lens,
+        batch.window_table,
+        batch.kept_table,
+        batch.stream_ranges,
+        num_reqs,
+        queries.stride(0) if queries.dim() == 4 else 0,
+        page_stride,
+        head_stride,
+        entry_stride,
+        batch.window_table.stride(0),
+        batch.kept_table.stride(0),
+        batch.window_size,
+        batch.num_sinks,
+        scale * pages.key_scale,
+        pages.value_scale,
+        SOFT_CAP=float(logits_soft_cap),
+        ROWS=rows,
+        GROUP=group,
+        NUM_HEADS=num_heads,
+        HEAD_SIZE=head_size,
+        PAGE=pages.page_size,
+        TILE=TILE,
+    )

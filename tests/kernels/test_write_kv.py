@@ -1,0 +1,130 @@
+import pytest
+import torch
+from batches import DEVICE, NAN, Shape, make_pages
+from sepllm_kernels.batch import PagedKV
+from sepllm_kernels.write_kv import write_kv, write_kv_reference
+
+pytestmark = pytest.mark.kernels
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+FP8 = torch.float8_e4m3fn
+NUM_PAGES = 9
+
+
+def empty_pages(shape: Shape, heads_first: bool = True) -> PagedKV:
+    stored = torch.full((NUM_PAGES, 2, shape.num_kv_heads, shape.page_size, shape.head_size), NAN)
+    return make_pages(stored, shape, heads_first)
+
+
+def random_inputs(shape: Shape, num_tokens: int = 30, seed: int = 0):
+    """Keys, values, window slots and stream slots; no slot is written twice."""
+    rng = torch.Generator().manual_seed(seed)
+    sizes = (2, num_tokens, shape.num_kv_heads, shape.head_size)
+    key, value = torch.randn(sizes, generator=rng).to(shape.dtype).to(DEVICE)
+    slots = torch.randperm(NUM_PAGES * shape.page_size, generator=rng)[: 2 * num_tokens]
+    window, stream = slots.to(DEVICE).split(num_tokens)
+    stream = torch.where(torch.rand(num_tokens, generator=rng).to(DEVICE) < 0.3, stream, -1)
+    window = torch.where(torch.arange(num_tokens).to(DEVICE) == 5, -1, window)
+    return key, value, window.contiguous(), stream.contiguous()
+
+
+def write_both(shape: Shape, scales=(1.0, 1.0), heads_first: bool = True, inputs=None, **rotation):
+    inputs = inputs or random_inputs(shape)
+    results = []
+    for operation in (write_kv, write_kv_reference):
+        pages = empty_pages(shape, heads_first)
+        operation(*inputs[:2], PagedKV(pages.key, pages.value, *scales), *inputs[2:], **rotation)
+        results.append(torch.stack([pages.key.float(), pages.value.float()]).cpu())
+    return results
+
+
+def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
+    assert (~expected.isnan()).any()
+    torch.testing.assert_close(found, expected, atol=0, rtol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("page_size", [16, 128])
+@pytest.mark.parametrize("heads_first", [True, False])
+def test_both_copies(dtype, page_size, heads_first):
+    """Not a bit is changed, and nothing else is written."""
+    shape = Shape(page_size=page_size, dtype=dtype)
+    assert_same(*write_both(shape, heads_first=heads_first))
+
+
+@pytest.mark.parametrize("sizes", [(1, 80), (3, 96), (8, 128), (2, 256)])
+def test_shapes(sizes):
+    assert_same(*write_both(Shape(num_kv_heads=sizes[0], head_size=sizes[1])))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("scales", [(1.0, 1.0), (0.25, 2.0), (0.001, 0.003)])
+def test_fp8(dtype, scales):
+    """Scales that are powers of two give the same bits; the last pair is beyond FP8's range."""
+    found, expected = write_both(Shape(dtype=dtype, kv_dtype=FP8), scales)
+    assert torch.equal(found.isnan(), expected.isnan())
+    written = ~expected.isnan()
+    if scales[0] >= 0.25:
+        assert torch.equal(found[written], expected[written])
+    else:
+        assert float(found[written].abs().max()) == torch.finfo(FP8).max
+        # The kernel multiplies by the inverse, so what lies between two numbers may go either way.
+        step = (found[written] - expected[written]).abs() / expected[written].abs().clamp(min=2**-6)
+        assert float(step.max()) <= 2**-3
+
+
+def test_values_between_two_tokens_of_a_projection():
+    """Keys and values as slices of one tensor, as models hand them over."""
+    shape = Shape()
+    key, value, *slots = random_inputs(shape)
+    fused = torch.cat([key, value], 1)
+    parts = fused.split(shape.num_kv_heads, 1)
+    assert not parts[0].is_contiguous()
+    found, expected = write_both(shape, inputs=(*parts, *slots))
+    assert_same(found, expected)
+    assert_same(found, write_both(shape)[1])
+
+
+@pytest.mark.parametrize("is_neox", [True, False])
+@pytest.mark.parametrize("rotary_dim", [64, 32, 16])
+def test_rotated_stream(is_neox, rotary_dim):
+    """Only the stream's copy of the key is rotated, and only its first elements."""
+    shape = Shape()
+    inputs = random_inputs(shape)
+    rng = torch.Generator().manual_seed(1)
+    angles = 50 * torch.randn(len(inputs[2]), rotary_dim // 2, generator=rng).to(DEVICE)
+    found, expected = write_both(shape, inputs=inputs, stream_angles=angles, is_neox=is_neox)
+    # Cosine and sine of both are within an ulp or two of angles that are the same bits.
+    torch.testing.assert_close(found, expected, atol=2e-6, rtol=2e-6, equal_nan=True)
+    plain = write_both(shape, inputs=inputs)[1]
+    changed = ~torch.isclose(plain, expected, equal_nan=True, atol=1e-3)
+    assert changed[0].any()
+    assert not changed[1].any()
+    assert not changed[0][..., rotary_dim:].any()
+
+
+def test_a_rotation_is_that_of_positions():
+    """A key rotated for position p, written with the angles of j - p, is rotated for j."""
+    shape = Shape(num_kv_heads=1)
+    rng = torch.Generator().manual_seed(2)
+    plain = torch.randn(1, 1, shape.head_size, generator=rng)
+    half = shape.head_size // 2
+    frequencies = 10000.0 ** (-torch.arange(half).double() / half)
+
+    def rotated_for(position: int) -> torch.Tensor:
+        turn = torch.polar(torch.ones(half).double(), position * frequencies)
+        pairs = torch.complex(plain[..., :half].double(), plain[..., half:].double()) * turn
+        return torch.cat([pairs.real, pairs.imag], -1)
+
+    pages = empty_pages(shape)
+    write_kv(
+        rotated_for(900).float().to(DEVICE),
+        plain.to(DEVICE),
+        pages,
+        torch.tensor([-1], device=DEVICE),
+        torch.tensor([17], device=DEVICE),
+        ((37 - 900) * frequencies).float()[None].to(DEVICE),
+    )
+    # The angle of up to 863 radians is rounded to float32: 863 * 2**-24 = 5e-5.
+    expected = rotated_for(37)[0]
+    torch.testing.assert_close(pages.key[1, :, 1].cpu().double(), expected, atol=3e-4, rtol=0)

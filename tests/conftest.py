@@ -25,6 +25,10 @@ if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
     v2_runner.select_v2_runner()
 if os.environ.get("SEPLLM_TEST_ASYNC_SCHEDULING") == "1":
     v2_runner.schedule_asynchronously()
+if os.environ.get("SEPLLM_TEST_GPU_PATH") == "1":
+    import gpu_path
+
+    gpu_path.select_gpu_path()
 
 from collections.abc import Iterator
 from typing import Any

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ def mend() -> None:
         _take_masks_of_integers(interpreter)
         _multiply_bfloat16(interpreter)
         _round_to_nearest(interpreter)
+        _adapt_language_once(interpreter)
+        _make_room_on_the_stack(interpreter)
 
 
 def _take_masks_of_integers(interpreter: Any) -> None:
@@ -73,3 +76,37 @@ def _round_to_nearest(interpreter: Any) -> None:
         return result.view(bits[result.element_size()]).numpy()
 
     interpreter._convert_float = _convert_float
+
+
+def _adapt_language_once(interpreter: Any) -> None:
+    """At each launch and each call of a function of a kernel, the language's functions are looked
+    for and replaced by those of the interpreter, which takes half of the time. Here they stay."""
+    import triton.language as tl
+
+    adapt = interpreter._patch_lang
+    adapted: list[Any] = []
+
+    def _patch_lang(fn: Any) -> Any:
+        if not adapted:
+            module = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
+            adapted.append(adapt(module))
+        return interpreter._LangPatchScope()  # nothing to restore
+
+    interpreter._patch_lang = _patch_lang
+
+
+def _make_room_on_the_stack(interpreter: Any) -> None:
+    """Python's stack grows in pieces of 16 KiB, mapped when a call needs one and unmapped at its
+    end: a loop at the edge of one does so all the time. A frame of 72 KB gets a piece of 128 KiB,
+    which has room for all calls of a kernel."""
+    executor = interpreter.GridExecutor
+    launch = executor.__call__
+    names = " = ".join(f"unused{i}" for i in range(9000))
+    scope: dict[str, Any] = {}
+    exec(f"def call(f, *args, **kwargs):\n    return f(*args, **kwargs)\n    {names} = 0", scope)
+    call = scope["call"]
+
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        call(launch, self, *args, **kwargs)
+
+    executor.__call__ = __call__

@@ -72,10 +72,10 @@ def attend_tiles(
 
 
 @triton.jit
-def load_rows(query, token, head, row_valid, NUM_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr):
+def load_rows(query, token_stride, token, head, row_valid, HEAD_SIZE: tl.constexpr):
     """Queries of packed rows, ``[ROWS, head size rounded up]``."""
     dim = tl.arange(0, triton.next_power_of_2(HEAD_SIZE))
-    at = (token.to(tl.int64) * NUM_HEADS + head)[:, None] * HEAD_SIZE + dim[None, :]
+    at = (token.to(tl.int64) * token_stride + head * HEAD_SIZE)[:, None] + dim[None, :]
     return tl.load(query + at, mask=row_valid[:, None] & (dim[None, :] < HEAD_SIZE), other=0.0)
 
 
@@ -83,6 +83,7 @@ def load_rows(query, token, head, row_valid, NUM_HEADS: tl.constexpr, HEAD_SIZE:
 def attend_span(
     queries,  # window, stream and sink queries, part_stride apart
     part_stride,
+    token_stride,
     token,
     head,
     row_valid,
@@ -100,7 +101,6 @@ def attend_span(
     num_splits,
     scale,
     SOFT_CAP: tl.constexpr,
-    NUM_HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     PAGE: tl.constexpr,
     TILE: tl.constexpr,
@@ -137,7 +137,7 @@ def attend_span(
             acc,
             weight_sum,
             maximum,
-            load_rows(queries + 2 * part_stride, token, head, row_valid, NUM_HEADS, HEAD_SIZE),
+            load_rows(queries + 2 * part_stride, token_stride, token, head, row_valid, HEAD_SIZE),
             key_pages,
             value_pages,
             page_stride,
@@ -161,7 +161,7 @@ def attend_span(
             acc,
             weight_sum,
             maximum,
-            load_rows(queries + part_stride, token, head, row_valid, NUM_HEADS, HEAD_SIZE),
+            load_rows(queries + part_stride, token_stride, token, head, row_valid, HEAD_SIZE),
             key_pages,
             value_pages,
             page_stride,
@@ -185,7 +185,7 @@ def attend_span(
             acc,
             weight_sum,
             maximum,
-            load_rows(queries, token, head, row_valid, NUM_HEADS, HEAD_SIZE),
+            load_rows(queries, token_stride, token, head, row_valid, HEAD_SIZE),
             key_pages,
             value_pages,
             page_stride,

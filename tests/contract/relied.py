@@ -22,13 +22,25 @@ MEMBERS: dict[str, tuple[str, ...]] = {
         "sliding_window",
     ),
     "vllm.v1.kv_cache_interface:SlidingWindowSpec": ("page_size_bytes",),
-    "vllm.v1.utils:CpuGpuBuffer": ("np",),
-    "vllm.v1.worker.gpu_input_batch:InputBatch": ("req_ids", "token_ids_cpu"),
-    "vllm.v1.worker.gpu_model_runner:GPUModelRunner": ("input_batch", "input_ids", "requests"),
+    "vllm.v1.utils:CpuGpuBuffer": ("gpu", "np"),
+    "vllm.v1.worker.gpu_input_batch:InputBatch": (
+        "num_computed_tokens_cpu",
+        "req_ids",
+        "token_ids_cpu",
+    ),
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner": (
+        "input_batch",
+        "input_ids",
+        "query_start_loc",
+        "requests",
+    ),
+    "vllm.v1.worker.utils:AttentionGroup": ("metadata_builders",),
 }
 
 # Other names that must exist, and constants that must have a value.
 NAMES: tuple[str, ...] = ("vllm.v1.attention.selector:AttentionSelectorConfig",)
+# Attributes that a function of vLLM's (among `ASSUMED`) sets on its objects, which no class shows.
+SET_FROM_OUTSIDE: tuple[str, ...] = ("_k_scale_float", "_v_scale_float")
 VALUES: dict[str, str] = {
     "vllm.plugins:DEFAULT_PLUGINS_GROUP": "vllm.general_plugins",
     "vllm.plugins:PLATFORM_PLUGINS_GROUP": "vllm.platform_plugins",
@@ -56,6 +68,7 @@ ASSUMED: tuple[str, ...] = (
     f"{_RUNNER}.initialize_kv_cache",
     "vllm.config.model:ModelConfig.supports_kv_cache_grouping",
     "vllm.model_executor.layers.attention:Attention.forward",
+    "vllm.model_executor.layers.attention.attention:set_default_quant_scales",
     "vllm.platforms.cpu:CpuPlatform.update_block_size_for_backend",
     "vllm.v1.core.block_pool:BlockPool.free_blocks",
     "vllm.v1.core.kv_cache_coordinator:HybridKVCacheCoordinator.find_longest_cache_hit",

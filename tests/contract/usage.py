@@ -67,8 +67,11 @@ class Usage:
         paths = sorted(path.relative_to(folder) for path in folder.rglob("*.py"))
         dotted = [".".join([ENGINE, *path.with_suffix("").parts]) for path in paths]
         modules = [name.removesuffix(".__init__") for name in dotted]
+        self._inherited: set[str] = set()
         for module in modules:
             self._imports(module)
+        for module in modules:
+            self._collect_inherited(module)
         for module in modules:
             self._module(module)
         self._add_listed()
@@ -105,6 +108,13 @@ class Usage:
             if is_self and getattr(node.value, "id", "") in ("self", "cls"):
                 self.own_names.add(node.attr)
 
+    def _collect_inherited(self, module: str) -> None:
+        """Classes of ours that others of ours complete."""
+        for node in ast.walk(self.tree.parse(module) or ast.Module([], [])):
+            cls = self.tree.find(module, node.name) if isinstance(node, ast.ClassDef) else None
+            if cls is not None:
+                self._inherited |= {base.key for base in self.tree.bases(cls)}
+
     def _module(self, module: str) -> None:
         tree = self.tree.parse(module)
         assert tree is not None, module
@@ -136,7 +146,8 @@ class Usage:
         offered = frozenset(name for c in own for name in self.tree.members(c))
         for base in bases:
             need = self.need(self.key_of(base), f"{module}:{node.lineno}")
-            need.implements.append((f"{module}:{node.lineno}", offered))
+            if owner.key not in self._inherited:
+                need.implements.append((f"{module}:{node.lineno}", offered))
             for name, member in self.tree.members(owner).items():
                 if not name.startswith("__"):
                     self._add_own(base, name, member, module)

@@ -4,13 +4,8 @@ On a CPU its Triton kernels run in the interpreter, so these are the quicker tes
 CONTRIBUTING says how to run others.
 """
 
-import os
-import re
-import subprocess
-import sys
-
 import pytest
-from helpers import ROOT
+from rerun import rerun
 
 pytestmark = pytest.mark.e2e
 
@@ -31,18 +26,7 @@ ASYNCHRONOUS = {
 
 
 def run(count, file, names, **environment):
-    """The tests of ``file`` that ``names`` selects pass, and they are ``count``."""
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", f"tests/e2e/{file}", "-k", names],
-        cwd=ROOT,
-        env={**os.environ, "VLLM_USE_V2_MODEL_RUNNER": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    shown = result.stdout[-5000:]
-    assert result.returncode == 0, shown
-    assert re.search(rf"^{count} passed, \d+ deselected", shown, re.MULTILINE), shown
+    rerun(count, f"e2e/{file}", names, VLLM_USE_V2_MODEL_RUNNER="1", **environment)
 
 
 @pytest.mark.parametrize("kind", SYNCHRONOUS)

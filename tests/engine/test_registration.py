@@ -106,14 +106,15 @@ def test_sliding_window_layers_keep_vllms_backend():
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
     from vllm.v1.attention.selector import AttentionSelectorConfig
 
-    from vllm_sepllm.engine.registration import BACKEND_PATH, register
+    from vllm_sepllm.engine.platform import CPU_BACKEND_PATH
+    from vllm_sepllm.engine.registration import register
 
     register()
     import torch
 
     sepllm = AttentionBackendEnum["SEPLLM"]
     full = AttentionSelectorConfig(64, torch.bfloat16, "auto", 32)
-    assert current_platform.get_attn_backend_cls(sepllm, full) == BACKEND_PATH
+    assert current_platform.get_attn_backend_cls(sepllm, full) == CPU_BACKEND_PATH
     sliding = full._replace(has_sliding_window=True)
     stock = AttentionBackendEnum.CPU_ATTN.get_path()
     assert current_platform.get_attn_backend_cls(sepllm, sliding) == stock

@@ -6,7 +6,7 @@ import pytest
 import torch
 from batches import Case, Request, Shape, check_close, dense_attention, make_case
 from sepllm_kernels.kept_decode import kept_attention_reference, kept_decode
-from sepllm_kernels.kept_prefill import kept_prefill_paged
+from sepllm_kernels.kept_prefill.triton import kept_prefill_paged
 
 pytestmark = pytest.mark.kernels
 
@@ -176,6 +176,15 @@ def test_rotated_queries(operation, bound):
     assert not torch.allclose(found, unrotated, atol=1e-2)
     # Both sums of up to 300 terms in float32.
     torch.testing.assert_close(found, expected, atol=2e-6, rtol=2e-5)
+
+
+def test_queries_between_others(operation):
+    """Queries as a slice of one tensor with keys and values, as models hand them over."""
+    case = make_case(mixed_requests(2), 40)
+    fused = torch.cat([case.queries, torch.full_like(case.queries, float("nan"))], 1)
+    queries = fused[:, : case.shape.num_heads]
+    assert not queries.is_contiguous()
+    run_and_check(operation, replace(case, queries=queries))
 
 
 def test_too_many_rows():

@@ -6,12 +6,11 @@ Every refusal is one sentence: value, limit, remedy. Nothing falls back to dense
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from vllm.config import CompilationMode, VllmConfig
-from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
 from vllm_sepllm.config import SepLLMConfig
 from vllm_sepllm.engine.compat import groups_own_kv_cache
@@ -19,18 +18,38 @@ from vllm_sepllm.engine.settings import OPTIONS_KEY
 
 OTHER_BACKEND = "use another attention backend"
 BLOCK_MULTIPLE = 16
-DENSE_BLOCK_MULTIPLE = 32  # of vLLM's own CPU backend
 
 
-def refusals(vllm_config: VllmConfig, options: SepLLMConfig) -> list[str]:
+@dataclass(frozen=True)
+class Hardware:
+    """What the backend of one kind of hardware can serve.
+
+    Attributes:
+        name: of the hardware.
+        worker_path: the worker class that runs it.
+        head_sizes: of keys and values, elements.
+        quantized_cache_dtypes: ``kv_cache_dtype`` beside the model's own type.
+        dense_block_multiple: of the block size with layers that keep full attention.
+        stages_need_compilation: vLLM runs pipeline stages on it only with compilation.
+    """
+
+    name: str
+    worker_path: str
+    head_sizes: tuple[int, ...]
+    quantized_cache_dtypes: tuple[str, ...] = ()
+    dense_block_multiple: int = BLOCK_MULTIPLE
+    stages_need_compilation: bool = False
+
+
+def refusals(vllm_config: VllmConfig, options: SepLLMConfig, hardware: Hardware) -> list[str]:
     """Everything that stands against serving this configuration; empty if nothing does."""
     return [
         *_option_refusals(options),
         *_misplaced_options(vllm_config.additional_config),
-        *_model_refusals(vllm_config),
-        *_cache_refusals(vllm_config, options),
-        *_parallel_refusals(vllm_config),
-        *_runner_refusals(vllm_config),
+        *_model_refusals(vllm_config, hardware),
+        *_cache_refusals(vllm_config, options, hardware),
+        *_parallel_refusals(vllm_config, hardware),
+        *_runner_refusals(vllm_config, hardware),
     ]
 
 
@@ -57,7 +76,7 @@ def _misplaced_options(additional: Any) -> Iterator[str]:
             yield f"additional_config has the key {key!r}: options belong under {where}"
 
 
-def _model_refusals(vllm_config: VllmConfig) -> Iterator[str]:
+def _model_refusals(vllm_config: VllmConfig, hardware: Hardware) -> Iterator[str]:
     model: Any = vllm_config.model_config
     name = model.model
     if model.use_mla:
@@ -71,7 +90,7 @@ def _model_refusals(vllm_config: VllmConfig) -> Iterator[str]:
             f"{name} has attention of type {model.attn_type!r}, only 'decoder' is served: "
             f"{OTHER_BACKEND}"
         )
-    sizes = CPUAttentionBackend.get_supported_head_sizes()
+    sizes = hardware.head_sizes
     if not model.use_mla and model.get_head_size() not in sizes:
         yield (
             f"{name} has heads of size {model.get_head_size()}, must be one of "
@@ -100,15 +119,18 @@ def _model_refusals(vllm_config: VllmConfig) -> Iterator[str]:
         )
 
 
-def _cache_refusals(vllm_config: VllmConfig, options: SepLLMConfig) -> Iterator[str]:
+def _cache_refusals(
+    vllm_config: VllmConfig, options: SepLLMConfig, hardware: Hardware
+) -> Iterator[str]:
     cache = vllm_config.cache_config
     dtype = vllm_config.model_config.dtype
-    if cache.cache_dtype != "auto" and getattr(torch, cache.cache_dtype, None) != dtype:
+    as_is = cache.cache_dtype == "auto" or getattr(torch, cache.cache_dtype, None) == dtype
+    if not as_is and cache.cache_dtype not in hardware.quantized_cache_dtypes:
         yield (
-            f"kv_cache_dtype={cache.cache_dtype!r} is not supported on CPU with dtype={dtype}: "
-            "leave it at 'auto'"
+            f"kv_cache_dtype={cache.cache_dtype!r} is not supported on {hardware.name} with "
+            f"dtype={dtype}: leave it at 'auto'"
         )
-    multiple = DENSE_BLOCK_MULTIPLE if options.dense_layers else BLOCK_MULTIPLE
+    multiple = hardware.dense_block_multiple if options.dense_layers else BLOCK_MULTIPLE
     if cache.user_specified_block_size and cache.block_size % multiple:
         because = " with dense_layers" if options.dense_layers else ""
         yield f"block_size={cache.block_size}: must be a multiple of {multiple}{because}, e.g. 32"
@@ -133,7 +155,7 @@ def _cache_refusals(vllm_config: VllmConfig, options: SepLLMConfig) -> Iterator[
         )
 
 
-def _parallel_refusals(vllm_config: VllmConfig) -> Iterator[str]:
+def _parallel_refusals(vllm_config: VllmConfig, hardware: Hardware) -> Iterator[str]:
     parallel = vllm_config.parallel_config
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         size = getattr(parallel, name)
@@ -141,13 +163,16 @@ def _parallel_refusals(vllm_config: VllmConfig) -> Iterator[str]:
             yield f"{name}={size} splits a request's pages over ranks: must be 1"
     stages = parallel.pipeline_parallel_size
     compiled = vllm_config.compilation_config.mode != CompilationMode.NONE
-    if stages > 1 and (not compiled or vllm_config.lora_config is not None):
+    without = not compiled or vllm_config.lora_config is not None
+    if stages > 1 and without and hardware.stages_need_compilation:
         # With any attention: buffers between stages are only made by the warm-up for compilation,
         # and the first request ends the engine with an AssertionError.
         yield (
             f"pipeline_parallel_size={stages} without compilation fails in vLLM on CPU: leave out "
             "enforce_eager and LoRA, which switch it off, or use tensor_parallel_size"
         )
+    if parallel.enable_dbo:
+        yield "enable_dbo=True splits a batch in two, which is not supported: leave it out"
     speculative = vllm_config.speculative_config
     if speculative is not None and speculative.method != "ngram":
         yield (
@@ -156,12 +181,12 @@ def _parallel_refusals(vllm_config: VllmConfig) -> Iterator[str]:
         )
 
 
-def _runner_refusals(vllm_config: VllmConfig) -> Iterator[str]:
-    from vllm_sepllm.engine.platform import ASYNC_SCHEDULER_PATH, SCHEDULER_PATH, WORKER_PATH
+def _runner_refusals(vllm_config: VllmConfig, hardware: Hardware) -> Iterator[str]:
+    from vllm_sepllm.engine.platform import ASYNC_SCHEDULER_PATH, SCHEDULER_PATH
 
     worker = vllm_config.parallel_config.worker_cls
     scheduler = vllm_config.scheduler_config.scheduler_cls
-    if worker not in ("auto", WORKER_PATH):
+    if worker not in ("auto", hardware.worker_path):
         yield f"worker_cls={worker!r}: SepLLM needs a worker of its own; leave it out"
     if scheduler not in (None, SCHEDULER_PATH, ASYNC_SCHEDULER_PATH):
         yield f"scheduler_cls={scheduler!r}: SepLLM needs a scheduler of its own; leave it out"

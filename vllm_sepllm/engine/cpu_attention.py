@@ -1,7 +1,7 @@
 """KV pages of vLLM's CPU kernels: write, read back, attend.
 
 All layers live in one buffer: layer after layer, page after page, and behind the last layer the
-staging pages, shared by all layers (``engine/worker.py`` makes room for them). A layer's view
+staging pages, shared by all layers (``engine/cpu_worker.py`` makes room for them). A layer's view
 starts at its own first page and reaches to the end of the buffer, so one block table can name
 pages of the layer and staging pages alike::
 

@@ -31,6 +31,9 @@ class KeptRows:
         self.table: CountArray = np.zeros((max_num_reqs, max_model_len + 1), dtype=np.int32)
         self._counted = np.zeros(max_num_reqs, dtype=np.int64)
 
+    def __len__(self) -> int:
+        return len(self.table)
+
     def restart(self, row: int, token_ids: TokenArray) -> None:
         """Give a row to a request of which ``[num_tokens]`` ids are known."""
         self._count_span(row, token_ids, 0)
@@ -97,11 +100,11 @@ class RunnerTokens:
         runner: ``input_batch``, ``input_ids`` and ``requests`` of the V1 runner are read.
     """
 
-    def __init__(self, rows: KeptRows, runner: Any) -> None:
+    def __init__(self, rows: Any, runner: Any) -> None:
         self.rows = rows
         self._runner = runner
         self._held: dict[str, tuple[int, object]] = {}
-        self._free = list(range(len(rows.table)))
+        self._free = list(range(len(rows)))
 
     def count(self, num_reqs: int, query_start: CountArray, stops: IntArray) -> IntArray:
         """See :class:`StepTokens`."""

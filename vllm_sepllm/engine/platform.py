@@ -1,4 +1,4 @@
-"""vLLM's CPU platform, with SepLLM attention selectable.
+"""What our platforms add to vLLM's, and the one for CPU.
 
 The platform hook is where vLLM lets a plugin see a whole configuration before anything is
 built from it. With any other backend every method is vLLM's own.
@@ -7,25 +7,83 @@ built from it. With any other backend every method is vLLM's own.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 from vllm.platforms.cpu import CpuPlatform
 
 from vllm_sepllm.config import ConfigError
-from vllm_sepllm.engine.registration import BACKEND_NAME, BACKEND_PATH
+from vllm_sepllm.engine.registration import BACKEND_NAME
 
 if TYPE_CHECKING:
     from vllm.config import ParallelConfig, VllmConfig
 
+    from vllm_sepllm.engine.checks import Hardware
+
 logger = init_logger(f"vllm.{__name__}")
 
-WORKER_PATH = "vllm_sepllm.engine.worker.SepLLMCPUWorker"
+CPU_BACKEND_PATH = "vllm_sepllm.engine.cpu_backend.SepLLMCPUBackend"
+CPU_WORKER_PATH = "vllm_sepllm.engine.cpu_worker.SepLLMCPUWorker"
 SCHEDULER_PATH = "vllm_sepllm.engine.scheduler.SepLLMScheduler"
 ASYNC_SCHEDULER_PATH = "vllm_sepllm.engine.scheduler.SepLLMAsyncScheduler"
 # Finer pages than vLLM's 128 on CPU: a request holds part of a page at each end of its window
 # and at the end of its stream, and 32 tokens are what the C++ kernel works in.
 DEFAULT_BLOCK_SIZE = 32
+
+
+def is_selected(vllm_config: VllmConfig) -> bool:
+    """Whether a configuration has a model and selects SepLLM; options without are warned of."""
+    from vllm_sepllm.engine import settings
+
+    if vllm_config.model_config is not None and settings.is_selected(vllm_config):
+        return True
+    settings.warn_if_unused(vllm_config)
+    return False
+
+
+def complete(vllm_config: VllmConfig, hardware: Hardware, complete_own: Callable[[], None]) -> None:
+    """Check and complete a configuration that selects SepLLM.
+
+    Args:
+        vllm_config: changed.
+        hardware: it is to run on.
+        complete_own: what vLLM's platform does with it.
+
+    Raises:
+        ConfigError: it cannot be served; the message says why and what to do.
+    """
+    from vllm_sepllm.engine.patches import tell_clients_why
+    from vllm_sepllm.engine.startup import announce, prepare
+
+    try:
+        separators = prepare(vllm_config, hardware)
+    except ConfigError as error:
+        logger.error("%s", error)  # the exception is shown in the middle of a traceback
+        raise
+    vllm_config.parallel_config.worker_cls = hardware.worker_path
+    complete_own()
+    scheduler_config = vllm_config.scheduler_config
+    scheduler_config.scheduler_cls = (
+        ASYNC_SCHEDULER_PATH if scheduler_config.async_scheduling else SCHEDULER_PATH
+    )
+    if separators is not None:
+        announce(vllm_config, separators)
+        tell_clients_why()
+
+
+def _cpu() -> Hardware:
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    from vllm_sepllm.engine.checks import Hardware
+
+    return Hardware(
+        name="CPU",
+        worker_path=CPU_WORKER_PATH,
+        head_sizes=tuple(CPUAttentionBackend.get_supported_head_sizes()),
+        dense_block_multiple=32,
+        stages_need_compilation=True,
+    )
 
 
 class SepLLMCpuPlatform(CpuPlatform):
@@ -45,40 +103,24 @@ class SepLLMCpuPlatform(CpuPlatform):
         Raises:
             ConfigError: it cannot be served; the message says why and what to do.
         """
-        from vllm_sepllm.engine import settings
-
-        if vllm_config.model_config is None or not settings.is_selected(vllm_config):
-            settings.warn_if_unused(vllm_config)
+        if not is_selected(vllm_config):
             _keep_refusal_of_ray(vllm_config.parallel_config)
             super().check_and_update_config(vllm_config)
             return
-        from vllm_sepllm.engine.patches import tell_clients_why
-        from vllm_sepllm.engine.startup import announce, prepare
 
-        try:
-            separators = prepare(vllm_config)
-        except ConfigError as error:
-            logger.error("%s", error)  # the exception is shown in the middle of a traceback
-            raise
-        vllm_config.parallel_config.worker_cls = WORKER_PATH
-        cache_config = vllm_config.cache_config
-        scheduler_config = vllm_config.scheduler_config
-        super().check_and_update_config(vllm_config)
-        scheduler_config.scheduler_cls = (
-            ASYNC_SCHEDULER_PATH if scheduler_config.async_scheduling else SCHEDULER_PATH
-        )
-        if not cache_config.user_specified_block_size:
-            cache_config.block_size = DEFAULT_BLOCK_SIZE
-        if separators is not None:
-            announce(vllm_config, separators)
-            tell_clients_why()
-            if vllm_config.parallel_config.use_ray:
-                # With too few, vLLM waits half an hour and speaks of GPUs, on a CPU machine.
-                logger.info_once(
-                    "Ray on CPU: each of the %d workers takes one logical GPU of the cluster, and "
-                    "the start waits until it has that many (ray start --num-gpus)",
-                    vllm_config.parallel_config.world_size,
-                )
+        def complete_own() -> None:
+            super(SepLLMCpuPlatform, cls).check_and_update_config(vllm_config)
+            if not vllm_config.cache_config.user_specified_block_size:
+                vllm_config.cache_config.block_size = DEFAULT_BLOCK_SIZE
+
+        complete(vllm_config, _cpu(), complete_own)
+        if vllm_config.parallel_config.use_ray:
+            # With too few, vLLM waits half an hour and speaks of GPUs, on a CPU machine.
+            logger.info_once(
+                "Ray on CPU: each of the %d workers takes one logical GPU of the cluster, and "
+                "the start waits until it has that many (ray start --num-gpus)",
+                vllm_config.parallel_config.world_size,
+            )
 
     @classmethod
     def update_block_size_for_backend(cls, vllm_config: VllmConfig) -> None:
@@ -123,9 +165,9 @@ class SepLLMCpuPlatform(CpuPlatform):
             return super().get_attn_backend_cls(selected_backend, attn_selector_config, num_heads)
         if attn_selector_config.has_sliding_window:
             return super().get_attn_backend_cls(None, attn_selector_config, num_heads)
-        from vllm_sepllm.engine.backend import SepLLMBackend
+        from vllm_sepllm.engine.cpu_backend import SepLLMCPUBackend
 
-        reasons = SepLLMBackend.validate_configuration(
+        reasons = SepLLMCPUBackend.validate_configuration(
             device_capability=None, **attn_selector_config._asdict()
         )
         if reasons:
@@ -133,7 +175,7 @@ class SepLLMCpuPlatform(CpuPlatform):
                 f"SepLLM attention cannot serve this model: {', '.join(reasons)}; "
                 "use another attention backend"
             )
-        return BACKEND_PATH
+        return CPU_BACKEND_PATH
 
 
 def _keep_refusal_of_ray(parallel_config: ParallelConfig) -> None:

@@ -10,18 +10,24 @@ import copyreg
 from typing import Any
 
 BACKEND_NAME = "SEPLLM"
-BACKEND_PATH = "vllm_sepllm.engine.backend.SepLLMBackend"
+BACKEND_PATH = "vllm_sepllm.engine.gpu_backend.SepLLMGPUBackend"
 CPU_PLATFORM_PATH = "vllm_sepllm.engine.platform.SepLLMCpuPlatform"
+CUDA_PLATFORM_PATH = "vllm_sepllm.engine.cuda_platform.SepLLMCudaPlatform"
 
 
-def cpu_platform() -> str | None:
-    """``vllm.platform_plugins``: our platform class on CPU builds, nothing elsewhere.
+def platform() -> str | None:
+    """``vllm.platform_plugins``: our platform class on CPU builds and on CUDA, nothing elsewhere.
 
-    vLLM's own CPU platform always answers CPU_ATTN, whatever backend was asked for.
+    It is where a plugin sees a whole configuration. vLLM's own CPU platform also answers CPU_ATTN
+    whatever backend was asked for.
     """
     from vllm_sepllm.engine.compat import is_cpu_build
 
-    return CPU_PLATFORM_PATH if is_cpu_build() else None
+    if is_cpu_build():
+        return CPU_PLATFORM_PATH
+    from vllm.platforms import cuda_platform_plugin
+
+    return CUDA_PLATFORM_PATH if cuda_platform_plugin() is not None else None
 
 
 def register() -> None:

@@ -8,7 +8,7 @@ from vllm.tokenizers import cached_tokenizer_from_config
 
 from vllm_sepllm.config import ConfigError, SepLLMConfig
 from vllm_sepllm.engine import settings
-from vllm_sepllm.engine.checks import refusals
+from vllm_sepllm.engine.checks import Hardware, refusals
 from vllm_sepllm.engine.compat import caution, vllm_version
 from vllm_sepllm.policy import KeptPolicy
 from vllm_sepllm.separators import Separators, kept_share_of_english, resolve_separators
@@ -19,8 +19,12 @@ logger = init_logger(f"vllm.{__name__}")
 UNKNOWN_KEPT_SHARE = 0.25
 
 
-def prepare(vllm_config: VllmConfig) -> Separators | None:
+def prepare(vllm_config: VllmConfig, hardware: Hardware) -> Separators | None:
     """Check a configuration and write its resolved options back into it.
+
+    Args:
+        vllm_config: changed.
+        hardware: it is to run on.
 
     Returns:
         The separators found, or ``None`` if this was done before: vLLM completes the same
@@ -31,7 +35,7 @@ def prepare(vllm_config: VllmConfig) -> Separators | None:
     """
     try:
         options = settings.options(vllm_config)
-        problems = refusals(vllm_config, options)
+        problems = refusals(vllm_config, options, hardware)
         if problems:
             raise ConfigError("; ".join(problems))
         if settings.is_resolved(vllm_config):

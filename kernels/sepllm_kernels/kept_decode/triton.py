@@ -16,6 +16,7 @@ from sepllm_kernels.tiles import attend_span
 
 TILE = 64  # entries
 MAX_SPLITS = 32
+INTERPRETED_PROCESSORS = 6  # in Triton's interpreter, enough for some splits
 MAX_ROWS = 64  # of one program: query tokens times heads per KV head
 
 
@@ -32,6 +33,7 @@ def _decode(
     kept_table,
     stream_ranges,
     part_stride,
+    token_stride,
     page_stride,
     head_stride,
     entry_stride,
@@ -62,6 +64,7 @@ def _decode(
     acc, weight_sum, maximum = attend_span(
         queries,
         part_stride,
+        token_stride,
         token,
         head,
         row_valid,
@@ -79,7 +82,6 @@ def _decode(
         num_splits,
         scale,
         SOFT_CAP,
-        NUM_HEADS,
         HEAD_SIZE,
         PAGE,
         TILE,
@@ -169,8 +171,9 @@ def kept_decode(
 ) -> None:
     """Attend the few tokens of each request to what they see.
 
-    Arguments as :func:`kept_attention_reference`, queries, output and tables with rows of
-    consecutive elements. ``buffers`` are shared by all layers of one shape.
+    Arguments as :func:`kept_attention_reference`. Elements of a token's queries follow each other,
+    those of the output altogether, and tables have rows of consecutive elements. ``buffers`` are
+    shared by all layers of one shape.
 
     Raises:
         ValueError: a request may have more tokens than one program takes; use ``kept_prefill``.
@@ -200,6 +203,7 @@ def kept_decode(
         batch.kept_table,
         batch.stream_ranges,
         queries.stride(0) if queries.dim() == 4 else 0,
+        queries.stride(-3),
         page_stride,
         head_stride,
         entry_stride,
@@ -230,7 +234,7 @@ def kept_decode(
 
 
 def processors(device: torch.device) -> int:
-    """Streaming multiprocessors of a device; in the interpreter, enough for some splits."""
+    """Streaming multiprocessors of a device."""
     if device.type != "cuda":
-        return 6
+        return INTERPRETED_PROCESSORS
     return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -45,6 +45,7 @@ def _prefill(
     stream_ranges,
     num_reqs,
     part_stride,
+    token_stride,
     page_stride,
     head_stride,
     entry_stride,
@@ -80,6 +81,7 @@ def _prefill(
     acc, weight_sum, _ = attend_span(
         queries,
         part_stride,
+        token_stride,
         token,
         head,
         row_valid,
@@ -97,7 +99,6 @@ def _prefill(
         1,
         scale,
         SOFT_CAP,
-        NUM_HEADS,
         HEAD_SIZE,
         PAGE,
         TILE,
@@ -119,8 +120,8 @@ def kept_prefill_paged(
 ) -> None:
     """Attend any number of tokens of each request to what they see.
 
-    Arguments as :func:`kept_attention_reference`, queries, output and tables with rows of
-    consecutive elements.
+    Arguments as :func:`kept_attention_reference`. Elements of a token's queries follow each other,
+    those of the output altogether, and tables have rows of consecutive elements.
     """
     num_heads, head_size = queries.shape[-2:]
     num_reqs, num_kv_heads = batch.seq_lens.shape[0], pages.key.shape[1]
@@ -140,6 +141,7 @@ def kept_prefill_paged(
         batch.stream_ranges,
         num_reqs,
         queries.stride(0) if queries.dim() == 4 else 0,
+        queries.stride(-3),
         page_stride,
         head_stride,
         entry_stride,

@@ -1,0 +1,31 @@
+"""The GPU backend with both model runners, its kernels in Triton's interpreter.
+
+The tests themselves are in ``tests/interpreted``: what they need is chosen before vLLM is imported.
+"""
+
+import pytest
+from rerun import rerun
+
+pytestmark = pytest.mark.e2e
+
+TESTS = "interpreted/test_gpu_path.py"
+
+
+def test_v1_runner():
+    rerun(2, TESTS, "chunks or preemption", SEPLLM_TEST_GPU_PATH="1")
+
+
+def test_v2_runner():
+    rerun(7, TESTS, "test", SEPLLM_TEST_GPU_PATH="1", VLLM_USE_V2_MODEL_RUNNER="1")
+
+
+def test_v2_runner_asynchronous():
+    """Steps are scheduled before the tokens of the one before are known, as on CUDA by default."""
+    rerun(
+        4,
+        TESTS,
+        "chunks or preemption or hits or drafts",
+        SEPLLM_TEST_GPU_PATH="1",
+        VLLM_USE_V2_MODEL_RUNNER="1",
+        SEPLLM_TEST_ASYNC_SCHEDULING="1",
+    )

@@ -1,0 +1,127 @@
+"""The GPU backend in an engine on a CPU, run by ``e2e/test_gpu_path.py`` for each model runner.
+
+Short prompts: Triton's interpreter takes about 10 ms per prompt token of the demo model.
+"""
+
+import os
+
+import pytest
+
+from vllm_sepllm.engine.gpu_backend import SepLLMGPUImpl
+from vllm_sepllm.reference import first_difference, masked_logits, sepllm_mask
+
+pytestmark = pytest.mark.e2e
+
+WINDOW, SINKS = 20, 3
+# One prompt of 511 separators fits and nothing beside it; with two steps in flight it needs more.
+NUM_BLOCKS = 44 if os.environ.get("SEPLLM_TEST_ASYNC_SCHEDULING") == "1" else 40
+OPTIONS = {
+    "sepllm": {"window_size": WINDOW, "num_sink_tokens": SINKS},
+    "block_size": 16,
+    "max_num_batched_tokens": 64,
+    "max_model_len": 512,
+    "enable_prefix_caching": True,
+    "num_gpu_blocks_override": NUM_BLOCKS,
+    "scheduler_reserve_full_isl": False,
+    "scheduling_policy": "priority",
+}
+NGRAM = {
+    "method": "ngram",
+    "num_speculative_tokens": 3,
+    "prompt_lookup_max": 3,
+    "prompt_lookup_min": 1,
+}
+
+
+@pytest.fixture
+def engine(engines):
+    assert os.environ["SEPLLM_TEST_GPU_PATH"] == "1"
+    engine = engines(**OPTIONS)
+    worker = engine.core.model_executor.driver_worker.worker
+    assert all(isinstance(x.impl, SepLLMGPUImpl) for x in worker.sepllm_layers().values())
+    assert len(worker.sepllm_layers()) == worker.model_config.get_total_num_hidden_layers()
+    assert engine.llm.reset_prefix_cache()
+    yield engine
+    engine.check_empty()
+
+
+@pytest.fixture
+def check(reference_model, separator_ids):
+    def check(prompt, tokens):
+        arguments = reference_model, prompt, tokens, separator_ids, SINKS, WINDOW
+        difference = first_difference(*arguments)
+        assert difference is None, f"prompt of {len(prompt)} tokens, {difference}"
+
+    return check
+
+
+def test_chunks_and_mixed_batches(engine, book, separator_ids, check):
+    """Prompts of several chunks and of less than one, computed while others decode."""
+    prompts = [book[:150], book[100:102], book[300:340], list(separator_ids[:2]) * 40]
+    for prompt, tokens in zip(prompts, engine.tokens(prompts, max_tokens=20), strict=True):
+        assert len(tokens) == 20
+        check(prompt, tokens)
+
+
+def test_prefix_hits(engine, book, check):
+    """A conversation that goes on, and another that parts inside a page."""
+    first = book[:120]
+    answer = engine.tokens([first], max_tokens=8)[0]
+    for prompt in (first + answer + book[500:530], first[:77] + book[600:640]):
+        output = engine.generate([prompt], max_tokens=8)[0]
+        assert output.num_cached_tokens >= 64
+        check(prompt, list(output.outputs[0].token_ids))
+
+
+def test_preemption(engine, book, separator_ids, check):
+    requests = {
+        "prose": {"prompt": book[:130], "max_tokens": 20},
+        "short": {"prompt": book[200:220], "max_tokens": 20},
+    }
+    outputs = engine.serve(requests, [separator_ids[0]] * 511)
+    for name, output in outputs.items():
+        check(requests[name]["prompt"], list(output.outputs[0].token_ids))
+
+
+def test_drafts(engines, book, check):
+    """Some are accepted, some rejected."""
+    engine = engines(**OPTIONS, speculative_config=NGRAM)
+    prompts = [book[:60] + book[:40], book[300:330]]
+    drafted = accepted = 0
+    update = type(engine.scheduler).make_spec_decoding_stats
+
+    def count(self, stats, num_draft_tokens, num_accepted_tokens, *args, **kwargs):
+        nonlocal drafted, accepted
+        drafted, accepted = drafted + num_draft_tokens, accepted + num_accepted_tokens
+        return update(self, stats, num_draft_tokens, num_accepted_tokens, *args, **kwargs)
+
+    engine.scheduler.make_spec_decoding_stats = count.__get__(engine.scheduler)
+    for prompt, tokens in zip(prompts, engine.tokens(prompts, max_tokens=30), strict=True):
+        check(prompt, tokens)
+    assert drafted > accepted > 0, "nothing was drafted, accepted or rejected"
+    engine.check_empty()
+
+
+@pytest.mark.parametrize(("policy", "interval"), [("streaming", None), ("fixed_interval", 5)])
+def test_other_policies(engines, book, reference_model, policy, interval):
+    options = {"policy": policy} if interval is None else {"policy": policy, "interval": interval}
+    engine = engines(**{**OPTIONS, "sepllm": {**OPTIONS["sepllm"], **options}})
+    ids = book[:90] + engine.tokens([book[:90]], max_tokens=8)[0]
+    logits = masked_logits(reference_model, ids, sepllm_mask(ids, (), SINKS, WINDOW, interval))
+    assert logits[89:-1].argmax(-1).tolist() == ids[90:]
+    engine.check_empty()
+
+
+@pytest.mark.skipif(
+    os.environ.get("VLLM_USE_V2_MODEL_RUNNER") != "1",
+    reason="dense layers run vLLM's Triton backend, which a CPU engine loads with the V2 runner",
+)
+def test_dense_layers(engines, book, reference_model, separator_ids, monkeypatch):
+    # Which vLLM asks for when it launches its kernel.
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda *_: (9, 0))
+    sepllm = {**OPTIONS["sepllm"], "dense_layers": [0, -1]}
+    engine = engines(**{**OPTIONS, "sepllm": sepllm, "block_size": 32})
+    tokens = engine.tokens([book[:90]], max_tokens=8)[0]
+    arguments = reference_model, book[:90], tokens, separator_ids, SINKS, WINDOW
+    assert first_difference(*arguments, dense_layers=[0, 5]) is None
+    engine.check_empty()

@@ -1,0 +1,161 @@
+"""SepLLM attention on a GPU: Triton kernels over the pages of both groups."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, ClassVar
+
+import torch
+from sepllm_kernels.batch import PagedKV
+from sepllm_kernels.kept_decode.triton import MAX_ROWS, DecodeBuffers, kept_decode, processors
+from sepllm_kernels.kept_prefill.triton import kept_prefill_paged
+from sepllm_kernels.write_kv import write_kv
+from vllm.config import VllmConfig
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backend import AttentionBackend, MultipleOf, max_decode_query_len
+from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
+from vllm.v1.kv_cache_interface import AttentionSpec
+
+from vllm_sepllm.engine.backend import SepLLMBackend, SepLLMImpl
+from vllm_sepllm.engine.checks import BLOCK_MULTIPLE
+from vllm_sepllm.engine.gpu_metadata import (
+    GPUKeptMetadata,
+    GPUKeptMetadataBuilder,
+    GPUWindowMetadata,
+    GPUWindowMetadataBuilder,
+)
+
+HEAD_SIZES = (64, 80, 96, 128, 256)
+FP8 = torch.float8_e4m3fn
+
+
+class SepLLMGPUBackend(SepLLMBackend):
+    """Window group of the backend on a GPU."""
+
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = [
+        "auto",
+        "float16",
+        "bfloat16",
+        "fp8",
+        "fp8_e4m3",
+    ]
+
+    @staticmethod
+    def get_impl_cls() -> type[SepLLMGPUImpl]:
+        """The implementation."""
+        return SepLLMGPUImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[Any]:
+        """The builder of this group."""
+        return GPUWindowMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
+        """Any size that vLLM's own Triton backend takes."""
+        return [MultipleOf(BLOCK_MULTIPLE)]
+
+    @classmethod
+    def get_supported_head_sizes(cls) -> list[int]:
+        """Those the kernels are tested with."""
+        return list(HEAD_SIZES)
+
+    @classmethod
+    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
+        """Lengths are read on the device; launches follow the split into decodes and prefills."""
+        return True
+
+
+class KeptGPUBackend(SepLLMGPUBackend):
+    """Kept group of the backend on a GPU."""
+
+    @staticmethod
+    def get_builder_cls() -> type[Any]:
+        """The builder of this group."""
+        return GPUKeptMetadataBuilder
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        """The spec is ours already."""
+        return spec
+
+
+@cache
+def shared_buffers(
+    max_query_len: int, num_heads: int, num_kv_heads: int, head_size: int, device: torch.device
+) -> DecodeBuffers:
+    """Buffers of all layers of one shape; they compute one after the other."""
+    sizes = max_query_len, num_heads, num_kv_heads, head_size
+    return DecodeBuffers(*sizes, processors(device), device)
+
+
+class SepLLMGPUImpl(SepLLMImpl):
+    """Attention of one layer over its window and its kept stream, on a GPU."""
+
+    kept_backend = KeptGPUBackend
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._buffers: DecodeBuffers | None = None
+
+    @classmethod
+    def dense_backend(cls) -> type[AttentionBackend]:
+        """vLLM's backend for layers that keep full attention."""
+        return TritonAttentionBackend
+
+    def prepare(self, vllm_config: VllmConfig, layer: Attention) -> None:
+        """Allocate the decode kernel's buffers, if it takes this layer's heads and drafts."""
+        longest = max_decode_query_len(vllm_config)
+        if longest == 1 or longest * self.num_heads // self.num_kv_heads <= MAX_ROWS:
+            sizes = self.num_heads, self.num_kv_heads, self.head_size
+            self._buffers = shared_buffers(longest, *sizes, layer._k_scale.device)
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: GPUWindowMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Write the step's keys and values, then attend.
+
+        Args:
+            layer: the attention layer.
+            query: ``[num_tokens, num_heads, head_size]``.
+            key, value: ``[num_tokens, num_kv_heads, head_size]``.
+            kv_cache: the layer's pages, ``[num_pages, num_kv_heads, page_size, 2 * head_size]``.
+            attn_metadata: the window group's part of the batch; ``None`` when vLLM warms up.
+            output: ``[num_tokens, num_heads, head_size]``, written.
+            output_scale, output_block_scale: fused output quantization, never asked for.
+        """
+        if attn_metadata is None:
+            return output.zero_()
+        kept: GPUKeptMetadata = get_forward_context().attn_metadata[self.kept_name]
+        pages = self._pages(layer, kv_cache)
+        num_tokens = kept.stream_slots.shape[0]
+        slots = attn_metadata.slot_mapping[:num_tokens]
+        write_kv(key, value, pages, slots, kept.stream_slots)
+        first = kept.num_decodes if self._buffers is not None else 0
+        options = self.scale, self.logits_soft_cap
+        if first:
+            batch = kept.part(attn_metadata, 0, first, kept.max_decode_query_len)
+            few = output[: kept.num_decode_tokens]
+            kept_decode(query, pages, batch, few, *options, self._buffers)
+        if first < kept.num_reqs:
+            batch = kept.part(attn_metadata, first, kept.num_reqs, kept.max_query_len)
+            kept_prefill_paged(query, pages, batch, output[:num_tokens], *options)
+        return output
+
+    def _pages(self, layer: Any, kv_cache: torch.Tensor) -> PagedKV:
+        if kv_cache.element_size() == 1:
+            key, value = kv_cache.view(FP8).tensor_split(2, -1)
+            return PagedKV(key, value, layer._k_scale_float, layer._v_scale_float)
+        key, value = kv_cache.tensor_split(2, -1)
+        return PagedKV(key, value)

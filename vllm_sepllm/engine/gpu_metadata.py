@@ -1,0 +1,177 @@
+"""What a step's batch reads and writes on a GPU, in buffers that CUDA graphs can refer to.
+
+vLLM calls one builder per KV-cache group. The kept group's counts the step's kept tokens on the
+device, in one launch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from sepllm_kernels.batch import KeptBatch
+from vllm.v1.attention.backend import (
+    AttentionCGSupport,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
+from vllm.v1.attention.backends.utils import split_decodes_and_prefills
+
+from vllm_sepllm.engine import settings
+from vllm_sepllm.engine.device_rows import DeviceTokens
+
+
+@dataclass
+class GPUWindowMetadata(AttentionMetadata):
+    """The window group's part of a batch.
+
+    Attributes:
+        block_table: ``[num_reqs, max_pages]`` int32, page of each stretch of positions.
+        slot_mapping: ``[num_tokens]`` int64, slot of each token; below 0 is none.
+    """
+
+    block_table: torch.Tensor
+    slot_mapping: torch.Tensor
+
+
+@dataclass
+class GPUKeptMetadata(AttentionMetadata):
+    """The kept group's part of a batch.
+
+    Attributes:
+        query_start: ``[num_reqs + 1]`` int32, where each request's tokens begin.
+        seq_lens: ``[num_reqs]`` int32, tokens.
+        block_table: ``[num_reqs, max_pages]`` int32, page of each stretch of the stream.
+        stream_slots: ``[num_tokens]`` int64, stream slot of each kept token; below 0 is none.
+        stream_ranges: ``[num_tokens, 2]`` int32, stream entries that each token sees.
+        window_size: tokens.
+        num_decodes, num_decode_tokens: requests with few tokens, which come first, and those.
+        max_decode_query_len: tokens of one of them at most.
+        max_query_len: tokens of any request at most.
+    """
+
+    query_start: torch.Tensor
+    seq_lens: torch.Tensor
+    block_table: torch.Tensor
+    stream_slots: torch.Tensor
+    stream_ranges: torch.Tensor
+    window_size: int
+    num_decodes: int
+    num_decode_tokens: int
+    max_decode_query_len: int
+    max_query_len: int
+
+    @property
+    def num_reqs(self) -> int:
+        """Requests of the batch, padding included."""
+        return self.seq_lens.shape[0]
+
+    def part(self, window: GPUWindowMetadata, first: int, stop: int, longest: int) -> KeptBatch:
+        """Requests ``[first, stop)``, of up to ``longest`` tokens each."""
+        return KeptBatch(
+            query_start=self.query_start[first : stop + 1],
+            seq_lens=self.seq_lens[first:stop],
+            window_table=window.block_table[first:stop],
+            kept_table=self.block_table[first:stop],
+            stream_ranges=self.stream_ranges,
+            window_size=self.window_size,
+            num_sinks=0,
+            max_query_len=longest,
+        )
+
+
+class _Builder(AttentionMetadataBuilder[Any]):
+    """Batches whose requests have few tokens each can be replayed from CUDA graphs.
+
+    Launches then depend on the number of requests and tokens alone; lengths are read on the device.
+    """
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+
+
+class GPUWindowMetadataBuilder(_Builder):
+    """Builder of the window group."""
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> GPUWindowMetadata:
+        """Keep the block table and the slots."""
+        return GPUWindowMetadata(
+            common_attn_metadata.block_table_tensor, common_attn_metadata.slot_mapping
+        )
+
+
+class GPUKeptMetadataBuilder(_Builder):
+    """Builder of the kept group."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        # Set once where the runner has no way to hand it over with every batch (V1).
+        self.tokens: DeviceTokens | None = None
+        self._window_size = settings.options(self.vllm_config).window_size
+        most = self.vllm_config.scheduler_config.max_num_batched_tokens
+        self._slots = torch.full((most,), -1, dtype=torch.int64, device=self.device)
+        self._ranges = torch.zeros(most, 2, dtype=torch.int32, device=self.device)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+        tokens: DeviceTokens | None = None,
+    ) -> GPUKeptMetadata:
+        """Count the kept tokens of the batch and find their stream slots.
+
+        Args:
+            common_prefix_len: vLLM's, not needed here.
+            common_attn_metadata: the batch, with the block table of this group.
+            fast_build: vLLM's, not needed here.
+            tokens: token ids of the batch.
+        """
+        common = common_attn_metadata
+        num_reqs, num_tokens = common.num_reqs, common.num_actual_tokens
+        tokens = tokens or self.tokens
+        step = tokens.step() if tokens is not None else None
+        slots, ranges = self._slots[:num_tokens], self._ranges[:num_tokens]
+        query_start = common.query_start_loc[: num_reqs + 1]
+        seq_lens = common.seq_lens[:num_reqs]
+        if step is None:  # nothing of it may be counted, or written to a stream
+            slots.fill_(-1)
+            ranges.zero_()
+        else:
+            assert tokens is not None
+            token_ids, rows = step
+            tokens.rows.count(
+                token_ids,
+                rows,
+                query_start,
+                seq_lens,
+                common.block_table_tensor,
+                self.kv_cache_spec.block_size,
+                slots,
+                ranges,
+            )
+        longest = self.reorder_batch_threshold
+        assert longest is not None
+        split = split_decodes_and_prefills(common, decode_threshold=longest)
+        return GPUKeptMetadata(
+            query_start=query_start,
+            seq_lens=seq_lens,
+            block_table=common.block_table_tensor,
+            stream_slots=slots,
+            stream_ranges=ranges,
+            window_size=self._window_size,
+            num_decodes=split[0],
+            num_decode_tokens=split[2],
+            max_decode_query_len=longest,
+            max_query_len=common.max_query_len,
+        )

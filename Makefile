@@ -2,10 +2,10 @@ PY := .venv/bin/python
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench soak clean
+.PHONY: help setup demo test lint bench gpu-bench soak clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*  ## /make \1\t/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*  ## /make \1\t/p' $(MAKEFILE_LIST)
 
 setup:
 	@scripts/setup.sh
@@ -23,6 +23,9 @@ lint: setup  ## ruff and mypy
 
 bench: setup  ## CPU benchmark; writes benchmarks/results
 	@$(PY) benchmarks/cpu.py
+
+gpu-bench:  ## kernels on a GPU, with the python that has torch and Triton for it (PYTHON=python3)
+	@PYTHONPATH=kernels:. $(or $(PYTHON),python3) benchmarks/gpu.py
 
 soak: setup  ## random traffic over a tight pool, checked after every step (MINUTES=10)
 	@PYTHONPATH=tests $(PY) tests/soak.py --minutes $(or $(MINUTES),10)

@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from tokenizers import Tokenizer
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
@@ -56,7 +57,8 @@ def kv_bytes(max_len: int, max_seqs: int) -> int:
 
 
 @cache
-def _policy() -> KeptPolicy:
+def policy() -> KeptPolicy:
+    """The default one, for the benchmarks' tokenizer."""
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(read_gzip(TOKENIZER)))
     config = SepLLMConfig(window_size=WINDOW)
     ids = resolve_separators(config, tokenizer).token_ids
@@ -65,10 +67,20 @@ def _policy() -> KeptPolicy:
 
 def kept_share(prompts: list[list[int]]) -> float:
     """Tokens the last query of each prompt sees, over all its tokens."""
-    policy = _policy()
+    chosen = policy()
     seen = []
     for ids in prompts:
-        start = int(policy.window_start(len(ids) - 1))
-        kept = int(policy.kept_flags(ids[:start]).sum())
+        start = int(chosen.window_start(len(ids) - 1))
+        kept = int(chosen.kept_flags(ids[:start]).sum())
         seen.append((kept + len(ids) - start) / len(ids))
     return float(np.mean(seen))
+
+
+def kept_flags(num_texts: int, num_tokens: int, num_sinks: int) -> npt.NDArray[np.bool_]:
+    """``[num_texts, num_tokens]``: which tokens of pieces of the book are separators or sinks."""
+    ids = np.array(Tokenizer.from_str(read_gzip(TOKENIZER)).encode(read_gzip(BOOK)).ids)
+    pieces = [np.roll(ids, -997 * i) for i in range(num_texts)]
+    longer = [np.tile(piece, 1 + num_tokens // len(ids))[:num_tokens] for piece in pieces]
+    flags = np.stack([policy().kept_flags(piece) for piece in longer])
+    flags[:, :num_sinks] = True
+    return flags

@@ -104,7 +104,7 @@ def test_rest_of_a_batch():
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16, F32])
-@pytest.mark.parametrize("head_size", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("head_size", [32, 64, 80, 96, 128, 256])
 def test_head_sizes_and_dtypes(operation, head_size, dtype):
     shape = Shape(head_size=head_size, dtype=dtype)
     run_and_check(operation, make_case(mixed_requests(2), 40, shape))

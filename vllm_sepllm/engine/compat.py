@@ -38,6 +38,8 @@ COMPATIBILITY = (
     ),
 )
 
+CUDA_CAUTION = "not yet run on a GPU, only in Triton's interpreter: check results before you use it"
+
 
 def groups_own_kv_cache(model_config: Any) -> bool:
     """Whether the model itself says which layers share pages; vLLM 0.32 knows no such models."""

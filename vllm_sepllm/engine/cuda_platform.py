@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from vllm.logger import init_logger
 from vllm.platforms.cuda import CudaPlatform
 
+from vllm_sepllm.engine.compat import CUDA_CAUTION
 from vllm_sepllm.engine.platform import complete, is_selected
 from vllm_sepllm.engine.registration import BACKEND_NAME
 
@@ -13,6 +15,8 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
     from vllm_sepllm.engine.checks import Hardware
+
+logger = init_logger(f"vllm.{__name__}")
 
 GPU_WORKER_PATH = "vllm_sepllm.engine.gpu_worker.SepLLMGPUWorker"
 
@@ -47,6 +51,7 @@ class SepLLMCudaPlatform(CudaPlatform):
             super(SepLLMCudaPlatform, cls).check_and_update_config(vllm_config)
 
         complete(vllm_config, _gpu(), complete_own)
+        logger.warning_once("SepLLM attention on CUDA was %s.", CUDA_CAUTION)
 
     @classmethod
     def get_attn_backend_cls(

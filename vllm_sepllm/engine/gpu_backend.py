@@ -13,6 +13,7 @@ from sepllm_kernels.write_kv import write_kv
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf, max_decode_query_len
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 from vllm.v1.kv_cache_interface import AttentionSpec
@@ -26,7 +27,7 @@ from vllm_sepllm.engine.gpu_metadata import (
     GPUWindowMetadataBuilder,
 )
 
-HEAD_SIZES = (64, 80, 96, 128, 256)
+HEAD_SIZES = (32, 64, 80, 96, 128, 256)
 FP8 = torch.float8_e4m3fn
 
 
@@ -61,6 +62,13 @@ class SepLLMGPUBackend(SepLLMBackend):
     def get_supported_head_sizes(cls) -> list[int]:
         """Those the kernels are tested with."""
         return list(HEAD_SIZES)
+
+    @classmethod
+    def supports_combination(cls, *args: Any, **kwargs: Any) -> str | None:
+        """Refuse other hardware, where nothing has checked the configuration."""
+        if current_platform.is_cuda() or current_platform.is_cpu():
+            return None
+        return "vllm-sepllm runs on CPU and CUDA"
 
     @classmethod
     def supports_device_cpu_query_lens_mismatch(cls) -> bool:

@@ -15,6 +15,7 @@ from sepllm_kernels.tiles import attend_span
 
 TILE = 64  # entries
 ROWS = 128  # query tokens times heads per KV head
+NUM_WARPS = 8  # with 4, registers spill
 
 
 @triton.jit
@@ -158,4 +159,5 @@ def kept_prefill_paged(
         HEAD_SIZE=head_size,
         PAGE=pages.page_size,
         TILE=TILE,
+        num_warps=NUM_WARPS,
     )

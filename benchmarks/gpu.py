@@ -1,0 +1,382 @@
+"""Each kernel on a GPU, beside dense attention and the memory's own speed, in one run.
+
+    PYTHONPATH=kernels:. python benchmarks/gpu.py [--contexts 4096 32768] [--output FILE]
+
+Needs torch, Triton and a tokenizer library; other attention kernels are compared if they are
+installed (vLLM's Triton and FlashAttention kernels, torch otherwise). What is kept follows from the
+text of a PG19 book. Times are medians of CUDA-graph replays over inputs that take turns, so that
+none is left in the L2 cache; a row counts only if its result is that of float32 attention over an
+explicit mask.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import shapes as texts
+import torch
+import triton
+from gpu_dense import DENSE_KERNELS
+from sepllm_kernels.batch import KeptBatch, PagedKV
+from sepllm_kernels.kept_decode.triton import DecodeBuffers, kept_decode, processors
+from sepllm_kernels.kept_metadata import kept_metadata
+from sepllm_kernels.kept_prefill.triton import kept_prefill_paged
+from sepllm_kernels.write_kv import write_kv
+
+ROOT = Path(__file__).resolve().parent.parent
+WINDOW, SINKS, PAGE = 256, 4, 16
+LAYERS = 32  # of a model: metadata is made once for all
+EVERYTHING_CONTEXT = 32768  # where decode is also measured with all tokens kept
+L2_BYTES = 200 << 20  # inputs that take turns are together larger than any L2 cache
+REPLAYS = 15
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Heads of one layer on one GPU."""
+
+    name: str
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+
+    @property
+    def entry_bytes(self) -> int:
+        """Key and value of one token, bfloat16."""
+        return 4 * self.num_kv_heads * self.head_size
+
+
+SHAPES = (Shape("Llama-3-8B", 32, 8, 128), Shape("Llama-3-70B, 1 of 8 GPUs", 8, 1, 128))
+SMOKE = Shape("smoke", 4, 2, 64)
+
+
+@dataclass
+class Case:
+    """One batch: dense keys and values of all positions, and the pages SepLLM holds of them."""
+
+    shape: Shape
+    query: torch.Tensor  # [num_tokens, num_heads, head_size]
+    key: torch.Tensor  # [batch, context, num_kv_heads, head_size]
+    value: torch.Tensor
+    kept: torch.Tensor  # [batch, context] bool
+    pages: PagedKV
+    batch: KeptBatch
+
+    @property
+    def bytes_seen(self) -> int:
+        """Keys and values that the last token of each request must read, and those alone."""
+        seen = self.batch.stream_ranges[self.batch.query_start[1:].long() - 1, 1].sum()
+        window = self.batch.seq_lens.clamp(max=WINDOW).sum()
+        return int(seen + window) * self.shape.entry_bytes
+
+
+def make_case(
+    shape: Shape, context: int, num_reqs: int, tokens: int, device: str, everything: bool = False
+) -> Case:
+    """``num_reqs`` requests of ``context`` tokens, the last ``tokens`` of each in the batch.
+
+    What is kept is what is in a book, or ``everything``.
+    """
+    rng = torch.Generator(device).manual_seed(0)
+    sizes = (num_reqs, context, shape.num_kv_heads, shape.head_size)
+    dtype = {"dtype": torch.bfloat16, "device": device, "generator": rng}
+    key, value = torch.randn(sizes, **dtype), torch.randn(sizes, **dtype)
+    query = torch.randn(num_reqs * tokens, shape.num_heads, shape.head_size, **dtype)
+    kept = torch.from_numpy(texts.kept_flags(num_reqs, context, SINKS)).to(device) | everything
+    prefix = torch.nn.functional.pad(kept.cumsum(1), (1, 0)).int()
+    position = torch.arange(context - tokens, context, device=device)
+    limits = prefix[:, (position - WINDOW + 1).clamp(min=0)]
+    ranges = torch.stack([torch.zeros_like(limits), limits], -1).flatten(0, 1)
+    first = max(0, context - tokens - WINDOW + 1) // PAGE
+    window_pages, width = -(-context // PAGE) - first, -(-context // PAGE)
+    kept_pages = int(-(-limits.max() // PAGE))
+    total = num_reqs * (window_pages + kept_pages)
+    order = torch.randperm(total, generator=rng, device=device).int() + 1
+    stored = torch.empty(
+        total + 1,
+        shape.num_kv_heads,
+        PAGE,
+        2 * shape.head_size,
+        dtype=torch.bfloat16,
+        device=device,
+    )
+    tables = torch.zeros(2, num_reqs, width, dtype=torch.int32, device=device)
+    split = num_reqs * window_pages
+    tables[0, :, first:] = order[:split].view(num_reqs, window_pages)
+    tables[1, :, :kept_pages] = order[split:].view(num_reqs, kept_pages)
+    for req in range(num_reqs):
+        both = torch.cat([key[req], value[req]], -1)  # [context, heads, 2 * size]
+        entries = both[kept[req]][: kept_pages * PAGE]
+        fill_pages(stored, tables[0, req, first:], both[first * PAGE :])
+        fill_pages(stored, tables[1, req], entries)
+    index = {"dtype": torch.int32, "device": device}
+    batch = KeptBatch(
+        query_start=torch.arange(0, num_reqs * tokens + 1, tokens, **index),
+        seq_lens=torch.full((num_reqs,), context, **index),
+        window_table=tables[0],
+        kept_table=tables[1],
+        stream_ranges=ranges.int().contiguous(),
+        window_size=WINDOW,
+        num_sinks=0,
+        max_query_len=tokens,
+    )
+    return Case(shape, query, key, value, kept, PagedKV(*stored.tensor_split(2, -1)), batch)
+
+
+def fill_pages(stored: torch.Tensor, table: torch.Tensor, content: torch.Tensor) -> None:
+    """Write ``[num_entries, heads, size]`` to the pages of ``table``, in order."""
+    pages = -(-len(content) // PAGE)
+    padded = torch.nn.functional.pad(content, (0, 0, 0, 0, 0, pages * PAGE - len(content)))
+    stored[table[:pages].long()] = padded.view(pages, PAGE, *content.shape[1:]).transpose(1, 2)
+
+
+def exact(case: Case, requests: Sequence[int], last: int) -> torch.Tensor:
+    """Float32 attention of the last tokens of some requests over what they see."""
+    shape, context = case.shape, case.key.shape[1]
+    tokens = case.query.shape[0] // case.key.shape[0]
+    rows = []
+    for req in requests:
+        for offset in range(tokens - last, tokens):
+            position = context - tokens + offset
+            seen = case.kept[req].clone()
+            seen[max(0, position - WINDOW + 1) : position + 1] = True
+            seen[position + 1 :] = False
+            group = shape.num_heads // shape.num_kv_heads
+            key = case.key[req, seen].float().repeat_interleave(group, 1)
+            value = case.value[req, seen].float().repeat_interleave(group, 1)
+            query = case.query[req * tokens + offset].float()
+            logits = torch.einsum("hd,khd->hk", query, key) * shape.head_size**-0.5
+            rows.append(torch.einsum("hk,khd->hd", logits.softmax(-1), value))
+    return torch.stack(rows)
+
+
+def relative_error(case: Case, output: torch.Tensor) -> float:
+    """Largest error of a few tokens, over the largest result."""
+    num_reqs = case.key.shape[0]
+    tokens = output.shape[0] // num_reqs
+    requests, last = sorted({0, num_reqs // 2, num_reqs - 1}), min(tokens, 4)
+    expected = exact(case, requests, last)
+    found = output.view(num_reqs, tokens, *output.shape[1:])[requests, -last:].flatten(0, 1).float()
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def time_ms(calls: Sequence[Callable[[], None]]) -> float:
+    """Milliseconds per call, calls taking turns."""
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for _ in range(REPLAYS + 3):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop) / len(calls))
+    return statistics.median(times[3:])
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second of a copy, read and written ones together."""
+    source = torch.empty(2 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * len(source) / (time_ms([lambda: target.copy_(source)]) / 1000)
+
+
+def turns(case: Case) -> list[Case]:
+    """The same case over copies of its pages, so that together they do not fit the L2 cache."""
+    nbytes = max(case.bytes_seen, 1)
+    count = min(16, max(1, -(-L2_BYTES // nbytes)))
+    stored = torch.cat([case.pages.key, case.pages.value], -1)
+    halves = [stored.clone().tensor_split(2, -1) for _ in range(count)]
+    return [replace(case, pages=PagedKV(*pair)) for pair in halves]
+
+
+def run_decode(case: Case, time: Callable[..., float]) -> dict[str, Any]:
+    """One decode row: ours, its error, and dense kernels on the same tokens."""
+    shape, scale = case.shape, case.shape.head_size**-0.5
+    output = torch.empty_like(case.query)
+    device = case.query.device
+    sizes = shape.num_heads, shape.num_kv_heads, shape.head_size
+    buffers = DecodeBuffers(1, *sizes, processors(device), device)
+    calls = [
+        lambda turn=turn: kept_decode(
+            turn.query, turn.pages, turn.batch, output, scale, 0.0, buffers
+        )
+        for turn in turns(case)
+    ]
+    row = {"ms": time(calls), "bytes": case.bytes_seen}
+    row["relative_error"] = relative_error(case, output)
+    row["kept_share"] = row["bytes"] / (case.key.shape[0] * case.key.shape[1] * shape.entry_bytes)
+    row["dense_ms"] = run_dense(case, time)
+    return row
+
+
+def run_dense(case: Case, time: Callable[..., float]) -> dict[str, float]:
+    """Milliseconds of each dense kernel there is, over all tokens."""
+    found = {}
+    for name, prepare in DENSE_KERNELS.items():
+        try:
+            call = prepare(case.query, case.key, case.value, PAGE)
+            if call is not None:
+                found[name] = time([call])
+        except Exception as error:  # a kernel that does not run here is no comparison
+            print(f"  {name}: {type(error).__name__}: {error}"[:160])
+    return found
+
+
+def run_prefill(case: Case, time: Callable[..., float]) -> dict[str, Any]:
+    """One prompt computed as a single chunk."""
+    output = torch.empty_like(case.query)
+    scale = case.shape.head_size**-0.5
+
+    def call() -> None:
+        kept_prefill_paged(case.query, case.pages, case.batch, output, scale)
+
+    row: dict[str, Any] = {"ms": time([call]), "relative_error": relative_error(case, output)}
+    row["dense_ms"] = run_dense(case, time)
+    return row
+
+
+def run_overhead(case: Case, time: Callable[..., float], decode_ms: float) -> dict[str, Any]:
+    """Metadata, once per step, and the write of both copies, once per layer, of a decode step."""
+    num_reqs, context = case.kept.shape
+    device = case.query.device
+    prefix = torch.zeros(num_reqs, context + 1, dtype=torch.int32, device=device)
+    chosen = torch.zeros(50_000, dtype=torch.bool, device=device)
+    slots = torch.full((num_reqs,), -1, dtype=torch.int64, device=device)
+    ranges = torch.zeros(num_reqs, 2, dtype=torch.int32, device=device)
+    ids = torch.zeros(num_reqs, dtype=torch.int32, device=device)
+    rows = torch.arange(num_reqs, device=device)
+    batch, page = case.batch, {"page_size": PAGE, "num_sink_tokens": SINKS, "window_size": WINDOW}
+
+    def count() -> None:
+        kept_metadata(
+            ids,
+            batch.query_start,
+            batch.seq_lens,
+            rows,
+            batch.kept_table,
+            chosen,
+            prefix,
+            slots,
+            ranges,
+            **page,
+        )
+
+    pages = batch.window_table[:, (context - 1) // PAGE].long()
+    window_slots = pages * PAGE + (context - 1) % PAGE
+    key, value = case.key[:, -1].contiguous(), case.value[:, -1].contiguous()
+
+    def write() -> None:
+        write_kv(key, value, case.pages, window_slots, window_slots)
+
+    metadata_ms, write_ms = time([count] * 8), time([write] * 8)
+    share = (metadata_ms + LAYERS * write_ms) / (LAYERS * decode_ms)
+    return {"metadata_ms": metadata_ms, "write_ms": write_ms, "share_of_decode": share}
+
+
+def environment() -> dict[str, Any]:
+    """Where and with what it ran."""
+    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return {
+        "date": date.today().isoformat(),
+        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
+        "gpu": device,
+        "versions": {"torch": torch.__version__, "triton": triton.__version__},
+        "window_size": WINDOW,
+        "sinks": SINKS,
+        "page_size": PAGE,
+    }
+
+
+def show(row: dict[str, Any]) -> None:
+    """One line of the table."""
+    parts = [f"{row['op']:9} {row['shape']:26} context {row['context']:6} batch {row['batch']:3}"]
+    if "ms" in row:
+        parts.append(f"{row['ms']:8.4f} ms")
+    if row.get("share_of_copy"):
+        parts.append(f"{row['share_of_copy']:5.1%} of copy bandwidth")
+    if row.get("dense_ms"):
+        best = min(row["dense_ms"], key=row["dense_ms"].get)
+        parts.append(f"x{row['dense_ms'][best] / row['ms']:.2f} against {best}")
+    if "share_of_decode" in row:
+        parts.append(f"{row['share_of_decode']:.1%} of a decode step")
+    if "relative_error" in row:
+        parts.append(f"error {row['relative_error']:.1e}")
+    print("  ".join(parts), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--contexts", type=int, nargs="+", default=[4096, 16384, 32768, 131072])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/gpu.json")
+    parser.add_argument(
+        "--smoke", action="store_true", help="tiny shapes, no times, no file; runs without a GPU"
+    )
+    args = parser.parse_args()
+    shapes, device, time = SHAPES, "cuda", time_ms
+    if args.smoke:
+        shapes, device, time = (SMOKE,), "cuda" if torch.cuda.is_available() else "cpu", call_once
+        args.contexts, args.batches = [608], [2]
+    bandwidth = None if args.smoke else copy_bandwidth()
+    rows: list[dict[str, Any]] = []
+
+    def add(row: dict[str, Any], op: str, shape: Shape, context: int, batch: int) -> None:
+        row = {"op": op, "shape": shape.name, "context": context, "batch": batch, **row}
+        if bandwidth and "bytes" in row:
+            row["share_of_copy"] = row["bytes"] / (row["ms"] / 1000) / bandwidth
+        row["counts"] = (
+            row.get("relative_error", 0.0) < 0.01
+        )  # bfloat16 rounds weights and results by 0.004
+        rows.append(row)
+        show(row)
+
+    for shape in shapes:
+        for context in args.contexts:
+            for batch in args.batches:
+                case = make_case(shape, context, batch, 1, device)
+                row = run_decode(case, time)
+                add(row, "decode", shape, context, batch)
+                add(run_overhead(case, time, row["ms"]), "overhead", shape, context, batch)
+                del case
+            if context == EVERYTHING_CONTEXT or args.smoke:
+                case = make_case(shape, context, args.batches[-1], 1, device, everything=True)
+                add(run_decode(case, time), "all kept", shape, context, args.batches[-1])
+                del case
+            if context <= 32768:
+                case = make_case(shape, context, 1, context, device)
+                add(run_prefill(case, time), "prefill", shape, context, 1)
+                del case
+    failed = [row for row in rows if not row["counts"]]
+    if not args.smoke:
+        found = {**environment(), "copy_bandwidth": bandwidth, "results": rows}
+        args.output.write_text(json.dumps(found, indent=2) + "\n")
+        print(f"copy {bandwidth / 1e12:.2f} TB/s; written to {args.output}")
+    if failed:
+        raise SystemExit(f"{len(failed)} results are wrong and do not count")
+
+
+def call_once(calls: Sequence[Callable[[], None]]) -> float:
+    """In the place of :func:`time_ms`: only that everything runs."""
+    for call in calls:
+        call()
+    return 1.0
+
+
+if __name__ == "__main__":
+    main()

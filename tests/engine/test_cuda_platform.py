@@ -1,0 +1,111 @@
+"""What can be known of the CUDA platform without a GPU: configurations and selection."""
+
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from helpers import MODEL
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture
+def platform(monkeypatch):
+    """Our CUDA platform on an H200 that answers no other question."""
+    if not torch.cuda.is_available():  # imported for its side effects, which need a GPU
+        name = "vllm._C_stable_libtorch"
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    from vllm.platforms.interface import DeviceCapability
+
+    from vllm_sepllm.engine.cuda_platform import SepLLMCudaPlatform
+
+    capability = classmethod(lambda cls, *args: DeviceCapability(9, 0))
+    monkeypatch.setattr(SepLLMCudaPlatform, "get_device_capability", capability)
+    return SepLLMCudaPlatform
+
+
+def configuration(backend="sepllm", **changes):
+    """As it comes to the platform: made on a CPU, and what that platform added taken back."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    sepllm = {"additional_config": {"sepllm": {"window_size": 64}}} if backend else {}
+    options = {"model": MODEL, "max_model_len": 512, "dtype": "bfloat16"}
+    config = EngineArgs(**options, attention_backend=backend, **sepllm).create_engine_config()
+    config.parallel_config.worker_cls = "auto"
+    config.scheduler_config.scheduler_cls = None
+    for name, value in changes.items():
+        section, _, field = name.partition("__")
+        setattr(getattr(config, section), field, value)
+    return config
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16", "fp8", "fp8_e4m3"])
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_configuration_is_completed(platform, dtype, is_async):
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+    from vllm.v1.worker.gpu_worker import Worker
+
+    config = configuration(
+        cache_config__cache_dtype=dtype, scheduler_config__async_scheduling=is_async
+    )
+    platform.check_and_update_config(config)
+    worker = resolve_obj_by_qualname(config.parallel_config.worker_cls)
+    assert issubclass(worker, Worker)
+    assert worker.__name__ == "SepLLMGPUWorker"
+    scheduler = "SepLLMAsyncScheduler" if is_async else "SepLLMScheduler"
+    assert config.scheduler_config.scheduler_cls.endswith(f".{scheduler}")
+
+
+def test_refusals(platform):
+    from vllm_sepllm.config import ConfigError
+
+    for changes, message in (
+        ({"cache_config__cache_dtype": "fp8_e5m2"}, "kv_cache_dtype='fp8_e5m2' is not supported"),
+        ({"parallel_config__enable_dbo": True}, "enable_dbo=True"),
+        ({"parallel_config__worker_cls": "mine.Worker"}, "worker_cls='mine.Worker'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            platform.check_and_update_config(configuration(**changes))
+
+
+def test_another_backend_is_left_alone(platform):
+    config = configuration(backend=None)
+    platform.check_and_update_config(config)
+    assert config.parallel_config.worker_cls == "vllm.v1.worker.gpu_worker.Worker"
+    assert config.scheduler_config.scheduler_cls is None
+
+
+def test_backends_of_layers(platform):
+    """Ours for full attention, vLLM's choice for sliding windows."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+    from vllm.v1.attention.selector import AttentionSelectorConfig
+
+    from vllm_sepllm.engine.registration import BACKEND_PATH, register
+
+    register()
+    sepllm = AttentionBackendEnum["SEPLLM"]
+    full = AttentionSelectorConfig(64, torch.bfloat16, "fp8", 16)
+    assert platform.get_attn_backend_cls(sepllm, full) == BACKEND_PATH
+    sliding = full._replace(has_sliding_window=True, kv_cache_dtype="auto")
+    assert "sepllm" not in platform.get_attn_backend_cls(sepllm, sliding)
+    for changed in ({"use_mla": True}, {"has_sink": True}, {"head_size": 72}, {"block_size": 24}):
+        with pytest.raises(ValueError, match="not valid"):
+            platform.get_attn_backend_cls(sepllm, full._replace(**changed))
+
+
+@pytest.mark.parametrize(
+    ("is_cpu", "cuda", "expected"),
+    [
+        (True, None, "engine.platform.SepLLMCpuPlatform"),
+        (False, "vllm.platforms.cuda.CudaPlatform", "engine.cuda_platform.SepLLMCudaPlatform"),
+        (False, None, None),
+    ],
+)
+def test_the_platform_of_a_build(monkeypatch, is_cpu, cuda, expected):
+    from vllm_sepllm.engine import registration
+
+    monkeypatch.setattr("vllm_sepllm.engine.compat.is_cpu_build", lambda: is_cpu)
+    monkeypatch.setattr("vllm.platforms.cuda_platform_plugin", lambda: cuda)
+    found = registration.platform()
+    assert found == (expected and f"vllm_sepllm.{expected}")

@@ -1,0 +1,105 @@
+"""Compile every kernel for GPUs, without one: ``python compile_for_gpus.py``, JSON lines out.
+
+Arguments have the types and the divisibility they have in an engine. A process of its own: in the
+tests' kernels are interpreted.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import triton
+from sepllm_kernels.kept_decode.triton import TILE, _decode, _merge
+from sepllm_kernels.kept_metadata.triton import TILE as TOKENS
+from sepllm_kernels.kept_metadata.triton import _kept_metadata
+from sepllm_kernels.kept_prefill.triton import NUM_WARPS, ROWS, _prefill
+from sepllm_kernels.write_kv.triton import _write_kv
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+H200, A100 = 90, 80
+INDEX = {"query_start": "*i32", "seq_lens": "*i32", "window_table": "*i32", "kept_table": "*i32"}
+INDEX |= {"stream_ranges": "*i32", "stream_slots": "*i64", "window_slots": "*i64", "rows": "*i64"}
+INDEX |= {"token_ids": "*i32", "kept_prefix": "*i32", "is_chosen": "*i1"}
+FLOATS = {"partial": "*fp32", "log_sums": "*fp32", "stream_angles": "*fp32", "scale": "fp32"}
+FLOATS |= dict.fromkeys(("value_scale", "inverse_key_scale", "inverse_value_scale"), "fp32")
+HEADS = [(32, 8, 128), (32, 32, 80), (16, 16, 256), (12, 12, 64)]
+
+
+def cases() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict[str, int], int]]:
+    """Kernel, element types by argument, constants, launch options, compute capability."""
+    for num_heads, num_kv_heads, head_size in HEADS:
+        group = num_heads // num_kv_heads
+        layer = {"GROUP": group, "NUM_HEADS": num_heads, "HEAD_SIZE": head_size, "TILE": TILE}
+        for page, pages, cap, capability in (
+            (16, "bf16", 0.0, H200),
+            (32, "fp8e4nv", 0.0, H200),
+            (128, "bf16", 30.0, H200),
+            (16, "bf16", 0.0, A100),
+        ):
+            if capability == A100 and head_size != 128:
+                continue
+            types = dict.fromkeys(("key_pages", "value_pages"), f"*{pages}")
+            types |= dict.fromkeys(("queries", "output"), "*bf16")
+            constants = {**layer, "PAGE": page, "SOFT_CAP": cap}
+            decode = {**constants, "ROWS": max(16, triton.next_power_of_2(group))}
+            yield _decode, types, decode, {}, capability
+            yield _prefill, types, {**constants, "ROWS": ROWS}, {"num_warps": NUM_WARPS}, capability
+    yield _merge, {"output": "*bf16"}, {"NUM_SPLITS": 9, "HEAD_SIZE": 128}, {}, H200
+    for bounded in (False, True):
+        yield _kept_metadata, {}, {"PAGE": 16, "TILE": TOKENS, "BOUNDED": bounded}, {}, H200
+    for pages, half, limit in (("bf16", 0, 0.0), ("fp8e4nv", 0, 448.0), ("fp8e4nv", 64, 448.0)):
+        types = {"key": "*bf16", "value": "*bf16"}
+        types |= {"key_pages": f"*{pages}", "value_pages": f"*{pages}"}
+        layer = {"NUM_HEADS": 8, "HEAD_SIZE": 128, "PAGE": 16, "HALF": half, "LIMIT": limit}
+        yield _write_kv, types, {**layer, "NEOX": True}, {}, H200
+
+
+def compile_one(
+    kernel: Any, types: dict[str, str], constants: dict[str, Any], options: Any, capability: int
+) -> dict[str, Any]:
+    """Sizes of the compiled kernel."""
+    known = {**INDEX, **FLOATS, **types}
+    signature = {
+        name: "constexpr" if name in constants else known.get(name, "i32")
+        for name in kernel.arg_names
+    }
+    aligned = {
+        (index,): [["tt.divisibility", 16]]
+        for index, (name, kind) in enumerate(signature.items())
+        if kind.startswith("*") or (name.endswith("_stride") and "table" not in name)
+    }
+    source = ASTSource(kernel, signature, constants, aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        command = [str(tool), "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
+    return {
+        "kernel": kernel.__name__,
+        "capability": capability,
+        "constants": constants,
+        "pages": types.get("key_pages", ""),
+        "registers": int(found["REG"]),
+        "spilled": int(found["STACK"]) + int(found["LOCAL"]),  # bytes per thread
+        "shared": compiled.metadata.shared,  # bytes
+        "copies": compiled.asm["ptx"].count("cp.async"),
+    }
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    for case in cases():
+        json.dump(compile_one(*case), sys.stdout)
+        print(flush=True)

@@ -14,11 +14,14 @@ os.environ.update(
     VLLM_NO_USAGE_STATS="1",
 )
 
+import interpreter
 import torch
 import v2_runner
 
+# Kernels run compiled where there is a GPU, in Triton's interpreter elsewhere.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
+    interpreter.mend()
 
 # See `e2e/test_v2_runner.py`.
 if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":

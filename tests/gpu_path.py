@@ -5,7 +5,6 @@ Everything but the device is what runs on CUDA: backend, builders, rows on the d
 
 from __future__ import annotations
 
-import interpreter
 from sepllm_kernels.kept_decode import triton as decode
 from sepllm_kernels.kept_prefill import triton as prefill
 from vllm.v1.worker.cpu_worker import CPUWorker
@@ -21,7 +20,6 @@ class InterpretedWorker(DeviceTokenWorker, CPUWorker):
 
 def select_gpu_path() -> None:
     """Have engines of this process run the GPU backend."""
-    interpreter.mend()
     # An operation on a tile takes the interpreter about as long whatever its size.
     decode.TILE = prefill.TILE = prefill.ROWS = 512
     decode.INTERPRETED_PROCESSORS = 2

@@ -10,16 +10,13 @@ import os
 from types import SimpleNamespace
 from typing import Any
 
-import interpreter
-
 
 def select_v2_runner() -> None:
     """Have engines of this process use the V2 runner."""
-    os.environ.update(VLLM_USE_V2_MODEL_RUNNER="1", TRITON_INTERPRET="1")
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
     from triton.backends import backends
 
     backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True), compiler=None)
-    interpreter.mend()
 
 
 def schedule_asynchronously() -> None:

@@ -199,6 +199,20 @@ class Engine:
         self.check_empty()
         return {name: finished[name] for name in requests}
 
+    def count_drafts(self) -> Counter[str]:
+        """Tokens ``drafted`` and ``accepted`` from now on."""
+        counts: Counter[str] = Counter()
+        update = self.scheduler.make_spec_decoding_stats
+
+        def count(
+            stats: Any, num_draft_tokens: int, num_accepted_tokens: int, *args: Any, **kwargs: Any
+        ) -> Any:
+            counts.update(drafted=num_draft_tokens, accepted=num_accepted_tokens)
+            return update(stats, num_draft_tokens, num_accepted_tokens, *args, **kwargs)
+
+        self.scheduler.make_spec_decoding_stats = count
+        return counts
+
     def close(self) -> None:
         from vllm.distributed import cleanup_dist_env_and_memory
 

@@ -24,15 +24,7 @@ def test_ngram_drafts(engines, book, reference_model, separator_ids, window, blo
         speculative_config=NGRAM,
         enable_prefix_caching=caching,
     )
-    drafted = accepted = 0
-    update = type(engine.scheduler).make_spec_decoding_stats
-
-    def count(self, stats, num_draft_tokens, num_accepted_tokens, *args, **kwargs):
-        nonlocal drafted, accepted
-        drafted, accepted = drafted + num_draft_tokens, accepted + num_accepted_tokens
-        return update(self, stats, num_draft_tokens, num_accepted_tokens, *args, **kwargs)
-
-    engine.scheduler.make_spec_decoding_stats = count.__get__(engine.scheduler)
+    counts = engine.count_drafts()
     prompts = [book[:900], book[100:130], book[:400] + book[:300], list(separator_ids[:3]) * 60]
     for _ in range(2):  # cold, then warm where caching is on
         for prompt, tokens in zip(prompts, engine.tokens(prompts, 60), strict=True):
@@ -40,5 +32,5 @@ def test_ngram_drafts(engines, book, reference_model, separator_ids, window, blo
             difference = first_difference(reference_model, prompt, tokens, separator_ids, 4, window)
             assert difference is None, f"prompt of {len(prompt)} tokens, {difference}"
         engine.check_integrity()
-    assert drafted > accepted > 0, "nothing was drafted, accepted or rejected"
+    assert counts["drafted"] > counts["accepted"] > 0, "nothing was drafted, accepted or rejected"
     assert engine.pool.get_num_free_blocks() == engine.pool.num_gpu_blocks - 1

@@ -16,11 +16,10 @@ SYNCHRONOUS = {
         "test_request_interruptions.py",
         "aborts_in_every or overtake or least_urgent or reset",
     ),
-    "prefix hits": (2, "test_prefix_caching.py", "64-4-32 or turns"),
     "drafts": (1, "test_speculation.py", "64-32"),
 }
 ASYNCHRONOUS = {
-    "prefix hits and eviction": (2, "test_prefix_caching.py", "64-4-32 or pressure"),
+    "eviction": (1, "test_prefix_caching.py", "pressure"),
     "random traffic": (1, "test_soak.py", "7"),
 }
 

@@ -87,18 +87,10 @@ def test_drafts(engines, book, check):
     """Some are accepted, some rejected."""
     engine = engines(**OPTIONS, speculative_config=NGRAM)
     prompts = [book[:60] + book[:40], book[300:330]]
-    drafted = accepted = 0
-    update = type(engine.scheduler).make_spec_decoding_stats
-
-    def count(self, stats, num_draft_tokens, num_accepted_tokens, *args, **kwargs):
-        nonlocal drafted, accepted
-        drafted, accepted = drafted + num_draft_tokens, accepted + num_accepted_tokens
-        return update(self, stats, num_draft_tokens, num_accepted_tokens, *args, **kwargs)
-
-    engine.scheduler.make_spec_decoding_stats = count.__get__(engine.scheduler)
+    counts = engine.count_drafts()
     for prompt, tokens in zip(prompts, engine.tokens(prompts, max_tokens=30), strict=True):
         check(prompt, tokens)
-    assert drafted > accepted > 0, "nothing was drafted, accepted or rejected"
+    assert counts["drafted"] > counts["accepted"] > 0, "nothing was drafted, accepted or rejected"
     engine.check_empty()
 
 

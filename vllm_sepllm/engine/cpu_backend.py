@@ -14,13 +14,9 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from vllm_sepllm.engine.backend import SepLLMBackend, SepLLMImpl
 from vllm_sepllm.engine.cpu_attention import CpuPages, PagedCall
-from vllm_sepllm.engine.cpu_metadata import (
-    KeptMetadata,
-    KeptMetadataBuilder,
-    WindowMetadata,
-    WindowMetadataBuilder,
-)
+from vllm_sepllm.engine.cpu_metadata import KeptMetadata, KeptMetadataBuilder
 from vllm_sepllm.engine.cpu_plan import BatchPlan, StaircaseRow
+from vllm_sepllm.engine.metadata import WindowMetadata, WindowMetadataBuilder
 
 
 class SepLLMCPUBackend(SepLLMBackend):

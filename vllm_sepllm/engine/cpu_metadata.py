@@ -1,8 +1,7 @@
-"""What a step's batch reads and writes, worked out once per step for all layers.
+"""What a step's batch reads and writes on CPU, worked out once per step for all layers.
 
-vLLM calls one builder per KV-cache group. The window group's keeps what it is given; the kept
-group's finds the kept tokens. Which pages a query reads depends on both groups, so the plan is
-made when the first layer asks for it (:meth:`KeptMetadata.plan`).
+The builder of the kept group finds the kept tokens. Which pages a query reads depends on both
+groups, so the plan is made when the first layer asks for it (:meth:`KeptMetadata.plan`).
 """
 
 from __future__ import annotations
@@ -20,22 +19,10 @@ from vllm.v1.attention.backend import (
 
 from vllm_sepllm.engine.cpu_plan import Batch, BatchPlan, IntArray, TableArray, plan_batch
 from vllm_sepllm.engine.kept_rows import StepTokens
+from vllm_sepllm.engine.metadata import WindowMetadata
 from vllm_sepllm.policy import CountArray, KeptPolicy
 
 _NO_SLOTS = np.zeros(0, dtype=np.int64)
-
-
-@dataclass
-class WindowMetadata(AttentionMetadata):
-    """The window group's part of a batch.
-
-    Attributes:
-        block_table: ``[num_reqs, max_pages]`` int32, page of each stretch of positions.
-        slot_mapping: ``[num_tokens]`` int64, slot of each token.
-    """
-
-    block_table: torch.Tensor
-    slot_mapping: torch.Tensor
 
 
 @dataclass
@@ -58,24 +45,6 @@ class KeptMetadata(AttentionMetadata):
     def plan(self, window: WindowMetadata, block_size: int) -> BatchPlan:
         """How the batch reads both groups."""
         return plan_batch(self.policy, self.batch, window.block_table.numpy(), block_size)
-
-
-class WindowMetadataBuilder(AttentionMetadataBuilder[WindowMetadata]):
-    """Builder of the window group."""
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-
-    def build(
-        self,
-        common_prefix_len: int,
-        common_attn_metadata: CommonAttentionMetadata,
-        fast_build: bool = False,
-    ) -> WindowMetadata:
-        """Keep the block table and the slots."""
-        return WindowMetadata(
-            common_attn_metadata.block_table_tensor, common_attn_metadata.slot_mapping
-        )
 
 
 class KeptMetadataBuilder(AttentionMetadataBuilder[KeptMetadata]):

@@ -23,9 +23,9 @@ from vllm_sepllm.engine.checks import BLOCK_MULTIPLE
 from vllm_sepllm.engine.gpu_metadata import (
     GPUKeptMetadata,
     GPUKeptMetadataBuilder,
-    GPUWindowMetadata,
     GPUWindowMetadataBuilder,
 )
+from vllm_sepllm.engine.metadata import WindowMetadata
 
 HEAD_SIZES = (32, 64, 80, 96, 128, 256)
 FP8 = torch.float8_e4m3fn
@@ -127,7 +127,7 @@ class SepLLMGPUImpl(SepLLMImpl):
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,
-        attn_metadata: GPUWindowMetadata | None,
+        attn_metadata: WindowMetadata | None,
         output: torch.Tensor,
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,

@@ -1,7 +1,6 @@
 """What a step's batch reads and writes on a GPU, in buffers that CUDA graphs can refer to.
 
-vLLM calls one builder per KV-cache group. The kept group's counts the step's kept tokens on the
-device, in one launch.
+The builder of the kept group counts the step's kept tokens on the device, in one launch.
 """
 
 from __future__ import annotations
@@ -21,19 +20,7 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from vllm_sepllm.engine import settings
 from vllm_sepllm.engine.device_rows import DeviceTokens
-
-
-@dataclass
-class GPUWindowMetadata(AttentionMetadata):
-    """The window group's part of a batch.
-
-    Attributes:
-        block_table: ``[num_reqs, max_pages]`` int32, page of each stretch of positions.
-        slot_mapping: ``[num_tokens]`` int64, slot of each token; below 0 is none.
-    """
-
-    block_table: torch.Tensor
-    slot_mapping: torch.Tensor
+from vllm_sepllm.engine.metadata import WindowMetadata, WindowMetadataBuilder
 
 
 @dataclass
@@ -68,7 +55,7 @@ class GPUKeptMetadata(AttentionMetadata):
         """Requests of the batch, padding included."""
         return self.seq_lens.shape[0]
 
-    def part(self, window: GPUWindowMetadata, first: int, stop: int, longest: int) -> KeptBatch:
+    def part(self, window: WindowMetadata, first: int, stop: int, longest: int) -> KeptBatch:
         """Requests ``[first, stop)``, of up to ``longest`` tokens each."""
         return KeptBatch(
             query_start=self.query_start[first : stop + 1],
@@ -82,8 +69,8 @@ class GPUKeptMetadata(AttentionMetadata):
         )
 
 
-class _Builder(AttentionMetadataBuilder[Any]):
-    """Batches whose requests have few tokens each can be replayed from CUDA graphs.
+class ReplayedBuilder(AttentionMetadataBuilder[Any]):
+    """Of a group whose batches of few tokens per request can be replayed from CUDA graphs.
 
     Launches then depend on the number of requests and tokens alone; lengths are read on the device.
     """
@@ -95,22 +82,11 @@ class _Builder(AttentionMetadataBuilder[Any]):
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
 
 
-class GPUWindowMetadataBuilder(_Builder):
+class GPUWindowMetadataBuilder(ReplayedBuilder, WindowMetadataBuilder):
     """Builder of the window group."""
 
-    def build(
-        self,
-        common_prefix_len: int,
-        common_attn_metadata: CommonAttentionMetadata,
-        fast_build: bool = False,
-    ) -> GPUWindowMetadata:
-        """Keep the block table and the slots."""
-        return GPUWindowMetadata(
-            common_attn_metadata.block_table_tensor, common_attn_metadata.slot_mapping
-        )
 
-
-class GPUKeptMetadataBuilder(_Builder):
+class GPUKeptMetadataBuilder(ReplayedBuilder):
     """Builder of the kept group."""
 
     def __init__(self, *args: Any) -> None:

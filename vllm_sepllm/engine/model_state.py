@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -41,7 +41,7 @@ class SepLLMModelState(DefaultModelState):
         """Rows for as many requests as the runner has."""
 
     @abstractmethod
-    def batch_tokens(self, input_batch: InputBatch | None) -> ModelSpecificAttnMetadata | None:
+    def batch_tokens(self, input_batch: InputBatch | None) -> BatchTokens | None:
         """Token ids for the builders; of a batch of vLLM's own making if there is none.
 
         ``None`` leaves the batch without attention metadata.
@@ -90,20 +90,35 @@ class SepLLMModelState(DefaultModelState):
 
 
 class BatchTokens(ModelSpecificAttnMetadata):
-    """Token ids of one batch on CPU; see :class:`vllm_sepllm.engine.kept_rows.StepTokens`."""
+    """Token ids of one batch, handed to the builder of the kept group.
 
-    def __init__(self, rows: KeptRows, input_batch: InputBatch) -> None:
+    Attributes:
+        rows: of all requests.
+        builder_class: of the kept group.
+    """
+
+    builder_class: ClassVar[type[Any]]
+
+    def __init__(self, rows: Any, input_batch: InputBatch | None) -> None:
         self.rows = rows
-        self._input_batch = input_batch
+        self.input_batch = input_batch
 
     def get_extra_attn_kwargs(self, attn_metadata_builder: Any, num_reqs: int) -> dict[str, Any]:
         """Arguments of ``build``, for the builder of the kept group only."""
-        is_kept = isinstance(attn_metadata_builder, KeptMetadataBuilder)
+        is_kept = isinstance(attn_metadata_builder, self.builder_class)
         return {"tokens": self} if is_kept else {}
+
+
+class CPUBatchTokens(BatchTokens):
+    """On CPU; see :class:`vllm_sepllm.engine.kept_rows.StepTokens`."""
+
+    builder_class = KeptMetadataBuilder
+    rows: KeptRows
 
     def count(self, num_reqs: int, query_start: CountArray, stops: IntArray) -> IntArray:
         """Count the step's tokens."""
-        batch = self._input_batch
+        batch = self.input_batch
+        assert batch is not None
         query_start = query_start[: batch.num_reqs + 1]
         starts = stops[: batch.num_reqs] - (query_start[1:] - query_start[:-1])
         rows = batch.idx_mapping_np[: batch.num_reqs]
@@ -121,26 +136,20 @@ class SepLLMCPUModelState(SepLLMModelState):
         policy = kept_policy(self.vllm_config)
         return KeptRows(policy, self.max_num_reqs, self.model_config.max_model_len)
 
-    def batch_tokens(self, input_batch: InputBatch | None) -> BatchTokens | None:
+    def batch_tokens(self, input_batch: InputBatch | None) -> CPUBatchTokens | None:
         """Token ids for the builders; nothing is attended to in a batch of vLLM's own making."""
-        return BatchTokens(self._rows, input_batch) if input_batch is not None else None
+        return CPUBatchTokens(self._rows, input_batch) if input_batch is not None else None
 
 
-class DeviceBatchTokens(ModelSpecificAttnMetadata):
-    """Token ids of one batch on a GPU; see :class:`vllm_sepllm.engine.device_rows.DeviceTokens`."""
+class DeviceBatchTokens(BatchTokens):
+    """On a GPU; see :class:`vllm_sepllm.engine.device_rows.DeviceTokens`."""
 
-    def __init__(self, rows: DeviceRows, input_batch: InputBatch | None) -> None:
-        self.rows = rows
-        self._input_batch = input_batch
-
-    def get_extra_attn_kwargs(self, attn_metadata_builder: Any, num_reqs: int) -> dict[str, Any]:
-        """Arguments of ``build``, for the builder of the kept group only."""
-        is_kept = isinstance(attn_metadata_builder, GPUKeptMetadataBuilder)
-        return {"tokens": self} if is_kept else {}
+    builder_class = GPUKeptMetadataBuilder
+    rows: DeviceRows
 
     def step(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Ids of the step's tokens and row of each request."""
-        batch = self._input_batch
+        batch = self.input_batch
         return None if batch is None else (batch.input_ids, batch.idx_mapping)
 
 

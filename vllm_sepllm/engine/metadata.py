@@ -1,0 +1,44 @@
+"""The window group's part of a step's batch. vLLM calls one builder per KV-cache group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.v1.attention.backend import (
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
+
+
+@dataclass
+class WindowMetadata(AttentionMetadata):
+    """The window group's part of a batch.
+
+    Attributes:
+        block_table: ``[num_reqs, max_pages]`` int32, page of each stretch of positions.
+        slot_mapping: ``[num_tokens]`` int64, slot of each token; below 0 is none.
+    """
+
+    block_table: torch.Tensor
+    slot_mapping: torch.Tensor
+
+
+class WindowMetadataBuilder(AttentionMetadataBuilder[WindowMetadata]):
+    """Builder of the window group."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> WindowMetadata:
+        """Keep the block table and the slots."""
+        return WindowMetadata(
+            common_attn_metadata.block_table_tensor, common_attn_metadata.slot_mapping
+        )

@@ -55,6 +55,7 @@ class KeptManager(SingleTypeKVCacheManager):
         self._index = PrefixIndex.of(self.block_pool)
         self._spare = SparePages.of(self.block_pool)
         self._junctions = Junctions.of(self.block_pool)
+        self._asked: tuple[str, int, int] | None = None  # request, tokens and pages, last asked for
         self._resumed: set[str] = set()  # requests whose first step was seen
         self._scheduling = False
         # Keys of this step's pages, by request: key, page, tokens of the prefix.
@@ -104,9 +105,11 @@ class KeptManager(SingleTypeKVCacheManager):
         count too, and so does the copy of a partly filled one.
         """
         held = len(self.req_to_blocks.get(request_id, ()))
-        missing = self.num_pages(request_id, num_tokens) - held - len(new_computed_blocks)
-        num_blocks = max(0, missing) + self._get_num_evictable_blocks(new_computed_blocks)
+        pages = self.num_pages(request_id, num_tokens)
+        self._asked = request_id, num_tokens, pages
+        num_blocks = max(0, pages - held - len(new_computed_blocks))
         if new_computed_blocks:
+            num_blocks += self._get_num_evictable_blocks(new_computed_blocks)
             num_blocks += self.num_kept(request_id, num_local_computed_tokens) % self.block_size > 0
         return num_blocks
 
@@ -133,9 +136,15 @@ class KeptManager(SingleTypeKVCacheManager):
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
         """Take pages from the pool; returns the new ones, a copied one among them."""
-        new_blocks = []
+        new_blocks: list[KVCacheBlock] = []
         blocks = self.req_to_blocks[request_id]
-        missing = self.num_pages(request_id, num_tokens) - len(blocks)
+        asked, self._asked = self._asked, None  # a moment ago, so counting again would be the same
+        if asked is not None and asked[:2] == (request_id, num_tokens):
+            missing = asked[2] - len(blocks)
+        else:
+            missing = self.num_pages(request_id, num_tokens) - len(blocks)
+        if missing <= 0 and request_id not in self._partial_hit_reqs:
+            return new_blocks
         self._spare.make_room(max(0, missing) + (request_id in self._partial_hit_reqs))
         if request_id in self._partial_hit_reqs:
             index, source = self._partial_hit_reqs.pop(request_id)
@@ -146,6 +155,9 @@ class KeptManager(SingleTypeKVCacheManager):
             blocks.extend(added)
             new_blocks = new_blocks + added
         return new_blocks
+
+    def remove_skipped_blocks(self, request_id: str, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the stream of a live request only grows."""
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         """Note the keys of pages that this step's full token blocks touch."""

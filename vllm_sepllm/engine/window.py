@@ -47,7 +47,8 @@ class WindowManager(SlidingWindowManager):
     ) -> list[KVCacheBlock]:
         """vLLM's, from spare pages before others that are cached."""
         missing = cdiv(num_tokens, self.block_size) - len(self.req_to_blocks[request_id])
-        self._spare.make_room(missing)
+        if missing > 0:
+            self._spare.make_room(missing)
         return super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
@@ -85,6 +86,8 @@ class WindowManager(SlidingWindowManager):
             if pages[block].is_null:  # so are all before it; a step looks at a page or two
                 break
             leaving.append((block, pages[block]))
+        if not leaving:
+            return  # most steps; vLLM's own walk compares pages field by field
         super()._remove_blocks_in_range(request_id, first_block, last_block)
         junctions = self._junctions.get(request_id, ())
         for block, page in reversed(leaving):

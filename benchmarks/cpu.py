@@ -253,7 +253,7 @@ def main() -> None:
     ids = tokenizer.encode(shapes.read_gzip(shapes.BOOK)).ids
     results = []
     with tempfile.TemporaryDirectory() as model:
-        shapes.write_model(Path(model), tokenizer)
+        shapes.write_model(Path(model), tokenizer, shapes.benchmark_model())
         cases = [(batch, context) for context in args.contexts for batch in args.batches]
         if args.scheduler_batch:
             cases.insert(0, (args.scheduler_batch, 512))

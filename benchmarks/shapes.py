@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast
 
 from vllm_sepllm.config import SepLLMConfig
 from vllm_sepllm.policy import KeptPolicy
@@ -20,6 +20,7 @@ TOKENIZER = ROOT / "tests/data/20B_tokenizer.json.gz"
 BOOK = ROOT / "benchmarks/data/5396.txt.gz"
 WINDOW = 256
 BLOCK_SIZE = 32
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "gpt_neox": "GPTNeoXForCausalLM"}
 MODEL = {
     "hidden_size": 512,
     "intermediate_size": 1408,
@@ -38,10 +39,14 @@ def read_gzip(path: Path) -> str:
         return file.read()
 
 
-def write_model(path: Path, tokenizer: Tokenizer) -> None:
+def benchmark_model() -> LlamaConfig:
+    """What the CPU benchmark runs."""
+    return LlamaConfig(**MODEL, tie_word_embeddings=False, bos_token_id=0, eos_token_id=0)
+
+
+def write_model(path: Path, tokenizer: Tokenizer, config: PretrainedConfig) -> None:
     """A model directory for ``load_format="dummy"``: configuration and tokenizer only."""
-    config = LlamaConfig(**MODEL, tie_word_embeddings=False, bos_token_id=0, eos_token_id=0)
-    config.architectures = ["LlamaForCausalLM"]
+    config.architectures = [ARCHITECTURES[config.model_type]]
     config.save_pretrained(path)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(
         path

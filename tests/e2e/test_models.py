@@ -107,3 +107,31 @@ def test_head_counts_and_sizes(engines, book, separator_ids, tmp_path, num_kv_he
     for prompt, tokens in zip(prompts, engine.tokens(prompts, max_tokens=30), strict=True):
         mask = bias(sepllm_mask(prompt + tokens, separator_ids, 4, 48))
         assert greedy_difference(model, prompt, tokens, mask) is None
+
+
+@torch.no_grad()
+def greedy(model, prompt, separator_ids, sinks, window):
+    """30 tokens of the model's own choice under the mask."""
+    ids = list(prompt)
+    for _ in range(30):
+        mask = bias(sepllm_mask(ids, separator_ids, sinks, window))
+        ids.append(int(model(torch.tensor([ids]), attention_mask=mask).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def test_pythia(engines, book, separator_ids, tmp_path):
+    """The architecture of Pythia, through vLLM's Transformers backend: a quarter is rotated.
+
+    The reference goes first: that backend changes the classes of transformers themselves.
+    """
+    from transformers import GPTNeoXConfig
+
+    sizes = {**SIZES, "hidden_size": 256}
+    config = GPTNeoXConfig(**sizes, num_hidden_layers=2, rotary_pct=0.25)
+    config.architectures = ["GPTNeoXForCausalLM"]
+    model = save(config, tmp_path)
+    prompts = [book[:500], book[900:930]]
+    expected = [greedy(model, prompt, separator_ids, 4, 48) for prompt in prompts]
+    assert greedy(model, prompts[0], (), 0, 1024) != expected[0], "any mask would pass"
+    engine = engines(sepllm={"window_size": 48}, model=str(tmp_path), max_model_len=1024)
+    assert engine.tokens(prompts, max_tokens=30) == expected

@@ -1,0 +1,363 @@
+"""vLLM on a GPU, end to end: SepLLM beside vLLM's own attention backends.
+
+    python benchmarks/gpu_engine.py check RESULTS
+    python benchmarks/gpu_engine.py measure RESULTS --model llama-3-8b --backend SEPLLM --kv auto
+    python benchmarks/gpu_engine.py table RESULTS
+
+`scripts/gpu_e2e.sh` runs all of it. `check` compares greedy tokens with a Hugging Face model under
+the explicit mask, in float32. `measure` runs one engine in its own process: weights are random,
+prompts are a PG19 book, and what models of that size generate from random weights holds next to no
+separators. `table` puts what is there side by side.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+import argparse
+import json
+import statistics
+import subprocess
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import shapes
+import torch
+from rich.console import Console
+from rich.table import Table
+from tokenizers import Tokenizer
+from transformers import GPTNeoXConfig, LlamaConfig, PretrainedConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+DEMO_MODEL = ROOT / "examples/models/pg19-5m-sep"
+DEMO_BOOK = ROOT / "examples/data/860.txt"
+SEPLLM = "SEPLLM"
+DENSE = "dense"  # vLLM's own choice, for a machine without a GPU
+# What vLLM does beside attention; from the usual setting to what works with any torch.
+MODES: dict[str, dict[str, Any]] = {
+    "compiled": {},
+    "graphs": {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}},
+    "eager": {"enforce_eager": True},
+}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Requests that come at once."""
+
+    name: str
+    prompt_tokens: int
+    output_tokens: int
+    requests: int
+
+
+@dataclass(frozen=True)
+class Model:
+    """A shape, what it is asked, and the largest batch."""
+
+    config: PretrainedConfig
+    workloads: tuple[Workload, ...]
+
+    @property
+    def max_len(self) -> int:
+        """Tokens of the longest request, rounded up."""
+        longest = max(w.prompt_tokens + w.output_tokens for w in self.workloads)
+        return -(-longest // 1024) * 1024
+
+
+def llama(**sizes: Any) -> LlamaConfig:
+    """Llama-3-8B, unless ``sizes`` say otherwise."""
+    usual = {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+        "rope_theta": 500000.0,
+    }
+    return LlamaConfig(**{**usual, **sizes}, tie_word_embeddings=False)
+
+
+def pythia(**sizes: Any) -> GPTNeoXConfig:
+    """Pythia-6.9B with more positions than it was trained on, unless ``sizes`` say otherwise."""
+    usual = {
+        "hidden_size": 4096,
+        "intermediate_size": 16384,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "vocab_size": 50432,
+        "max_position_embeddings": 36864,
+        "rotary_pct": 0.25,
+    }
+    return GPTNeoXConfig(**{**usual, **sizes})
+
+
+SMALL = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 50304}
+MODELS = {
+    "llama-3-8b": Model(
+        llama(),
+        (
+            Workload("1K in, 256 out", 1024, 256, 64),
+            Workload("32K in, 256 out, memory to spare", 32768, 256, 8),
+            Workload("32K in, 1K out", 32768, 1024, 64),
+        ),
+    ),
+    "pythia-6.9b": Model(
+        pythia(),
+        (
+            Workload("1K in, 256 out", 1024, 256, 64),
+            Workload("32K in, 256 out", 32768, 256, 16),
+        ),
+    ),
+    "smoke": Model(
+        llama(**SMALL, num_attention_heads=4, num_key_value_heads=2),
+        (Workload("smoke", 300, 8, 3),),
+    ),
+}
+
+
+def options(backend: str, mode: str) -> dict[str, Any]:
+    """Arguments of ``LLM`` for one backend."""
+    chosen: dict[str, Any] = dict(MODES[mode])
+    if backend == SEPLLM:
+        chosen["additional_config"] = {"sepllm": {"window_size": shapes.WINDOW}}
+    if backend != DENSE:
+        chosen["attention_backend"] = backend
+    if not torch.cuda.is_available():
+        chosen |= {"kv_cache_memory_bytes": 64 << 20, "block_size": shapes.BLOCK_SIZE}
+    return chosen
+
+
+def check(mode: str) -> dict[str, Any]:
+    """Greedy tokens of the demo model, cold and with a prefix from the cache, are the reference's.
+
+    Raises:
+        SystemExit: they differ.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from vllm import LLM, SamplingParams
+
+    from vllm_sepllm.config import SepLLMConfig
+    from vllm_sepllm.reference import first_difference
+    from vllm_sepllm.separators import resolve_separators
+
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
+    text = DEMO_BOOK.read_text(encoding="utf8")[2000:40000]
+    book = tokenizer(text, add_special_tokens=False).input_ids
+    window, sinks = 64, 4
+    chosen = options(SEPLLM, mode)
+    chosen |= {"additional_config": {"sepllm": {"window_size": window, "num_sink_tokens": sinks}}}
+    chosen |= {"kv_cache_memory_bytes": 256 << 20}
+    llm = LLM(
+        str(DEMO_MODEL),
+        **chosen,
+        dtype="float32",
+        max_model_len=2048,
+        max_num_batched_tokens=256,
+    )
+    prompts = [book[:1658], book[100:102], book[3000:3542], book[:1200] + book[5000:5100]]
+    params = SamplingParams(max_tokens=48, temperature=0, ignore_eos=True)
+    reference = AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32)
+    separators = resolve_separators(SepLLMConfig(), tokenizer).token_ids
+    found = {"prompts": 0, "cached_tokens": 0}
+    for _ in range(2):  # the second time from the prefix cache
+        for output in llm.generate([{"prompt_token_ids": ids} for ids in prompts], params):
+            prompt, answer = list(output.prompt_token_ids), list(output.outputs[0].token_ids)
+            difference = first_difference(reference, prompt, answer, separators, sinks, window)
+            if difference:
+                raise SystemExit(f"check: prompt of {len(prompt)} tokens, {difference}")
+            found["prompts"] += 1
+            found["cached_tokens"] += output.num_cached_tokens
+    return found
+
+
+class Watch:
+    """The most requests that ran at once and pages in use, from the scheduler's own figures."""
+
+    def __init__(self, llm: Any) -> None:
+        manager = llm.llm_engine.logger_manager
+        self._record = manager.record
+        manager.record = self.record
+        self.reset()
+
+    def reset(self) -> None:
+        self.running, self.usage = 0, 0.0
+
+    def record(self, scheduler_stats: Any, *args: Any, **kwargs: Any) -> None:
+        if scheduler_stats is not None:
+            self.running = max(self.running, scheduler_stats.num_running_reqs)
+            self.usage = max(self.usage, scheduler_stats.kv_cache_usage)
+        self._record(scheduler_stats, *args, **kwargs)
+
+
+def run_workload(llm: Any, watch: Watch, load: Workload, book: list[int]) -> dict[str, Any]:
+    """One workload; times in seconds."""
+    from vllm import SamplingParams
+
+    longer = book * (1 + (load.prompt_tokens + 997 * load.requests) // len(book))
+    starts = [997 * i for i in range(load.requests)]  # no prompt is the beginning of another
+    prompts = [{"prompt_token_ids": longer[s : s + load.prompt_tokens]} for s in starts]
+    params = SamplingParams(max_tokens=load.output_tokens, temperature=0, ignore_eos=True)
+    watch.reset()
+    start = time.perf_counter()
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    elapsed = time.perf_counter() - start
+    stats = [output.metrics for output in outputs]
+    generated = sum(len(output.outputs[0].token_ids) for output in outputs)
+    decoding = [s.last_token_ts - s.first_token_ts for s in stats]
+    steps = load.output_tokens - 1
+    return {
+        **asdict(load),
+        "seconds": elapsed,
+        "output_tokens_per_second": generated / elapsed,
+        "time_to_first_token": statistics.median(s.first_token_latency for s in stats),
+        "inter_token_latency": statistics.median(span / steps for span in decoding),
+        "preemptions": sum(s.num_preemptions for s in stats),
+        "running_at_most": watch.running,
+        "kv_usage_at_most": watch.usage,
+    }
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """All workloads of one model on one engine."""
+    from vllm import LLM
+
+    model = MODELS[args.model]
+    tokenizer = Tokenizer.from_str(shapes.read_gzip(shapes.TOKENIZER))
+    book = tokenizer.encode(shapes.read_gzip(shapes.BOOK)).ids
+    requests = max(load.requests for load in model.workloads)
+    with tempfile.TemporaryDirectory() as folder:
+        shapes.write_model(Path(folder), tokenizer, model.config)
+        start = time.perf_counter()
+        llm = LLM(
+            folder,
+            **options(args.backend, args.mode),
+            load_format="dummy",
+            dtype="bfloat16",
+            kv_cache_dtype=args.kv,
+            max_model_len=model.max_len,
+            max_num_seqs=requests,
+            disable_log_stats=False,
+            seed=0,
+        )
+    watch = Watch(llm)
+    warm_up = Workload("warm-up", 300, 4, min(requests, 8))
+    run_workload(llm, watch, warm_up, book[::-1])
+    cache = llm.llm_engine.vllm_config.cache_config
+    return {
+        "seconds_to_start": time.perf_counter() - start,
+        "blocks": cache.num_gpu_blocks,
+        "workloads": [run_workload(llm, watch, load, book) for load in model.workloads],
+    }
+
+
+def environment() -> dict[str, Any]:
+    """Where and with what it ran."""
+    import triton
+    import vllm
+
+    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    versions = {"torch": torch.__version__, "triton": triton.__version__, "vllm": vllm.__version__}
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    today = date.today().isoformat()
+    return {"date": today, "commit": commit, "gpu": device, "versions": versions}
+
+
+def write(path: Path, found: dict[str, Any]) -> None:
+    """A file is there only when it is complete: the script that calls this goes by it."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(found, indent=2) + "\n", encoding="utf8")
+    partial.replace(path)
+
+
+def load_runs(results: Path) -> list[dict[str, Any]]:
+    """One row per model, workload, backend and type of the cache.
+
+    ``sepllm_ratio`` is SepLLM's output rate over this row's, where both were measured.
+    """
+    rows = []
+    for path in sorted(results.glob("run-*.json")):
+        run = json.loads(path.read_text(encoding="utf8"))
+        about = {key: run[key] for key in ("model", "backend", "kv", "mode", "blocks")}
+        rows += [{**about, **load} for load in run["workloads"]]
+    ours = {case(row): row for row in rows if row["backend"] == SEPLLM}
+    for row in rows:
+        rate = ours.get(case(row), {}).get("output_tokens_per_second")
+        row["sepllm_ratio"] = rate and rate / row["output_tokens_per_second"]
+    return sorted(rows, key=lambda row: (*case(row), row["backend"]))
+
+
+def case(row: dict[str, Any]) -> tuple[str, str, str]:
+    """What backends are compared on."""
+    return row["model"], row["name"], row["kv"]
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """The table on the terminal."""
+    table = Table("model", "workload", "KV", "backend")
+    for name in (
+        "tokens/s",
+        "SepLLM ratio",
+        "TTFT, s",
+        "ITL, ms",
+        "at once",
+        "KV use",
+        "preempted",
+    ):
+        table.add_column(name, justify="right")
+    for row in rows:
+        ratio = row["sepllm_ratio"]
+        table.add_row(
+            row["model"],
+            row["name"],
+            row["kv"],
+            row["backend"],
+            f"{row['output_tokens_per_second']:.1f}",
+            f"{ratio:.2f}" if ratio else "-",
+            f"{row['time_to_first_token']:.2f}",
+            f"{1000 * row['inter_token_latency']:.2f}",
+            str(row["running_at_most"]),
+            f"{row['kv_usage_at_most']:.1%}",
+            str(row["preemptions"]),
+        )
+    Console(width=150).print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("action", choices=("check", "measure", "table"))
+    parser.add_argument("results", type=Path, help="folder of the results")
+    parser.add_argument("--mode", choices=MODES, default="compiled")
+    parser.add_argument("--model", choices=MODELS, default="llama-3-8b")
+    parser.add_argument("--backend", default=SEPLLM)
+    parser.add_argument("--kv", default="auto", help="vLLM's kv_cache_dtype")
+    args = parser.parse_args()
+    args.results.mkdir(parents=True, exist_ok=True)
+    if args.action == "check":
+        found = {**environment(), "mode": args.mode, **check(args.mode)}
+        write(args.results / f"check-{args.mode}.json", found)
+        print(f"check: {found['prompts']} answers equal the reference's ({args.mode})")
+    elif args.action == "measure":
+        about = {"model": args.model, "backend": args.backend, "kv": args.kv, "mode": args.mode}
+        found = {**environment(), **about, **measure(args)}
+        write(args.results / f"run-{args.model}-{args.backend}-{args.kv}.json", found)
+    else:
+        checks = [json.loads(p.read_text()) for p in sorted(args.results.glob("check-*.json"))]
+        rows = load_runs(args.results)
+        show(rows)
+        found = {**environment(), "checks": checks, "results": rows}
+        write(args.results / "gpu_e2e.json", found)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+#!/usr/bin/env bash
+# SepLLM beside vLLM's own backends on a GPU, end to end: greedy tokens against the reference, then
+# throughput and latency of Llama-3-8B and Pythia-6.9B shapes (benchmarks/gpu_engine.py).
+#
+#     scripts/gpu_e2e.sh [SECONDS]        540 unless said otherwise; 0 is without a limit
+#
+# A run that is finished is not repeated: call it again to go on where time ran out.
+# PYTHON chooses the interpreter, RESULTS the folder (build/gpu-e2e). If there is an archive of
+# scripts/gpu_bundle.py (BUNDLE, build/gpu-bundle.tar.xz), vLLM comes from it.
+# SMOKE=1: tiny shapes beside vLLM's default backend, for a machine without a GPU.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+LIMIT=${1:-540}
+PYTHON=${PYTHON:-python3}
+RESULTS=${RESULTS:-build/gpu-e2e}
+BUNDLE=${BUNDLE:-build/gpu-bundle.tar.xz}
+FULL=( # model, backend, type of the KV cache: what matters most first
+  "llama-3-8b SEPLLM auto" "llama-3-8b TRITON_ATTN auto" "llama-3-8b FLASH_ATTN auto"
+  "llama-3-8b SEPLLM fp8" "llama-3-8b FLASH_ATTN fp8" "llama-3-8b TRITON_ATTN fp8"
+  "pythia-6.9b SEPLLM auto" "pythia-6.9b TRITON_ATTN auto" "pythia-6.9b FLASH_ATTN auto"
+  "pythia-6.9b SEPLLM fp8" "pythia-6.9b FLASH_ATTN fp8" "pythia-6.9b TRITON_ATTN fp8"
+)
+SMALL=("smoke SEPLLM auto" "smoke dense auto")
+
+say() { printf 'gpu_e2e: %s\n' "$*"; }
+
+# A step gets the time that is left; 124 when there is none.
+step() {
+  local left=$((LIMIT - SECONDS))
+  if ((LIMIT == 0)); then
+    "$PYTHON" benchmarks/gpu_engine.py "$@"
+  elif ((left <= 0)); then
+    return 124
+  else
+    timeout --kill-after=10 "$left" "$PYTHON" benchmarks/gpu_engine.py "$@"
+  fi
+}
+
+unpack() {
+  local site=build/gpu-site
+  if [[ ! -f $BUNDLE ]]; then
+    return
+  fi
+  if [[ ! $site -nt $BUNDLE ]]; then
+    rm -rf "$site" && mkdir -p "$site" && tar -xJf "$BUNDLE" -C "$site" && touch "$site" || exit 1
+  fi
+  export PYTHONPATH=kernels:.:$site
+}
+
+# The fullest mode in which greedy tokens equal the reference's.
+choose_mode() {
+  local mode
+  for mode in compiled graphs eager; do
+    if [[ -f $RESULTS/check-$mode.json ]] || step check "$RESULTS" --mode "$mode" >"$RESULTS/check-$mode.log" 2>&1; then
+      MODE=$mode
+      return
+    fi
+    say "check, $mode: failed ($(tail -n 1 "$RESULTS/check-$mode.log"))"
+  done
+  say "no mode gives the reference's tokens: nothing is measured"
+  exit 1
+}
+
+main() {
+  local runs=("${FULL[@]}") run name failed=0
+  [[ -z ${SMOKE:-} ]] || runs=("${SMALL[@]}")
+  mkdir -p "$RESULTS"
+  unpack
+  choose_mode
+  say "check, $MODE: greedy tokens equal the reference's"
+  for run in "${runs[@]}"; do
+    # shellcheck disable=SC2086  # three words
+    set -- $run
+    name=run-$1-$2-$3
+    [[ ! -f $RESULTS/$name.json ]] || continue
+    step measure "$RESULTS" --mode "$MODE" --model "$1" --backend "$2" --kv "$3" >"$RESULTS/$name.log" 2>&1
+    case $? in
+      0) say "$run: measured after $SECONDS s" ;;
+      124 | 137) say "$run: no time left" && break ;;
+      *) say "$run: failed ($(tail -n 1 "$RESULTS/$name.log"))" && failed=1 ;;
+    esac
+  done
+  "$PYTHON" benchmarks/gpu_engine.py table "$RESULTS"
+  return "$failed"
+}
+
+main

@@ -1,0 +1,47 @@
+"""`scripts/gpu_e2e.sh` runs to its table without a GPU, on tiny shapes. Nothing is timed here."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from helpers import ROOT
+
+pytestmark = pytest.mark.e2e
+
+
+def run(results, **env):
+    clean = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    env = {**clean, "PYTHON": sys.executable, "BUNDLE": "none", "RESULTS": str(results), **env}
+    return subprocess.run(
+        ["scripts/gpu_e2e.sh", "0"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=550
+    )
+
+
+def test_smoke(tmp_path):
+    done = run(tmp_path, SMOKE="1")
+    logs = {path.name: path.read_text()[-1500:] for path in tmp_path.glob("*.log")}
+    assert done.returncode == 0, (done.stdout, done.stderr, logs)
+    assert "greedy tokens equal the reference's" in done.stdout
+    found = json.loads((tmp_path / "gpu_e2e.json").read_text())
+    [check] = found["checks"]
+    assert check["prompts"] == 8
+    assert check["cached_tokens"] > 1658 - 128, "nothing came from the prefix cache"
+    assert {row["backend"] for row in found["results"]} == {"SEPLLM", "dense"}
+    for row in found["results"]:
+        assert row["running_at_most"] == row["requests"]
+        assert 0 < row["kv_usage_at_most"] < 1
+        assert row["preemptions"] == 0
+        assert row["sepllm_ratio"] > 0
+    finished = {path: path.stat().st_mtime_ns for path in tmp_path.glob("run-*.json")}
+    assert run(tmp_path, SMOKE="1").returncode == 0
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("run-*.json")} == finished
+
+
+def test_wrong_tokens_stop_it(tmp_path):
+    """A check that fails in every mode, here for want of vLLM, lets nothing be measured."""
+    done = run(tmp_path, SMOKE="1", PYTHON="false")
+    assert done.returncode == 1
+    assert "nothing is measured" in done.stdout
+    assert not list(tmp_path.glob("*.json"))

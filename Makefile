@@ -25,7 +25,7 @@ bench: setup  ## CPU benchmark; writes benchmarks/results
 	@$(PY) benchmarks/cpu.py
 
 gpu-bench:  ## kernels on a GPU, with the python that has torch and Triton for it (PYTHON=python3)
-	@PYTHONPATH=kernels:. $(or $(PYTHON),python3) benchmarks/gpu.py
+	@PYTHONPATH=kernels:.:build/gpu-site $(or $(PYTHON),python3) benchmarks/gpu.py
 
 soak: setup  ## random traffic over a tight pool, checked after every step (MINUTES=10)
 	@PYTHONPATH=tests $(PY) tests/soak.py --minutes $(or $(MINUTES),10)

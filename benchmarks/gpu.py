@@ -18,6 +18,7 @@ import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -247,6 +248,22 @@ def run_prefill(case: Case, time: Callable[..., float]) -> dict[str, Any]:
 
     row: dict[str, Any] = {"ms": time([call]), "relative_error": relative_error(case, output)}
     row["dense_ms"] = run_dense(case, time)
+    row["xformers"] = run_xformers(case, time)
+    return row
+
+
+def run_xformers(case: Case, time: Callable[..., float]) -> dict[str, Any]:
+    """The same prompt with xformers for the window, or why not."""
+    output = torch.empty_like(case.query)
+    arguments = case.query, case.pages, case.batch, output, case.shape.head_size**-0.5
+    try:
+        from sepllm_kernels.kept_prefill import xformers_window
+
+        spans = xformers_window.window_spans(case.batch, PAGE)
+        call = partial(xformers_window.kept_prefill_xformers, *arguments, spans=spans)
+        row: dict[str, Any] = {"ms": time([call]), "relative_error": relative_error(case, output)}
+    except (ImportError, NotImplementedError) as error:
+        return {"absent": f"{type(error).__name__}: {error}".splitlines()[0]}
     return row
 
 
@@ -313,6 +330,8 @@ def show(row: dict[str, Any]) -> None:
     if row.get("dense_ms"):
         best = min(row["dense_ms"], key=row["dense_ms"].get)
         parts.append(f"x{row['dense_ms'][best] / row['ms']:.2f} against {best}")
+    if "ms" in row.get("xformers", {}):
+        parts.append(f"{row['xformers']['ms']:.4f} ms with xformers")
     if "share_of_decode" in row:
         parts.append(f"{row['share_of_decode']:.1%} of a decode step")
     if "relative_error" in row:
@@ -340,9 +359,9 @@ def main() -> None:
         row = {"op": op, "shape": shape.name, "context": context, "batch": batch, **row}
         if bandwidth and "bytes" in row:
             row["share_of_copy"] = row["bytes"] / (row["ms"] / 1000) / bandwidth
-        row["counts"] = (
-            row.get("relative_error", 0.0) < 0.01
-        )  # bfloat16 rounds weights and results by 0.004
+        # bfloat16 rounds weights and results by 0.004
+        parts = (row, row.get("xformers", {}))
+        row["counts"] = all(part.get("relative_error", 0.0) < 0.01 for part in parts)
         rows.append(row)
         show(row)
 

@@ -88,7 +88,7 @@ main() {
   say "installing vLLM $VLLM for CPU into .venv: a few minutes, once"
   install_vllm
   say "installing this plugin and its tools"
-  install -e '.[dev,ray]'
+  install -e '.[dev,ray,xformers]'
   echo "$hash" >"$STAMP"
   say "done"
 }

@@ -9,6 +9,7 @@ from sepllm_kernels.kept_decode import triton as decode
 from sepllm_kernels.kept_prefill import triton as prefill
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from vllm_sepllm.config import PREFILL_KERNELS
 from vllm_sepllm.engine import platform
 from vllm_sepllm.engine.gpu_worker import DeviceTokenWorker
 from vllm_sepllm.engine.registration import BACKEND_PATH
@@ -24,4 +25,5 @@ def select_gpu_path() -> None:
     decode.TILE = prefill.TILE = prefill.ROWS = 512
     decode.INTERPRETED_PROCESSORS = 2
     platform.CPU_BACKEND_PATH = BACKEND_PATH
+    platform.CPU_PREFILL_KERNELS = PREFILL_KERNELS
     platform.CPU_WORKER_PATH = "gpu_path.InterpretedWorker"

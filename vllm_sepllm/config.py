@@ -24,6 +24,7 @@ from typing import Any
 POLICIES = ("sepllm", "streaming", "fixed_interval")
 SEPARATOR_MATCHES = ("exact", "composed")
 POSITION_MODES = ("original", "cache")
+PREFILL_KERNELS = ("triton", "xformers")
 DEFAULT_SEPARATORS = (".", ",", "?", "!", ";", ":", " ", "\t", "\n")
 MAX_TOKENS = 2**31 - 1  # positions are int32 in vLLM's block tables and in ours
 
@@ -49,6 +50,7 @@ class SepLLMConfig:
         interval: distance between kept tokens of ``policy="fixed_interval"``.
         position_mode: ``"original"`` keeps each key's own rotary position.
         dense_layers: layers with full attention, by index; negative ones count from the last.
+        prefill_kernel: what computes prompts on a GPU.
 
     Raises:
         ConfigError: a value is out of range or contradicts another.
@@ -64,11 +66,13 @@ class SepLLMConfig:
     interval: int | None = None
     position_mode: str = "original"
     dense_layers: tuple[int, ...] = ()
+    prefill_kernel: str = "triton"
 
     def __post_init__(self) -> None:
         _check_choice("policy", self.policy, POLICIES)
         _check_choice("separator_match", self.separator_match, SEPARATOR_MATCHES)
         _check_choice("position_mode", self.position_mode, POSITION_MODES)
+        _check_choice("prefill_kernel", self.prefill_kernel, PREFILL_KERNELS)
         _check_count("num_sink_tokens", self.num_sink_tokens, 0, "4 is the paper's setting")
         _check_count("window_size", self.window_size, 1, "256 is the paper's setting")
         if self.max_separator_tokens is not None:

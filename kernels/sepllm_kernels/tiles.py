@@ -124,7 +124,7 @@ def attend_span(
     first_stream = stream_low // TILE
     stream_tiles = tl.maximum(tl.cdiv(stream_high, TILE) - first_stream, 0)
     first_window = window_low // TILE
-    window_tiles = tl.cdiv(window_high, TILE) - first_window
+    window_tiles = tl.where(window_size > 0, tl.cdiv(window_high, TILE) - first_window, 0)
     share = tl.cdiv(sink_tiles + stream_tiles + window_tiles, num_splits)
     start, stop = split * share, (split + 1) * share
 

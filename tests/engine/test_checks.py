@@ -43,6 +43,7 @@ OPTIONS = [
     ({"policy": "sepllm", "interval": 5}, "interval=5 with policy='sepllm'"),
     ({"max_separator_tokens": 64}, "max_separator_tokens=64 is not supported yet"),
     ({"position_mode": "cache"}, "position_mode='cache' is not supported yet"),
+    ({"prefill_kernel": "xformers"}, "prefill_kernel='xformers' is not for CPU: leave it out"),
     ({"dense_layers": [6]}, "dense_layers holds 6: the model has 6 layers"),
     ({"dense_layers": list(range(6))}, "dense_layers names all 6 layers"),
     ([], "expected a mapping"),

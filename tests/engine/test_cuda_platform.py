@@ -69,6 +69,27 @@ def test_refusals(platform):
             platform.check_and_update_config(configuration(**changes))
 
 
+def test_xformers_is_named_if_it_is_missing(platform, monkeypatch):
+    from vllm_sepllm.config import ConfigError
+    from vllm_sepllm.engine import checks
+
+    chosen = {"window_size": 64, "prefill_kernel": "xformers"}
+    changes = {"additional_config": {"sepllm": chosen}}
+
+    def complete():
+        config = configuration()
+        config.additional_config = changes["additional_config"]
+        platform.check_and_update_config(config)
+
+    monkeypatch.setattr(checks, "find_spec", lambda name: None)
+    with pytest.raises(
+        ConfigError, match=r"pip install 'vllm-sepllm\[xformers\]', or leave it out"
+    ):
+        complete()
+    monkeypatch.setattr(checks, "find_spec", lambda name: name)
+    complete()
+
+
 def test_another_backend_is_left_alone(platform):
     config = configuration(backend=None)
     platform.check_and_update_config(config)

@@ -6,6 +6,7 @@ Short prompts: Triton's interpreter takes about 10 ms per prompt token of the de
 import os
 
 import pytest
+from xformers_masks import attend_under_bias
 
 from vllm_sepllm.engine.gpu_backend import SepLLMGPUImpl
 from vllm_sepllm.reference import first_difference, masked_logits, sepllm_mask
@@ -101,6 +102,31 @@ def test_other_policies(engines, book, reference_model, policy, interval):
     ids = book[:90] + engine.tokens([book[:90]], max_tokens=8)[0]
     logits = masked_logits(reference_model, ids, sepllm_mask(ids, (), SINKS, WINDOW, interval))
     assert logits[89:-1].argmax(-1).tolist() == ids[90:]
+    engine.check_empty()
+
+
+@pytest.fixture
+def xformers_calls(monkeypatch):
+    """Tokens of each call of xformers' attention."""
+    from sepllm_kernels.kept_prefill import xformers_window
+
+    def attend(query, *args, **kwargs):
+        calls.append(query.shape[1])
+        return attend_under_bias(query, *args, **kwargs)
+
+    calls = []
+    monkeypatch.setattr(xformers_window, "memory_efficient_attention_partial", attend)
+    return calls
+
+
+def test_prompts_with_xformers(engines, book, check, xformers_calls):
+    """Chunks, a short prompt, and chunks of one while another decodes."""
+    sepllm = {**OPTIONS["sepllm"], "prefill_kernel": "xformers"}
+    engine = engines(**{**OPTIONS, "sepllm": sepllm})
+    prompts = [book[:150], book[100:102], book[300:340]]
+    for prompt, tokens in zip(prompts, engine.tokens(prompts, max_tokens=12), strict=True):
+        check(prompt, tokens)
+    assert xformers_calls, "xformers was not called"
     engine.check_empty()
 
 

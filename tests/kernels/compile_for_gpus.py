@@ -52,7 +52,10 @@ def cases() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict[str, int
             constants = {**layer, "PAGE": page, "SOFT_CAP": cap}
             decode = {**constants, "ROWS": max(16, triton.next_power_of_2(group))}
             yield _decode, types, decode, {}, capability
-            yield _prefill, types, {**constants, "ROWS": ROWS}, {"num_warps": NUM_WARPS}, capability
+            launch = {"num_warps": NUM_WARPS}
+            prefill = {**constants, "ROWS": ROWS}
+            yield _prefill, types, {**prefill, "log_sums": None}, launch, capability
+            yield _prefill, {**types, "output": "*fp32"}, prefill, launch, capability
     yield _merge, {"output": "*bf16"}, {"NUM_SPLITS": 9, "HEAD_SIZE": 128}, {}, H200
     for bounded in (False, True):
         yield _kept_metadata, {}, {"PAGE": 16, "TILE": TOKENS, "BOUNDED": bounded}, {}, H200

@@ -33,6 +33,7 @@ def test_from_dict_of_nothing_is_the_default(nothing):
         {"policy": "streaming", "window_size": MAX_TOKENS},
         {"max_separator_tokens": 64, "position_mode": "cache"},
         {"dense_layers": [0, 1, -2, -1]},
+        {"prefill_kernel": "xformers"},
     ],
 )
 def test_round_trip_through_json(options):
@@ -79,6 +80,7 @@ def test_with_separator_ids_changes_nothing_else():
         ({"separator_token_ids": [True]}, ["separator_token_ids holds True"]),
         ({"separator_token_ids": ["."]}, ["separator_token_ids holds '.'"]),
         ({"dense_layers": 3}, ["dense_layers=3", "list of layer indices"]),
+        ({"prefill_kernel": "cutlass"}, ["prefill_kernel='cutlass'", "'triton', 'xformers'"]),
         ({"dense_layers": [True]}, ["dense_layers=[True]", "list of layer indices"]),
         ({"dense_layers": ["0"]}, ["dense_layers=['0']", "list of layer indices"]),
         ({"interval": 5}, ["interval=5", "policy='sepllm'", "fixed_interval"]),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ class Hardware:
         worker_path: the worker class that runs it.
         head_sizes: of keys and values, elements.
         quantized_cache_dtypes: ``kv_cache_dtype`` beside the model's own type.
+        prefill_kernels: choices of the option of that name.
         dense_block_multiple: of the block size with layers that keep full attention.
         stages_need_compilation: vLLM runs pipeline stages on it only with compilation.
     """
@@ -37,6 +39,7 @@ class Hardware:
     worker_path: str
     head_sizes: tuple[int, ...]
     quantized_cache_dtypes: tuple[str, ...] = ()
+    prefill_kernels: tuple[str, ...] = ("triton",)
     dense_block_multiple: int = BLOCK_MULTIPLE
     stages_need_compilation: bool = False
 
@@ -44,7 +47,7 @@ class Hardware:
 def refusals(vllm_config: VllmConfig, options: SepLLMConfig, hardware: Hardware) -> list[str]:
     """Everything that stands against serving this configuration; empty if nothing does."""
     return [
-        *_option_refusals(options),
+        *_option_refusals(options, hardware),
         *_misplaced_options(vllm_config.additional_config),
         *_model_refusals(vllm_config, hardware),
         *_cache_refusals(vllm_config, options, hardware),
@@ -53,7 +56,7 @@ def refusals(vllm_config: VllmConfig, options: SepLLMConfig, hardware: Hardware)
     ]
 
 
-def _option_refusals(options: SepLLMConfig) -> Iterator[str]:
+def _option_refusals(options: SepLLMConfig, hardware: Hardware) -> Iterator[str]:
     if options.max_separator_tokens is not None:
         yield (
             f"max_separator_tokens={options.max_separator_tokens} is not supported yet: "
@@ -63,6 +66,14 @@ def _option_refusals(options: SepLLMConfig) -> Iterator[str]:
         yield (
             f"position_mode={options.position_mode!r} is not supported yet: "
             "use position_mode='original'"
+        )
+    kernel = options.prefill_kernel
+    if kernel not in hardware.prefill_kernels:
+        yield f"prefill_kernel={kernel!r} is not for {hardware.name}: leave it out"
+    elif kernel == "xformers" and find_spec("xformers") is None:
+        yield (
+            "prefill_kernel='xformers' and xformers is not installed: "
+            "pip install 'vllm-sepllm[xformers]', or leave it out"
         )
 
 

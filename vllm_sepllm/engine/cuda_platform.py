@@ -22,6 +22,7 @@ GPU_WORKER_PATH = "vllm_sepllm.engine.gpu_worker.SepLLMGPUWorker"
 
 
 def _gpu() -> Hardware:
+    from vllm_sepllm.config import PREFILL_KERNELS
     from vllm_sepllm.engine.checks import Hardware
     from vllm_sepllm.engine.gpu_backend import HEAD_SIZES
 
@@ -30,6 +31,7 @@ def _gpu() -> Hardware:
         worker_path=GPU_WORKER_PATH,
         head_sizes=HEAD_SIZES,
         quantized_cache_dtypes=("fp8", "fp8_e4m3"),
+        prefill_kernels=PREFILL_KERNELS,
     )
 
 

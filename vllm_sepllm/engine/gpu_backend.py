@@ -6,7 +6,7 @@ from functools import cache
 from typing import Any, ClassVar
 
 import torch
-from sepllm_kernels.batch import PagedKV
+from sepllm_kernels.batch import KeptBatch, PagedKV
 from sepllm_kernels.kept_decode.triton import MAX_ROWS, DecodeBuffers, kept_decode, processors
 from sepllm_kernels.kept_prefill.triton import kept_prefill_paged
 from sepllm_kernels.write_kv import write_kv
@@ -18,6 +18,8 @@ from vllm.v1.attention.backend import AttentionBackend, MultipleOf, max_decode_q
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 from vllm.v1.kv_cache_interface import AttentionSpec
 
+from vllm_sepllm.config import ConfigError
+from vllm_sepllm.engine import settings
 from vllm_sepllm.engine.backend import SepLLMBackend, SepLLMImpl
 from vllm_sepllm.engine.checks import BLOCK_MULTIPLE
 from vllm_sepllm.engine.gpu_metadata import (
@@ -107,6 +109,7 @@ class SepLLMGPUImpl(SepLLMImpl):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._buffers: DecodeBuffers | None = None
+        self._prefill = self._prefill_with_triton
 
     @classmethod
     def dense_backend(cls) -> type[AttentionBackend]:
@@ -115,6 +118,11 @@ class SepLLMGPUImpl(SepLLMImpl):
 
     def prepare(self, vllm_config: VllmConfig, layer: Attention) -> None:
         """Allocate the decode kernel's buffers, if it takes this layer's heads and drafts."""
+        if settings.options(vllm_config).prefill_kernel == "xformers":
+            problem = self._xformers_refusal(vllm_config.model_config.dtype)
+            if problem:
+                raise ConfigError(f"prefill_kernel='xformers' has {problem}: leave it out")
+            self._prefill = self._prefill_with_xformers
         longest = max_decode_query_len(vllm_config)
         if longest == 1 or longest * self.num_heads // self.num_kv_heads <= MAX_ROWS:
             sizes = self.num_heads, self.num_kv_heads, self.head_size
@@ -158,8 +166,41 @@ class SepLLMGPUImpl(SepLLMImpl):
             kept_decode(query, pages, batch, few, *options, self._buffers)
         if first < kept.num_reqs:
             batch = kept.part(attn_metadata, first, kept.num_reqs, kept.max_query_len)
-            kept_prefill_paged(query, pages, batch, output[:num_tokens], *options)
+            self._prefill(query, pages, batch, output[:num_tokens], kept)
         return output
+
+    def _xformers_refusal(self, dtype: torch.dtype) -> str | None:
+        if self.logits_soft_cap:
+            return f"no soft cap of logits, and this model's is {self.logits_soft_cap}"
+        if dtype == torch.float32 and current_platform.is_cuda():
+            return "no kernel for float32"
+        return None
+
+    def _prefill_with_triton(
+        self,
+        query: torch.Tensor,
+        pages: PagedKV,
+        batch: KeptBatch,
+        output: torch.Tensor,
+        kept: GPUKeptMetadata,
+    ) -> None:
+        kept_prefill_paged(query, pages, batch, output, self.scale, self.logits_soft_cap)
+
+    def _prefill_with_xformers(
+        self,
+        query: torch.Tensor,
+        pages: PagedKV,
+        batch: KeptBatch,
+        output: torch.Tensor,
+        kept: GPUKeptMetadata,
+    ) -> None:
+        from sepllm_kernels.kept_prefill import xformers_window
+
+        if kept.window_spans is None:
+            kept.window_spans = xformers_window.window_spans(batch, pages.page_size)
+        xformers_window.kept_prefill_xformers(
+            query, pages, batch, output, self.scale, spans=kept.window_spans
+        )
 
     def _pages(self, layer: Any, kv_cache: torch.Tensor) -> PagedKV:
         if kv_cache.element_size() == 1:

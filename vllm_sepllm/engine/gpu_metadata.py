@@ -37,6 +37,7 @@ class GPUKeptMetadata(AttentionMetadata):
         num_decodes, num_decode_tokens: requests with few tokens, which come first, and those.
         max_decode_query_len: tokens of one of them at most.
         max_query_len: tokens of any request at most.
+        window_spans: of the prompts, made by the first layer for all, if xformers computes them.
     """
 
     query_start: torch.Tensor
@@ -49,6 +50,7 @@ class GPUKeptMetadata(AttentionMetadata):
     num_decode_tokens: int
     max_decode_query_len: int
     max_query_len: int
+    window_spans: Any = None
 
     @property
     def num_reqs(self) -> int:

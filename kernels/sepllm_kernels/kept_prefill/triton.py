@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from sepllm_kernels.batch import KeptBatch, PagedKV
-from sepllm_kernels.tiles import attend_span
+from sepllm_kernels.tiles import LOG2_E, attend_span
 
 TILE = 64  # entries
 ROWS = 128  # query tokens times heads per KV head
@@ -39,6 +39,7 @@ def _prefill(
     key_pages,
     value_pages,
     output,
+    log_sums,  # [num_tokens, num_heads], or None
     query_start,
     seq_lens,
     window_table,
@@ -79,7 +80,7 @@ def _prefill(
     token, head = first + offset, kv_head * GROUP + row % GROUP
     row_valid = (row < BLOCK * GROUP) & (offset < num_tokens)
     position = tl.load(seq_lens + req) - num_tokens + offset
-    acc, weight_sum, _ = attend_span(
+    acc, weight_sum, maximum = attend_span(
         queries,
         part_stride,
         token_stride,
@@ -104,11 +105,16 @@ def _prefill(
         PAGE,
         TILE,
     )
-    result = acc / tl.where(row_valid, weight_sum, 1.0)[:, None] * value_scale
+    some = tl.where(weight_sum > 0, weight_sum, 1.0)  # without a window, a token may see nothing
+    result = acc / some[:, None] * value_scale
     dim = tl.arange(0, triton.next_power_of_2(HEAD_SIZE))
-    at = (token.to(tl.int64) * NUM_HEADS + head)[:, None] * HEAD_SIZE + dim[None, :]
+    out = token.to(tl.int64) * NUM_HEADS + head
+    at = out[:, None] * HEAD_SIZE + dim[None, :]
     stored = row_valid[:, None] & (dim[None, :] < HEAD_SIZE)
     tl.store(output + at, result.to(output.dtype.element_ty), mask=stored)
+    if log_sums is not None:
+        log_sum = tl.where(weight_sum > 0, (maximum + tl.log2(some)) / LOG2_E, float("-inf"))
+        tl.store(log_sums + out, log_sum, mask=row_valid)
 
 
 def kept_prefill_paged(
@@ -118,11 +124,16 @@ def kept_prefill_paged(
     output: torch.Tensor,
     scale: float,
     logits_soft_cap: float = 0.0,
+    log_sums: torch.Tensor | None = None,
 ) -> None:
     """Attend any number of tokens of each request to what they see.
 
     Arguments as :func:`kept_attention_reference`. Elements of a token's queries follow each other,
-    those of the output altogether, and tables have rows of consecutive elements.
+    those of the output altogether, and tables have rows of consecutive elements. A window size of
+    0 leaves the stream alone; what sees nothing of it gets 0.
+
+    ``log_sums``: ``[num_tokens, num_heads]`` float32, contiguous, written: natural logarithms of
+    the sums that the softmax divides by, so that results over other keys can be merged with these.
     """
     num_heads, head_size = queries.shape[-2:]
     num_reqs, num_kv_heads = batch.seq_lens.shape[0], pages.key.shape[1]
@@ -135,6 +146,7 @@ def kept_prefill_paged(
         pages.key,
         pages.value,
         output,
+        log_sums,
         batch.query_start,
         batch.seq_lens,
         batch.window_table,

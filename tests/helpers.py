@@ -309,7 +309,7 @@ def page_bound(kept: int, window: int, chunk: int, block_size: int) -> int:
     return pages + math.ceil(chunk / block_size)
 
 
-def make_kept_manager(pool: Any, sinks: int) -> Any:
+def make_kept_manager(pool: Any, sinks: int, bound: int | None = None) -> Any:
     """A manager of the kept group over a real block pool, not attached to requests yet."""
     import torch
 
@@ -324,6 +324,7 @@ def make_kept_manager(pool: Any, sinks: int) -> Any:
         window_size=8,
         num_sink_tokens=sinks,
         expected_kept_share=0.2,
+        max_separator_tokens=bound,
     )
     return KeptManager(
         spec,

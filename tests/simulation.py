@@ -181,8 +181,11 @@ class Worker:
             assert found == request.identities[seen], f"{name} at {position}: wrong at {seen}"
         if policy is None or stream is None:
             return
-        kept = policy.kept_flags(request.token_ids[:first]).nonzero()[0]
-        for entry, seen in enumerate(kept.tolist()):
+        kept = policy.kept_flags(request.token_ids[:first]).nonzero()[0].tolist()
+        bound = len(kept) if policy.max_separator_tokens is None else policy.max_separator_tokens
+        for entry, seen in enumerate(kept):
+            if policy.num_sink_tokens <= entry < len(kept) - bound:
+                continue
             found = self.pages[stream[entry // size]][entry % size]
             assert found == request.identities[seen], f"{name} at {position}: wrong entry {entry}"
 
@@ -253,6 +256,7 @@ class Simulation:
             window_size=self.policy.window_size,
             num_sink_tokens=self.policy.num_sink_tokens,
             expected_kept_share=settings.expected_kept_share(config),
+            max_separator_tokens=self.policy.max_separator_tokens,
         )
         layers = range(num_layers)
         return {f"layer{i}": window for i in layers} | {f"layer{i}.kept": kept for i in layers}
@@ -347,6 +351,18 @@ class Simulation:
             if isinstance(manager, KeptManager):
                 for name, blocks in manager.req_to_blocks.items():
                     self._check_stream(name, len(blocks), ahead)
+                    self._check_bound(name, sum(not block.is_null for block in blocks))
+
+    def _check_bound(self, name: str, num_pages: int) -> None:
+        """What a request holds follows from the bound, however long it is."""
+        assert self.policy is not None
+        if self.policy.max_separator_tokens is None:
+            return
+        recent = self.policy.window_size - 1 + self.config.max_in_flight_tokens
+        entries = self.policy.max_separator_tokens + recent
+        most = math.ceil(self.policy.num_sink_tokens / self.block_size)
+        most += math.ceil(entries / self.block_size) + 1
+        assert num_pages <= most, f"{name} holds {num_pages} pages, the bound allows {most}"
 
     def _check_stream(self, name: str, num_pages: int, ahead: int) -> None:
         assert self.policy is not None

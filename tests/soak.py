@@ -45,6 +45,7 @@ class Soak:
         self.rng, self.check_share, self.reference = rng, check_share, reference
         self.max_len, self.longest_compared = max_len, 0
         self.window = rng.choice([3, 16, 64, 100, 256])
+        self.bound = rng.choice([None, None, 2, 40])
         book = book_tokens()
         self.book, self.separators = book * (2 + max_len // len(book)), find_separators()
         block_size, chunk = rng.choice([16, 32, 64]), rng.choice([64, 200, 512])
@@ -61,7 +62,8 @@ class Soak:
             "scheduling_policy": rng.choice(["fcfs", "priority"]),
         }
         sepllm = {"window_size": self.window, "num_sink_tokens": SINKS}
-        print(f"window {self.window}, {options}", flush=True)
+        sepllm |= {"max_separator_tokens": self.bound}
+        print(f"window {self.window}, bound {self.bound}, {options}", flush=True)
         self.engine = Engine(sepllm=sepllm, **options)
         self.counts: Counter[str] = Counter()
         self.prompts: dict[str, list[int]] = {}
@@ -70,7 +72,10 @@ class Soak:
 
     def _room(self, chunk: int, block_size: int) -> int:
         """Blocks for all separators of the longest short request, or for the longest long one of
-        ordinary text."""
+        ordinary text; with a bound, for what any request holds at most."""
+        if self.bound is not None:
+            kept = SINKS + block_size + self.bound + self.window + chunk + block_size
+            return 1 + page_bound(kept, self.window, chunk, block_size)
         if self.max_len == SHORT:
             return SHORT // block_size
         kept = int(MOST_KEPT * self.max_len)
@@ -131,9 +136,8 @@ class Soak:
     def _compare(self, prompt: list[int], answer: list[int]) -> None:
         self.counts["compared"] += 1
         self.longest_compared = max(self.longest_compared, len(prompt))
-        wrong = first_difference(
-            self.reference, prompt, answer, self.separators, SINKS, self.window
-        )
+        mask = self.separators, SINKS, self.window
+        wrong = first_difference(self.reference, prompt, answer, *mask, max_separators=self.bound)
         assert wrong is None, f"prompt of {len(prompt)} tokens: {wrong}"
 
     def _compare_long(self) -> None:

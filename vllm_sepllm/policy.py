@@ -19,6 +19,10 @@ the kept tokens at positions below ``x``, and everything else derives from it::
 The kept token at position 7 is inside the window, so the stream limit stops before it:
 both parts are disjoint and together they are exactly the visible set.
 
+With a bound of ``s`` separators a query sees, of those before its window, the sinks and the
+newest ``s`` alone: entries ``[0, min(a, L))`` and ``[max(min(a, L), L - s), L)``, ``L`` being its
+limit. Limits never decrease, so an entry that one query no longer sees is seen by none after it.
+
 Being kept depends on a token's id and position alone. So it is the same on every rank, for
 every way of cutting a prompt into chunks, and for every request that shares the prefix.
 """
@@ -27,7 +31,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar
 
@@ -50,10 +54,13 @@ class KeptPolicy(ABC):
     Attributes:
         num_sink_tokens: ``a``, tokens.
         window_size: ``n``, tokens, the query's own included.
+        max_separator_tokens: ``s``, kept tokens seen before the window beside the sinks; ``None``
+            is all.
     """
 
     num_sink_tokens: int
     window_size: int
+    max_separator_tokens: int | None = field(default=None, kw_only=True)
     registered: ClassVar[dict[str, type[KeptPolicy]]] = {}
 
     def __init_subclass__(cls, *, name: str) -> None:
@@ -121,6 +128,18 @@ class KeptPolicy(ABC):
         """Stream entries ``[0, limit)`` that queries at ``position`` attend to."""
         return kept_prefix[self.window_start(position)]
 
+    def stream_start(self, limit: npt.ArrayLike) -> CountArray:
+        """First entry beside the sinks that queries of these limits attend to.
+
+        Without a bound it is 0, sinks then being part of what is read.
+        """
+        limits = np.asarray(limit, dtype=np.int32)
+        if self.max_separator_tokens is None:
+            return np.zeros_like(limits)
+        newest = limits - np.int32(self.max_separator_tokens)
+        starts: CountArray = np.maximum(np.minimum(limits, np.int32(self.num_sink_tokens)), newest)
+        return starts
+
 
 @dataclass(frozen=True, eq=False)
 class SepLLMPolicy(KeptPolicy, name="sepllm"):
@@ -138,7 +157,9 @@ class SepLLMPolicy(KeptPolicy, name="sepllm"):
         ids = config.separator_token_ids
         if ids is None:
             raise ValueError("separator_token_ids is not resolved: call resolve_separators first")
-        return cls(config.num_sink_tokens, config.window_size, separator_table(ids, vocab_size))
+        table = separator_table(ids, vocab_size)
+        sizes = config.num_sink_tokens, config.window_size
+        return cls(*sizes, table, max_separator_tokens=config.max_separator_tokens)
 
     def chosen(
         self, token_ids: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]

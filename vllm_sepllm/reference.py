@@ -23,6 +23,7 @@ def sepllm_mask(
     num_sink_tokens: int,
     window_size: int,
     interval: int | None = None,
+    max_separators: int | None = None,
 ) -> torch.Tensor:
     """Which key each query sees (arXiv 2412.12094, equation 1).
 
@@ -32,6 +33,7 @@ def sepllm_mask(
         num_sink_tokens: first tokens that stay visible.
         window_size: recent tokens that stay visible, the query's own included.
         interval: every so many tokens one stays visible too, from the first on.
+        max_separators: of the separators behind the window, so many of the newest are visible.
 
     Returns:
         ``[num_tokens, num_tokens]`` bool, rows are queries.
@@ -43,7 +45,14 @@ def sepllm_mask(
     kept = separator | (position < num_sink_tokens)
     if interval is not None:
         kept[::interval] = True
-    return (key <= query) & (kept[None, :] | (key > query - window_size))
+    in_window = (key <= query) & (key > query - window_size)
+    behind = kept[None, :] & (key <= query - window_size)
+    if max_separators is not None:
+        is_sink = position < num_sink_tokens
+        countable = behind & ~is_sink
+        from_here_on = countable.flip(1).cumsum(1).flip(1)
+        behind &= is_sink | (from_here_on <= max_separators)
+    return in_window | behind
 
 
 def masked_attention(
@@ -153,6 +162,7 @@ def first_difference(
     num_sink_tokens: int,
     window_size: int,
     dense_layers: Sequence[int] = (),
+    max_separators: int | None = None,
 ) -> str | None:
     """Where ``generated`` leaves the model's greedy continuation of ``prompt``.
 
@@ -163,7 +173,8 @@ def first_difference(
         ``None`` when all tokens agree, else one sentence that names step, tokens and margin.
     """
     token_ids = [*prompt, *generated]
-    mask = sepllm_mask(token_ids, separator_ids, num_sink_tokens, window_size)
+    options = separator_ids, num_sink_tokens, window_size
+    mask = sepllm_mask(token_ids, *options, max_separators=max_separators)
     logits = masked_logits(model, token_ids, mask, dense_layers)[len(prompt) - 1 : -1]
     for step, (row, token) in enumerate(zip(logits.float(), generated, strict=True)):
         best = int(row.argmax())

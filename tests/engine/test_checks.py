@@ -41,7 +41,7 @@ OPTIONS = [
         "separator_token_ids=[5] with policy='streaming'",
     ),
     ({"policy": "sepllm", "interval": 5}, "interval=5 with policy='sepllm'"),
-    ({"max_separator_tokens": 64}, "max_separator_tokens=64 is not supported yet"),
+    ({"max_separator_tokens": 0}, "max_separator_tokens=0: must be at least 1"),
     ({"position_mode": "cache"}, "position_mode='cache' is not supported yet"),
     ({"prefill_kernel": "xformers"}, "prefill_kernel='xformers' is not for CPU: leave it out"),
     ({"dense_layers": [6]}, "dense_layers holds 6: the model has 6 layers"),

@@ -52,11 +52,13 @@ def make_batch(policy, lengths, queries, block_size, rng):
 
 def visible(policy, ids, position):
     """Positions a query sees, from the definition."""
-    return sorted(
-        k
-        for k in range(position + 1)
-        if k < policy.num_sink_tokens or ids[k] == SEPARATOR or k > position - policy.window_size
-    )
+    window = range(max(0, position - policy.window_size + 1), position + 1)
+    behind = range(window.start)
+    sinks = [k for k in behind if k < policy.num_sink_tokens]
+    separators = [k for k in behind if k >= policy.num_sink_tokens and ids[k] == SEPARATOR]
+    if policy.max_separator_tokens is not None:
+        separators = separators[-policy.max_separator_tokens :]
+    return [*sinks, *separators, *window]
 
 
 def staged(rows, pages):
@@ -103,9 +105,13 @@ def check(policy, ids, pages, plan):
             own = len(before) + position - start
             part = window[max(0, own - policy.window_size + 1) : own + 1]
             limit = row.stream_limits[position - start]
-            assert sorted(stream[:limit].tolist() + part) == visible(
-                policy, ids[row.request], position
-            )
+            entries = stream[:limit].tolist()
+            if row.stream_starts is not None:
+                sinks = min(policy.num_sink_tokens, limit)
+                begin = row.stream_starts[position - start]
+                assert begin >= sinks
+                entries = entries[:sinks] + entries[begin:]
+            assert sorted(entries + part) == visible(policy, ids[row.request], position)
         seen.add(row.request)
     assert seen == set(range(len(ids)))
 
@@ -113,10 +119,11 @@ def check(policy, ids, pages, plan):
 @pytest.mark.parametrize("block_size", [4, 16])
 @pytest.mark.parametrize("window", [1, 2, 3, 4, 5, 8, 16, 32, 37, 500])
 @pytest.mark.parametrize("sinks", [0, 1, 4, 33])
-def test_plan_reads_the_visible_tokens(block_size, window, sinks):
+@pytest.mark.parametrize("bound", [None, 1, 5, 8])
+def test_plan_reads_the_visible_tokens(block_size, window, sinks, bound):
     rng = np.random.default_rng(window * 100 + sinks)
     table = np.arange(VOCABULARY) == SEPARATOR
-    policy = SepLLMPolicy(sinks, window, table)
+    policy = SepLLMPolicy(sinks, window, table, max_separator_tokens=bound)
     for _ in range(6):
         lengths = rng.integers(1, 120, 7).tolist()
         queries = [int(rng.integers(1, n + 1)) if rng.random() < 0.4 else 1 for n in lengths]
@@ -144,14 +151,16 @@ def test_plan_of_extreme_texts(share, window):
 @pytest.mark.parametrize(
     ("window", "block_size"), [(32, 32), (256, 32), (16, 16), (100, 32), (1, 16)]
 )
-def test_staging_stays_within_what_is_reserved(window, block_size):
+@pytest.mark.parametrize("bound", [None, 1, 20, 37])
+def test_staging_stays_within_what_is_reserved(window, block_size, bound):
     rng = np.random.default_rng(0)
-    policy = SepLLMPolicy(3, window, np.arange(VOCABULARY) == SEPARATOR)
+    table = np.arange(VOCABULARY) == SEPARATOR
+    policy = SepLLMPolicy(3, window, table, max_separator_tokens=bound)
     lengths = rng.integers(1, 700, 60).tolist()
     _ids, pages, batch = make_batch(policy, lengths, [1] * 60, block_size, rng)
     rows = plan_batch(policy, batch, pages.window, block_size).paged
     per_request = np.bincount(rows.staged[0])
-    assert per_request.max() <= staging_pages_per_request(window, block_size)
+    assert per_request.max() <= staging_pages_per_request(window, block_size, bound is not None)
     pages_named = rows.block_table[rows.staged]
     assert sorted(pages_named) == list(range(len(pages_named))), "a staging page is used twice"
 

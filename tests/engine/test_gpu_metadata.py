@@ -22,6 +22,9 @@ POLICIES = {
     "sepllm": SepLLMPolicy(SINKS, WINDOW, separator_table([0, 3], VOCABULARY)),
     "streaming": StreamingPolicy(SINKS, WINDOW),
     "fixed_interval": FixedIntervalPolicy(SINKS, WINDOW, 4),
+    "bounded": SepLLMPolicy(
+        SINKS, WINDOW, separator_table([0, 3], VOCABULARY), max_separator_tokens=4
+    ),
 }
 CPU = torch.device("cpu")
 

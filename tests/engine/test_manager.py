@@ -15,12 +15,13 @@ SEPARATOR, WORD = 1, 2
 
 
 class Setup:
-    def __init__(self, num_blocks=50, block_size=4, sinks=2):
+    def __init__(self, num_blocks=50, block_size=4, sinks=2, bound=None):
         self.pool = BlockPool(num_blocks, enable_caching=False, hash_block_size=block_size)
-        self.manager = make_kept_manager(self.pool, sinks)
+        self.manager = make_kept_manager(self.pool, sinks, bound)
         self.requests = {}
-        policy = SepLLMPolicy(sinks, 8, separator_table([SEPARATOR], 10))
-        self.manager.attach(policy, self.requests)
+        table = separator_table([SEPARATOR], 10)
+        policy = SepLLMPolicy(sinks, 8, table, max_separator_tokens=bound)
+        self.manager.attach(policy, self.requests, 64)
 
     def request(self, name, token_ids, computed=0):
         self.requests[name] = SimpleNamespace(
@@ -35,7 +36,8 @@ class Setup:
         return got
 
     def check(self):
-        held = [b.block_id for blocks in self.manager.req_to_blocks.values() for b in blocks]
+        tables = self.manager.req_to_blocks.values()
+        held = [b.block_id for blocks in tables for b in blocks if not b.is_null]
         assert len(held) == len(set(held))
         assert self.pool.get_num_free_blocks() + len(held) == self.pool.num_gpu_blocks - 1
 
@@ -126,3 +128,69 @@ def test_random_schedules_never_lack_a_page():
             if target == known:
                 request.all_token_ids.append(int(rng.integers(0, 4)))
         setup.check()
+
+
+def test_pages_behind_the_bound_leave():
+    """Window 8, pages of 4, 2 sinks, of the separators before the window the newest 5."""
+    setup = Setup(bound=5)
+    request = setup.request("r", [SEPARATOR] * 60)
+    for computed in range(60):
+        setup.manager.remove_skipped_blocks("r", computed)
+        setup.allocate("r", computed + 1)
+        request.num_computed_tokens = computed + 1
+        pages = setup.manager.req_to_blocks["r"]
+        assert len(pages) == -(-(computed + 1) // 4)
+        limit = max(0, computed - 7)  # of the token just computed; all are kept
+        seen = {0} | {e // 4 for e in range(max(2, limit - 5), computed + 1)}
+        held = {index for index, page in enumerate(pages) if not page.is_null}
+        assert held == seen & set(range(len(pages))), computed
+        setup.check()
+    setup.manager.free("r")
+    assert setup.pool.get_num_free_blocks() == setup.pool.num_gpu_blocks - 1
+
+
+def test_tokens_not_known_yet_make_no_page_leave():
+    """In a window of one token, what a token sees depends on the ids right before it."""
+    setup = Setup(bound=1, sinks=0)
+    request = setup.request("r", [SEPARATOR] * 20)
+    setup.allocate("r", 20)
+    request.num_computed_tokens = 20
+    # Of 40 tokens said to be processed 20 are known: the last may be words.
+    setup.manager.remove_skipped_blocks("r", 40)
+    held = [not page.is_null for page in setup.manager.req_to_blocks["r"]]
+    assert held == [False] * 4 + [True]
+
+
+@pytest.mark.parametrize("num_tokens", [1, 30, 500])
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_what_a_bounded_request_holds_at_most(num_tokens, chunk):
+    """As large as the most it holds in chunks of any cut, and no larger."""
+    rng = np.random.default_rng(num_tokens)
+    text = rng.choice([SEPARATOR, WORD, WORD], num_tokens).tolist()
+    most = 0
+    for first in range(1, chunk + 1):
+        setup = Setup(num_blocks=400, bound=6)
+        setup.manager._num_in_flight = chunk
+        request = setup.request("r", text)
+        expected = setup.manager.most_pages("r", num_tokens)
+        computed = 0
+        while computed < num_tokens:
+            setup.manager.remove_skipped_blocks("r", computed)
+            stop = min(num_tokens, computed + (chunk if computed else first))
+            setup.allocate("r", stop)
+            pages = setup.manager.req_to_blocks["r"]
+            most = max(most, sum(not page.is_null for page in pages))
+            request.num_computed_tokens = computed = stop
+        assert most <= expected
+    assert most == expected
+
+
+def test_admission_counts_pages_that_leave_once():
+    setup = Setup(num_blocks=400, bound=6)
+    setup.manager._num_in_flight = 16
+    setup.request("r", [SEPARATOR] * 1000)
+    arguments = ("r", 1000, [], 0, 0, 1000)
+    # Sinks, the bound, the window less one and the chunk: 6 + 7 + 16 entries, over edges of pages.
+    assert setup.manager.get_num_blocks_to_allocate(*arguments) == 250
+    capped = setup.manager.get_num_blocks_to_allocate(*arguments, apply_admission_cap=True)
+    assert capped == setup.manager.most_pages("r", 1000) == 9

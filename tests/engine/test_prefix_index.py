@@ -44,7 +44,7 @@ class Model:
         self.spec = self.manager.kv_cache_spec
         self.policy = SepLLMPolicy(sinks, 8, separator_table([SEPARATOR], 16))
         self.requests = {}
-        self.manager.attach(self.policy, self.requests)
+        self.manager.attach(self.policy, self.requests, 64)
         self.manager.new_step_starts()
         self.pages = {}
         self.hits = 0
@@ -201,7 +201,10 @@ def test_alignment():
     model.next_step()
     index = PrefixIndex.of(model.pool)
     for alignment, length in ((SIZE, 12), (2 * SIZE, 8), (8 * SIZE, 0)):
-        assert index.find(request.block_hashes, model.pool, [GROUP], SIZE, alignment)[1] == length
+        assert (
+            index.find(request.block_hashes, model.pool, [GROUP], model.spec, alignment)[1]
+            == length
+        )
 
 
 def test_an_evicted_page_ends_the_prefix():
@@ -211,7 +214,9 @@ def test_an_evicted_page_ends_the_prefix():
     model.next_step()
     second = model.manager.req_to_blocks["a"][1]
     model.pool._maybe_evict_cached_block(second)
-    found = PrefixIndex.of(model.pool).find(request.block_hashes, model.pool, [GROUP], SIZE, SIZE)
+    found = PrefixIndex.of(model.pool).find(
+        request.block_hashes, model.pool, [GROUP], model.spec, SIZE
+    )
     assert found[1] == 4
 
 

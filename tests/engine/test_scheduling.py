@@ -126,13 +126,14 @@ class Traffic:
         self.seen["hits"] += sum(cached > 0 for cached in simulation.cached.values())
 
 
+@pytest.mark.parametrize("bounds", [[None], [1, 5, 30]], ids=["all kept", "bounded"])
 @pytest.mark.parametrize("drafts", [False, True])
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_random_traffic(asynchronous, drafts):
+def test_random_traffic(asynchronous, drafts, bounds):
     seen = Counter()
 
     @settings(
-        max_examples=150,
+        max_examples=150 if bounds == [None] else 250,
         deadline=None,
         derandomize=True,
         suppress_health_check=list(HealthCheck),
@@ -141,15 +142,17 @@ def test_random_traffic(asynchronous, drafts):
         actions,
         st.sampled_from([1, 3, 16, 40]),
         st.sampled_from([0, 2, 20]),
+        st.sampled_from(bounds),
         st.sampled_from([14, 15, 18, 80]),
         st.booleans(),
         st.sampled_from(["fcfs", "priority"]),
     )
-    def run(actions, window, sinks, num_blocks, caching, policy):
+    def run(actions, window, sinks, bound, num_blocks, caching, policy):
         simulation = Simulation(
             {
                 "window_size": window,
                 "num_sink_tokens": sinks,
+                "max_separator_tokens": bound,
                 "separator_token_ids": list(SEPARATORS),
             },
             next_token,

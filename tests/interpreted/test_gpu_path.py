@@ -47,13 +47,18 @@ def engine(engines):
 
 
 @pytest.fixture
-def check(reference_model, separator_ids):
-    def check(prompt, tokens):
+def check_bounded(reference_model, separator_ids):
+    def check(prompt, tokens, bound):
         arguments = reference_model, prompt, tokens, separator_ids, SINKS, WINDOW
-        difference = first_difference(*arguments)
+        difference = first_difference(*arguments, max_separators=bound)
         assert difference is None, f"prompt of {len(prompt)} tokens, {difference}"
 
     return check
+
+
+@pytest.fixture
+def check(check_bounded):
+    return lambda prompt, tokens: check_bounded(prompt, tokens, None)
 
 
 def test_chunks_and_mixed_batches(engine, book, separator_ids, check):
@@ -92,6 +97,16 @@ def test_drafts(engines, book, check):
     for prompt, tokens in zip(prompts, engine.tokens(prompts, max_tokens=30), strict=True):
         check(prompt, tokens)
     assert counts["drafted"] > counts["accepted"] > 0, "nothing was drafted, accepted or rejected"
+    engine.check_empty()
+
+
+def test_bounded_separators(engines, book, check_bounded):
+    """Chunks and decoding, while pages of the stream leave."""
+    sepllm = {**OPTIONS["sepllm"], "max_separator_tokens": 5}
+    engine = engines(**{**OPTIONS, "sepllm": sepllm})
+    prompts = [book[:200], book[300:340]]
+    for prompt, tokens in zip(prompts, engine.tokens(prompts, max_tokens=16), strict=True):
+        check_bounded(prompt, tokens, 5)
     engine.check_empty()
 
 

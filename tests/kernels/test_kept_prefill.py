@@ -225,5 +225,39 @@ def test_masks_are_kept_and_reused():
 
 
 def test_block_mask_by_hand():
-    mask = block_mask(torch.tensor([0, 2]), num_stream=2, num_window=4, window_size=2)
+    mask = block_mask(torch.tensor([0, 2]), torch.arange(2), num_window=4, window_size=2)
     assert mask.int().tolist() == [[0, 0, 0, 1, 1, 0], [1, 1, 0, 0, 1, 1]]
+    # One sink and, of entries 3 to 6, those from a row's start on.
+    entries, starts = torch.tensor([0, 3, 4, 5, 6]), torch.tensor([3, 5])
+    mask = block_mask(torch.tensor([5, 7]), entries, 2, 1, starts, num_sinks=1)
+    assert mask.int().tolist() == [[1, 1, 1, 0, 0, 1, 0], [1, 0, 0, 1, 1, 0, 1]]
+
+
+@pytest.mark.parametrize("num_rows", [1, 20, 300])
+@pytest.mark.parametrize("limits", ["zero", "staircase", "late", "random"])
+@pytest.mark.parametrize(("sinks", "bound"), [(0, 1), (3, 5), (3, 1000), (200, 5)])
+@pytest.mark.parametrize("soft_cap", [0.0, 2.0])
+def test_bounded_stream(num_rows, limits, sinks, bound, soft_cap):
+    """Sinks and the newest entries; what lies between is NaN, as if it had been given away."""
+    inputs = list(make_inputs(num_rows, 40, 120, limits, 33))
+    stream_limits = inputs[5]
+    starts = torch.maximum(stream_limits.clamp(max=sinks), stream_limits - bound)
+    for stream in inputs[1:3]:
+        stream[:, min(sinks, 120) : int(starts[0])] = NAN
+    given = {"stream_starts": starts, "num_sinks": sinks}
+    out = kept_prefill(*inputs, soft_cap, **given)
+    expected = kept_prefill_reference(*inputs, soft_cap, **given)
+    assert expected.isfinite().all()
+    # Sums of up to 160 terms in float32, in another order.
+    torch.testing.assert_close(out, expected, rtol=2e-5, atol=2e-6)
+    masks: dict[int, torch.Tensor] = {}
+    for _ in range(2):
+        assert torch.equal(kept_prefill(*inputs, soft_cap, masks, **given), out)
+
+
+@pytest.mark.parametrize("num_rows", [7, 300])
+def test_a_bound_of_everything_is_none(num_rows):
+    inputs = make_inputs(num_rows, 40, 120, "staircase", 33)
+    starts = inputs[5].clamp(max=4)
+    bounded = kept_prefill(*inputs, stream_starts=starts, num_sinks=4)
+    assert torch.equal(bounded, kept_prefill(*inputs))

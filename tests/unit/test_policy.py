@@ -48,6 +48,26 @@ def test_stream_and_window_are_exactly_the_visible_set(ids, a, n, separators):
         assert parts == visible  # equal lists: in order, and none twice
 
 
+@given(ids=token_ids, a=sinks, n=windows, separators=separator_sets, bound=st.integers(1, 40))
+@settings(max_examples=150, deadline=None)
+def test_bounded_separators(ids, a, n, separators, bound):
+    """Sinks and, of the separators behind the window, the newest."""
+    policy = replace(policy_of(a, n, separators), max_separator_tokens=bound)
+    counts = KeptCounts(policy)
+    counts.extend(ids)
+    stream = [position for position in range(len(ids)) if policy.kept_flags(ids)[position]]
+    last_start = 0
+    for query in range(len(ids)):
+        limit = int(policy.stream_limit(counts.prefix, query))
+        start = int(policy.stream_start(limit))
+        assert start >= last_start, "an entry comes back"
+        last_start = start
+        behind = range(max(0, query - n + 1))
+        older = [k for k in behind if k >= a and ids[k] in separators]
+        visible = [k for k in behind if k < a] + older[-bound:]
+        assert stream[: min(a, limit)] + stream[start:limit] == visible
+
+
 def test_worked_example_of_the_module():
     ids = [0, 1, 2, 1, 1, 2, 1, 2, 1, 1]
     policy = policy_of(1, 3, frozenset({2}))

@@ -88,6 +88,7 @@ class KeptLayer(torch.nn.Module, AttentionLayerBase):
             window_size=options.window_size,
             num_sink_tokens=options.num_sink_tokens,
             expected_kept_share=settings.expected_kept_share(vllm_config),
+            max_separator_tokens=options.max_separator_tokens,
         )
 
 

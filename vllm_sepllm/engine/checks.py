@@ -57,11 +57,6 @@ def refusals(vllm_config: VllmConfig, options: SepLLMConfig, hardware: Hardware)
 
 
 def _option_refusals(options: SepLLMConfig, hardware: Hardware) -> Iterator[str]:
-    if options.max_separator_tokens is not None:
-        yield (
-            f"max_separator_tokens={options.max_separator_tokens} is not supported yet: "
-            "leave it null, which keeps all separators"
-        )
     if options.position_mode != "original":
         yield (
             f"position_mode={options.position_mode!r} is not supported yet: "

@@ -186,6 +186,7 @@ class SepLLMCPUImpl(SepLLMImpl):
         first, stop = (int(x) for x in kept.batch.query_start[row.request : row.request + 2])
         stream_key, stream_value = pages.read_pages(torch.from_numpy(row.stream_pages))
         window_key, window_value = pages.read_pages(torch.from_numpy(row.window_pages))
+        starts = row.stream_starts
         before = slice(row.window_first, row.window_first + row.window_length)
 
         def with_chunk(window: torch.Tensor, chunk: torch.Tensor) -> torch.Tensor:
@@ -202,4 +203,6 @@ class SepLLMCPUImpl(SepLLMImpl):
             self.scale,
             self.logits_soft_cap,
             masks,
+            stream_starts=None if starts is None else torch.from_numpy(starts),
+            num_sinks=kept.policy.num_sink_tokens,
         )

@@ -22,6 +22,7 @@ limit on the stream, which ``kept_prefill`` takes.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,8 +35,11 @@ IntArray = npt.NDArray[np.int64]
 TableArray = npt.NDArray[np.int32]
 
 
-def staging_pages_per_request(window_size: int, block_size: int) -> int:
-    """Staging pages a decode step may need: one, or the packed rest of three pages."""
+def staging_pages_per_request(window_size: int, block_size: int, is_bounded: bool) -> int:
+    """Staging pages a decode step may need: one, or the packed rest of three pages; with a bound
+    on separators that of five, since the sinks and the newest separators do not meet."""
+    if is_bounded:
+        return 5
     return 1 if window_size % block_size == 0 else 3
 
 
@@ -108,11 +112,13 @@ class StaircaseRow:
 
     Attributes:
         request: index into the batch.
-        stream_pages: pages of the stream up to the last query's limit.
+        stream_pages: pages of the stream up to the last query's limit; with a bound on
+            separators those of the sinks, and from the first query's start on.
         window_pages: pages of the window tokens before the chunk.
         window_first: offset in ``window_pages[0]`` of the first of them.
         window_length: how many they are.
-        stream_limits: ``[num_queries]`` entries each query sees.
+        stream_limits: ``[num_queries]`` entries of ``stream_pages`` each query sees.
+        stream_starts: ``[num_queries]`` with a bound, the first of them beside the sinks.
     """
 
     request: int
@@ -121,6 +127,7 @@ class StaircaseRow:
     window_first: int
     window_length: int
     stream_limits: CountArray
+    stream_starts: CountArray | None
 
 
 @dataclass(frozen=True)
@@ -162,14 +169,23 @@ def _plan_staircase(
     limits = policy.stream_limit(prefix, np.arange(start, stop))
     first = int(policy.window_start(start))
     first_page, last_page = first // block_size, -(-start // block_size)
-    num_stream_pages = -(-int(limits[-1]) // block_size)
+    stream = batch.stream_pages[request, : -(-int(limits[-1]) // block_size)]
+    starts = None
+    if policy.max_separator_tokens is not None:
+        starts = policy.stream_start(limits)
+        sink_pages = -(-policy.num_sink_tokens // block_size)
+        left_out = max(0, int(starts[0]) // block_size - sink_pages)  # pages between
+        stream = np.concatenate([stream[:sink_pages], stream[sink_pages + left_out :]])
+        # If any is left out, every query starts behind it.
+        limits, starts = limits - left_out * block_size, starts - left_out * block_size
     return StaircaseRow(
         request,
-        batch.stream_pages[request, :num_stream_pages],
+        stream,
         tables[request, first_page:last_page],
         first % block_size,
         start - first,
         limits,
+        starts,
     )
 
 
@@ -185,12 +201,24 @@ def _plan_paged(
     for request, start, stop in spans:
         first = max(0, stop - policy.window_size)  # of the last query's window
         limit = int(batch.kept_prefix[batch.rows[request], first])
-        rows.append((request, limit, first, stop))
+        sinks, begin = 0, 0  # entries [0, sinks) and [begin, limit)
+        if policy.max_separator_tokens is not None:
+            sinks = min(policy.num_sink_tokens, limit)
+            begin = max(sinks, limit - policy.max_separator_tokens)
+        if begin == sinks:  # they meet
+            sinks, begin = 0, 0
+        rows.append((request, sinks, begin, limit, first, stop))
         query_start.append(query_start[-1] + stop - start)
-    seq_lens = np.array([limit + stop - first for _, limit, first, stop in rows], dtype=np.int32)
+    lengths = [s + limit - begin + stop - first for _, s, begin, limit, first, stop in rows]
+    seq_lens = np.array(lengths, dtype=np.int32)
     builder = _TableBuilder(len(rows), -(-int(seq_lens.max()) // block_size), block_size)
-    for row, (request, limit, first, stop) in enumerate(rows):
-        builder.add(row, batch.stream_pages[request], limit, window_pages[request], first, stop)
+    for row, (request, sinks, begin, limit, first, stop) in enumerate(rows):
+        stream, window = batch.stream_pages[request], window_pages[request]
+        if policy.max_separator_tokens is not None:  # one kind of copies for all rows
+            parts = (stream, 0, sinks), (stream, begin, limit), (window, first, stop)
+            builder.add_spans(row, parts)
+        else:
+            builder.add(row, stream, limit, window, first, stop)
     return PagedRows(
         [request for request, _, _ in spans],
         builder.table,
@@ -239,6 +267,23 @@ class _TableBuilder:
         if stop > head_stop and stop > last * size:
             pieces.append((window[last], 0, stop - last * size))
         self._pack(row, column, pieces)
+
+    def add_spans(self, row: int, spans: Iterable[tuple[TableArray, int, int]]) -> None:
+        """Name the pages of entries ``[start, stop)`` of each table; ragged ends are packed."""
+        size, column = self._block_size, 0
+        pieces: list[tuple[Any, int, int]] = []
+        for table, start, stop in spans:
+            first, last = -(-start // size), stop // size  # full pages
+            if first <= last:
+                column = self._put(row, column, table[first:last])
+                ends = (start, first * size), (last * size, stop)
+            else:
+                ends = (start, stop), (stop, stop)  # inside one page
+            for low, high in ends:
+                if low < high:
+                    pieces.append((table[low // size], low % size, high - low))
+        if pieces:
+            self._pack(row, column, pieces)
 
     def _pack(self, row: int, column: int, pieces: list[tuple[Any, int, int]]) -> None:
         slot = len(self._staged) * self._block_size

@@ -118,6 +118,7 @@ class DeviceRows:
             window_size=self.policy.window_size,
             page_size=page_size,
             interval=self._interval,
+            max_separator_tokens=self.policy.max_separator_tokens,
         )
 
 

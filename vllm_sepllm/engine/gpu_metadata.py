@@ -34,6 +34,7 @@ class GPUKeptMetadata(AttentionMetadata):
         stream_slots: ``[num_tokens]`` int64, stream slot of each kept token; below 0 is none.
         stream_ranges: ``[num_tokens, 2]`` int32, stream entries that each token sees.
         window_size: tokens.
+        num_sinks: entries seen beside the ranges; 0 without a bound on separators.
         num_decodes, num_decode_tokens: requests with few tokens, which come first, and those.
         max_decode_query_len: tokens of one of them at most.
         max_query_len: tokens of any request at most.
@@ -46,6 +47,7 @@ class GPUKeptMetadata(AttentionMetadata):
     stream_slots: torch.Tensor
     stream_ranges: torch.Tensor
     window_size: int
+    num_sinks: int
     num_decodes: int
     num_decode_tokens: int
     max_decode_query_len: int
@@ -66,7 +68,7 @@ class GPUKeptMetadata(AttentionMetadata):
             kept_table=self.block_table[first:stop],
             stream_ranges=self.stream_ranges,
             window_size=self.window_size,
-            num_sinks=0,
+            num_sinks=self.num_sinks,
             max_query_len=longest,
         )
 
@@ -95,7 +97,9 @@ class GPUKeptMetadataBuilder(ReplayedBuilder):
         super().__init__(*args)
         # Set once where the runner has no way to hand it over with every batch (V1).
         self.tokens: DeviceTokens | None = None
-        self._window_size = settings.options(self.vllm_config).window_size
+        options = settings.options(self.vllm_config)
+        self._window_size = options.window_size
+        self._num_sinks = 0 if options.max_separator_tokens is None else options.num_sink_tokens
         most = self.vllm_config.scheduler_config.max_num_batched_tokens
         self._slots = torch.full((most,), -1, dtype=torch.int64, device=self.device)
         self._ranges = torch.zeros(most, 2, dtype=torch.int32, device=self.device)
@@ -148,6 +152,7 @@ class GPUKeptMetadataBuilder(ReplayedBuilder):
             stream_slots=slots,
             stream_ranges=ranges,
             window_size=self._window_size,
+            num_sinks=self._num_sinks,
             num_decodes=split[0],
             num_decode_tokens=split[2],
             max_decode_query_len=longest,

@@ -8,7 +8,9 @@ The stream is append-only: the token at position ``p``, if kept, is entry ``kept
     pages      [0    ][1      ] [2   ]           tokens 0..5 need 2 pages, tokens 0..7 need 3
 
 So a request holds ``ceil(kept / B)`` pages. Tokens whose ids are not known yet (the one being
-sampled, drafts) are counted as kept: at most a page too many, never one too few.
+sampled, drafts) are counted as kept: at most a page too many, never one too few. With a bound on
+separators, pages of entries that no query to come sees go back, those with sinks excepted; null
+pages take their places.
 
 Pages are shared between requests with the same prefix (``prefix_index.py``). A shared page that
 is partly filled is copied before the request that found it appends to it, by vLLM's own path
@@ -22,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import (
@@ -37,8 +40,8 @@ from vllm.v1.request import Request
 
 from vllm_sepllm.engine.junctions import Junctions, refresh
 from vllm_sepllm.engine.prefix_index import PrefixIndex, done_key
-from vllm_sepllm.engine.spare_pages import SparePages
-from vllm_sepllm.policy import KeptCounts, KeptPolicy
+from vllm_sepllm.engine.spare_pages import SparePages, leaving_pages
+from vllm_sepllm.policy import CountArray, KeptCounts, KeptPolicy
 
 
 class KeptManager(SingleTypeKVCacheManager):
@@ -51,24 +54,32 @@ class KeptManager(SingleTypeKVCacheManager):
         super().__init__(*args, **kwargs)
         self._policy: KeptPolicy | None = None
         self._requests: Mapping[str, Request] = {}
+        self._num_in_flight = 0
+        self._most: dict[str, tuple[int, int]] = {}  # by request: tokens known, pages at most
         self._counts: dict[str, KeptCounts] = {}
         self._index = PrefixIndex.of(self.block_pool)
         self._spare = SparePages.of(self.block_pool)
         self._junctions = Junctions.of(self.block_pool)
         self._asked: tuple[str, int, int] | None = None  # request, tokens and pages, last asked for
         self._resumed: set[str] = set()  # requests whose first step was seen
+        # With a bound: pages of a request up to its last junction, which others resume at.
+        self._shared: dict[str, int] = {}
         self._scheduling = False
         # Keys of this step's pages, by request: key, page, tokens of the prefix.
         self._pending: dict[str, list[tuple[BlockHash, KVCacheBlock, int]]] = {}
 
-    def attach(self, policy: KeptPolicy, requests: Mapping[str, Request]) -> None:
+    def attach(
+        self, policy: KeptPolicy, requests: Mapping[str, Request], num_in_flight: int
+    ) -> None:
         """Give access to the token ids of requests.
 
         Args:
             policy: which tokens are kept.
             requests: the scheduler's own mapping of live requests by id.
+            num_in_flight: tokens of a request that steps in flight compute at most.
         """
         self._policy, self._requests = policy, requests
+        self._num_in_flight = num_in_flight
 
     def num_kept(self, request_id: str, num_tokens: int) -> int:
         """Stream entries that the first ``num_tokens`` tokens of a request take at most."""
@@ -89,6 +100,26 @@ class KeptManager(SingleTypeKVCacheManager):
         """Pages that the first ``num_tokens`` tokens of a request take at most."""
         return cdiv(self.num_kept(request_id, num_tokens), self.block_size)
 
+    def most_pages(self, request_id: str, num_tokens: int) -> int:
+        """Pages that a request holds at most at any time while its tokens are computed."""
+        pages = self.num_pages(request_id, num_tokens)
+        assert self._policy is not None
+        if self._policy.max_separator_tokens is None:
+            return pages
+        prefix = self._counts[request_id].prefix
+        known, most = self._most.get(request_id, (-1, 0))
+        if known != len(prefix):  # asked again and again while a request waits
+            most = self._count_most(self._policy, prefix)
+            self._most[request_id] = len(prefix), most
+        return min(pages, most)
+
+    def _count_most(self, policy: KeptPolicy, prefix: CountArray) -> int:
+        computed = np.arange(len(prefix))
+        ahead = prefix[np.minimum(computed + self._num_in_flight, len(prefix) - 1)]
+        starts = policy.stream_start(policy.stream_limit(prefix, computed))
+        left = starts // self.block_size - self.kv_cache_spec.num_sink_pages
+        return int((-(-ahead // self.block_size) - np.maximum(0, left)).max())
+
     def get_num_blocks_to_allocate(
         self,
         request_id: str,
@@ -96,18 +127,24 @@ class KeptManager(SingleTypeKVCacheManager):
         new_computed_blocks: Sequence[KVCacheBlock],
         total_computed_tokens: int,
         num_local_computed_tokens: int,
-        *args: Any,
-        **kwargs: Any,
+        num_tokens_main_model: int,
+        apply_admission_cap: bool = False,
+        prefill_end: int = 0,
     ) -> int:
         """Pages to take from the pool so that ``num_tokens`` tokens fit.
 
         vLLM asks before it allocates. Pages of a prefix found in the cache that nobody holds
-        count too, and so does the copy of a partly filled one.
+        count too, and so does the copy of a partly filled one. Before it admits a request, it
+        asks for all its tokens: then pages that leave in between are not needed twice.
         """
-        held = len(self.req_to_blocks.get(request_id, ()))
+        held = self.req_to_blocks.get(request_id, ())
         pages = self.num_pages(request_id, num_tokens)
         self._asked = request_id, num_tokens, pages
-        num_blocks = max(0, pages - held - len(new_computed_blocks))
+        num_blocks = max(0, pages - len(held) - len(new_computed_blocks))
+        if apply_admission_cap:
+            present = sum(not page.is_null for page in (*held, *new_computed_blocks))
+            most = self.most_pages(request_id, num_tokens) - present
+            num_blocks = max(0, min(num_blocks, most))
         if new_computed_blocks:
             num_blocks += self._get_num_evictable_blocks(new_computed_blocks)
             num_blocks += self.num_kept(request_id, num_local_computed_tokens) % self.block_size > 0
@@ -156,8 +193,27 @@ class KeptManager(SingleTypeKVCacheManager):
             new_blocks = new_blocks + added
         return new_blocks
 
-    def remove_skipped_blocks(self, request_id: str, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the stream of a live request only grows."""
+    def remove_skipped_blocks(
+        self, request_id: str, processed_computed_tokens: int, *args: Any, **kwargs: Any
+    ) -> None:
+        """Give back pages whose entries no token from here on sees; none without a bound."""
+        assert self._policy is not None
+        if self._policy.max_separator_tokens is None or not self.req_to_blocks.get(request_id):
+            return
+        self.num_kept(request_id, processed_computed_tokens)
+        counts = self._counts[request_id]
+        # Where ids are not known yet, fewer are taken for kept: rather a page too late.
+        start = int(self._policy.window_start(processed_computed_tokens))
+        num_kept = int(counts.prefix[min(start, counts.num_tokens)])
+        first = self.kv_cache_spec.first_entry(num_kept) // self.block_size
+        self._remove_blocks_in_range(request_id, self.kv_cache_spec.num_sink_pages, first)
+
+    def _remove_blocks_in_range(self, request_id: str, first_block: int, last_block: int) -> None:
+        leaving = leaving_pages(self.req_to_blocks.get(request_id, []), first_block, last_block)
+        super()._remove_blocks_in_range(request_id, first_block, last_block)
+        for index, page in reversed(leaving):
+            if index >= self._shared.get(request_id, 0):
+                self._spare.add(page)
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         """Note the keys of pages that this step's full token blocks touch."""
@@ -166,7 +222,7 @@ class KeptManager(SingleTypeKVCacheManager):
         first = self.num_cached_block.get(request_id, 0)
         if request_id not in self._resumed:
             self._resumed.add(request_id)
-            self._refresh_junctions(hashes[:first])
+            self._visit_junctions(request_id, hashes, first)
         stop = min(num_tokens // size, len(hashes))
         if stop <= first:
             return
@@ -181,14 +237,25 @@ class KeptManager(SingleTypeKVCacheManager):
                 pending.append((done_key(hashes[i]), pages[before // size], (i + 1) * size))
             if count % size:
                 pending.append((hashes[i], pages[count // size], (i + 1) * size))
+        pending[:] = [entry for entry in pending if not entry[1].is_null]  # has left meanwhile
         self.num_cached_block[request_id] = stop
         if not self._scheduling:  # asynchronous scheduling also notes what a past step computed
             self.step_is_scheduled()
 
-    def _refresh_junctions(self, hashes: Sequence[BlockHash]) -> None:
-        """Keep the partly filled pages of junctions that a request has passed by a hit."""
-        for end in self._junctions.among(hashes):
-            refresh(self.block_pool, hashes[end - 1 : end], self.kv_cache_group_id)
+    def _visit_junctions(self, request_id: str, hashes: Sequence[BlockHash], found: int) -> None:
+        """Keep what others need at the junctions along a prompt.
+
+        These are the partly filled pages of those that the request has passed by a hit of
+        ``found`` blocks, and with a bound all pages up to the last one.
+        """
+        assert self._policy is not None
+        is_bounded = self._policy.max_separator_tokens is not None
+        for end in self._junctions.among(hashes if is_bounded else hashes[:found]):
+            if end <= found:
+                refresh(self.block_pool, hashes[end - 1 : end], self.kv_cache_group_id)
+            if is_bounded:
+                count = self._index.kept_count(hashes[end - 1]) or 0
+                self._shared[request_id] = cdiv(count, self.block_size)
 
     def new_step_starts(self) -> None:
         """vLLM begins to schedule a step."""
@@ -210,6 +277,8 @@ class KeptManager(SingleTypeKVCacheManager):
         pages will not be filled.
         """
         self._counts.pop(request_id, None)
+        self._shared.pop(request_id, None)
+        self._most.pop(request_id, None)
         self._pending.pop(request_id, None)
         self._resumed.discard(request_id)
         return super().pop_blocks_for_free(request_id)
@@ -232,6 +301,10 @@ class KeptManager(SingleTypeKVCacheManager):
         size = kv_cache_spec.block_size
         hashes = resolve_block_hashes(block_hashes, block_pool.hash_block_size, size)
         pages, length = PrefixIndex.of(block_pool).find(
-            hashes[: max_length // size], block_pool, kv_cache_group_ids, size, alignment_tokens
+            hashes[: max_length // size],
+            block_pool,
+            kv_cache_group_ids,
+            kv_cache_spec,
+            alignment_tokens,
         )
         return tuple(pages), length

@@ -26,12 +26,17 @@ gives the page away. ``kept_count`` is a function of content and can never be st
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
+
+if TYPE_CHECKING:
+    from vllm_sepllm.engine.spec import KeptSpec
 
 # A page of the stream serves many token blocks: five or six on English text of 18 % separators.
 COUNTS_PER_PAGE = 32
@@ -85,23 +90,28 @@ class PrefixIndex:
         block_hashes: Sequence[BlockHash],
         block_pool: BlockPool,
         group_ids: list[int],
-        block_size: int,
+        spec: KeptSpec,
         alignment: int,
     ) -> tuple[list[list[KVCacheBlock]], int]:
-        """Pages of the longest prefix whose kept tokens are all cached.
+        """Pages of the longest prefix whose kept tokens, as far as they will be seen, are cached.
 
         Args:
             block_hashes: hashes of the token blocks that may be used, in order.
             block_pool: where the keys live.
             group_ids: kept groups to look in; a page must be there for each.
-            block_size: tokens of a token block and entries of a page.
+            spec: of the kept group; a token block has as many tokens as a page entries.
             alignment: the prefix must be a multiple of so many tokens.
 
         Returns:
-            Pages of each group and the length of the prefix in tokens. If the last page is
-            partly filled it may only be read: copy it before appending.
+            Pages of each group and the length of the prefix in tokens; null pages where a bound
+            on separators leaves entries unseen. If the last page is partly filled it may only be
+            read: copy it before appending.
         """
+        block_size = spec.block_size
+        is_bounded = spec.max_separator_tokens is not None
+        nothing = [block_pool.null_block] * len(group_ids)
         full: list[list[KVCacheBlock]] = []  # done pages; each one page per group
+        lost: list[int] = []  # of those, the ones that are no longer cached
         counts: list[int] = []
         for block_hash in block_hashes:
             count = self.kept_count(block_hash)
@@ -110,13 +120,24 @@ class PrefixIndex:
             if count // block_size > len(full):
                 page = block_pool.get_cached_block(done_key(block_hash), group_ids)
                 if page is None:
-                    break
-                full.append(page)
+                    if not is_bounded or len(full) < spec.num_sink_pages:
+                        break
+                    lost.append(len(full))
+                full.append(page or nothing)
             counts.append(count)
         for i in range(len(counts) - 1, -1, -1):
             if (i + 1) * block_size % alignment:
                 continue
             pages = full[: counts[i] // block_size]
+            if is_bounded:
+                # The window begins inside a block; up to that block's start, fewer are kept.
+                before = ((i + 1) * block_size - spec.window_size + 1) // block_size
+                first = spec.first_entry(counts[before - 1] if before > 0 else 0) // block_size
+                at = bisect_left(lost, first)
+                if at < len(lost) and lost[at] < len(pages):
+                    continue
+                unseen = slice(spec.num_sink_pages, max(first, spec.num_sink_pages))
+                pages[unseen] = [nothing] * len(pages[unseen])
             if counts[i] % block_size:
                 page = block_pool.get_cached_block(block_hashes[i], group_ids)
                 if page is None:

@@ -34,7 +34,7 @@ class SepLLMScheduler(Scheduler):
         managers = self.kv_cache_manager.coordinator.single_type_managers
         self._kept_managers = [m for m in managers if isinstance(m, KeptManager)]
         for manager in self._kept_managers:
-            manager.attach(policy, self.requests)
+            manager.attach(policy, self.requests, self._in_flight_tokens)
         self._too_large: dict[str, str] = {}
         self._warn_of_small_pool()
 
@@ -48,8 +48,7 @@ class SepLLMScheduler(Scheduler):
         for manager in self.kv_cache_manager.coordinator.single_type_managers:
             spec = manager.kv_cache_spec
             if isinstance(manager, KeptManager):
-                kept = spec.expected_kept_tokens(self.max_model_len)
-                needed += cdiv(kept, manager.block_size)
+                needed += spec.expected_pages(self.max_model_len, self._in_flight_tokens)
             else:
                 needed += self._positional_blocks(manager, self.max_model_len)
         if self._kept_managers and needed > self._usable_blocks:
@@ -62,6 +61,10 @@ class SepLLMScheduler(Scheduler):
                 self._usable_blocks,
                 self.scheduler_config.max_num_batched_tokens,
             )
+
+    @property
+    def _in_flight_tokens(self) -> int:
+        return int(self.vllm_config.max_in_flight_tokens)
 
     @property
     def _usable_blocks(self) -> int:
@@ -97,7 +100,7 @@ class SepLLMScheduler(Scheduler):
         needed = 0
         for manager in self.kv_cache_manager.coordinator.single_type_managers:
             if isinstance(manager, KeptManager):
-                needed += manager.num_pages(request.request_id, num_tokens)
+                needed += manager.most_pages(request.request_id, num_tokens)
             else:
                 needed += self._positional_blocks(manager, num_tokens)
         self._too_large.pop(request.request_id, None)

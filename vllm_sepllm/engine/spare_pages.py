@@ -8,12 +8,25 @@ ended a little earlier, for nothing: see ``window.py``. Spare pages go first.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHashWithGroupId, KVCacheBlock
 
 _spare_pages: WeakKeyDictionary[BlockPool, SparePages] = WeakKeyDictionary()
+
+
+def leaving_pages(
+    pages: Sequence[KVCacheBlock], first: int, stop: int
+) -> list[tuple[int, KVCacheBlock]]:
+    """Index and page of those in ``[first, stop)`` that have not left yet, the last one first."""
+    leaving = []
+    for index in range(min(stop, len(pages)) - 1, first - 1, -1):
+        if pages[index].is_null:  # so are all before it; a step looks at a page or two
+            break
+        leaving.append((index, pages[index]))
+    return leaving
 
 
 class SparePages:

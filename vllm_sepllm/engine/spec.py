@@ -5,8 +5,8 @@ group       holds                              pages a request of ``T`` tokens h
 ==========  =================================  ==============================================
 window      every token, at its position;      ``ceil((n-1)/B) + 1`` and the pages of the chunk
             pages behind the window are freed  being computed
-kept        sinks and separators only, densely ``ceil(kept/B)``
-            packed in order ("the stream")
+kept        sinks and separators only, densely ``ceil(kept/B)``; with a bound on separators
+            packed in order ("the stream")     those of the sinks and of the newest ones
 ==========  =================================  ==============================================
 
 Both draw pages of the same size from vLLM's one block pool.
@@ -61,22 +61,47 @@ class KeptSpec(AttentionSpec):
     Attributes:
         window_size: ``n``, tokens.
         num_sink_tokens: ``a``, tokens.
+        max_separator_tokens: ``s``, kept tokens seen before the window beside the sinks.
         expected_kept_share: kept tokens per token of ordinary text, for planning only.
     """
 
     window_size: int
     num_sink_tokens: int
     expected_kept_share: float
+    max_separator_tokens: int | None = None
 
     @property
     def uses_slot_mapping(self) -> bool:
         """Stream slots follow from kept counts, not from positions."""
         return False
 
-    def expected_kept_tokens(self, num_tokens: int) -> int:
-        """Kept tokens planned for a request of ordinary text."""
+    def first_entry(self, num_kept: int) -> int:
+        """First entry beside the sinks that a query sees before whose window so many are kept."""
+        if self.max_separator_tokens is None:
+            return 0
+        return max(min(num_kept, self.num_sink_tokens), num_kept - self.max_separator_tokens)
+
+    @property
+    def num_sink_pages(self) -> int:
+        """Pages that hold sinks, which stay whatever leaves."""
+        return cdiv(self.num_sink_tokens, self.block_size)
+
+    def expected_pages(self, num_tokens: int, num_in_flight: int) -> int:
+        """Pages planned for a request of ordinary text.
+
+        Args:
+            num_tokens: of the request.
+            num_in_flight: tokens of it that steps in flight compute at most.
+        """
         share = PLANNING_MARGIN * self.expected_kept_share
-        return math.ceil(min(num_tokens, self.num_sink_tokens + share * num_tokens))
+        kept = math.ceil(min(num_tokens, self.num_sink_tokens + share * num_tokens))
+        pages = cdiv(kept, self.block_size)
+        if self.max_separator_tokens is None:
+            return pages
+        recent = math.ceil(share * (self.window_size - 1 + num_in_flight))
+        # Their first entry may lie anywhere in its page.
+        bounded = cdiv(self.max_separator_tokens + recent, self.block_size) + 1
+        return min(pages, self.num_sink_pages + bounded)
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         """Memory planned for a request of ``max_model_len`` tokens of ordinary text.
@@ -86,7 +111,7 @@ class KeptSpec(AttentionSpec):
         counts, the scheduler warns; a request that outgrows the pool is ended with an error.
         """
         max_len = vllm_config.model_config.max_model_len
-        kept = cdiv(self.expected_kept_tokens(max_len), self.block_size)
+        kept = self.expected_pages(max_len, vllm_config.max_in_flight_tokens)
         full = cdiv(max_len, self.block_size)
         return min(kept, full - self._window_pages(vllm_config)) * self.page_size_bytes
 

@@ -84,15 +84,17 @@ def announce(vllm_config: VllmConfig, separators: Separators) -> None:
     shown = [repr(text) for text in separators.texts[:12]]
     if len(separators.texts) > len(shown):
         shown.append("...")
+    bound = options.max_separator_tokens
     logger.info_once(
         "SepLLM attention: policy=%s, %d sinks, window of %d tokens, %d separator ids (%s), "
-        "about %.0f%% of English prose kept behind the window, block size %d, vLLM %s%s",
+        "about %.0f%% of English prose kept behind the window%s, block size %d, vLLM %s%s",
         options.policy,
         options.num_sink_tokens,
         options.window_size,
         len(separators.token_ids),
         " ".join(shown),
         100 * settings.expected_kept_share(vllm_config),
+        f" and at most {bound} separators" if bound is not None else "",
         vllm_config.cache_config.block_size,
         found,
         f", full attention in layers {list(options.dense_layers)}" if options.dense_layers else "",

@@ -26,7 +26,7 @@ from vllm.v1.request import Request
 
 from vllm_sepllm.engine.junctions import Junctions, refresh
 from vllm_sepllm.engine.prefix_index import PrefixIndex
-from vllm_sepllm.engine.spare_pages import SparePages
+from vllm_sepllm.engine.spare_pages import SparePages, leaving_pages
 
 
 class WindowManager(SlidingWindowManager):
@@ -80,12 +80,7 @@ class WindowManager(SlidingWindowManager):
         return ends
 
     def _remove_blocks_in_range(self, request_id: str, first_block: int, last_block: int) -> None:
-        pages = self.req_to_blocks.get(request_id, [])
-        leaving = []
-        for block in range(min(last_block, len(pages)) - 1, first_block - 1, -1):
-            if pages[block].is_null:  # so are all before it; a step looks at a page or two
-                break
-            leaving.append((block, pages[block]))
+        leaving = leaving_pages(self.req_to_blocks.get(request_id, []), first_block, last_block)
         if not leaving:
             return  # most steps; vLLM's own walk compares pages field by field
         super()._remove_blocks_in_range(request_id, first_block, last_block)

@@ -15,12 +15,17 @@ def kept_prefill_reference(
     window_size: int,
     scale: float,
     logits_soft_cap: float = 0.0,
+    *,
+    stream_starts: torch.Tensor | None = None,
+    num_sinks: int = 0,
 ) -> torch.Tensor:
     """Attend each row to its part of the stream and to its window.
 
     Rows are consecutive positions. Row ``i`` sees stream entries ``[0, stream_limits[i])`` and
     the last ``window_size`` window entries up to its own, which is entry
-    ``num_window - num_rows + i`` (SepLLM, arXiv 2412.12094, equation 1).
+    ``num_window - num_rows + i`` (SepLLM, arXiv 2412.12094, equation 1). With ``stream_starts``,
+    of its stream entries it sees ``[stream_starts[i], stream_limits[i])`` and the first
+    ``num_sinks``.
 
     Args:
         query: ``[num_rows, num_heads, head_size]``.
@@ -31,6 +36,8 @@ def kept_prefill_reference(
         window_size: tokens, the row's own included.
         scale: factor on the logits.
         logits_soft_cap: cap ``c`` of ``c * tanh(logits / c)``; 0 is none.
+        stream_starts: ``[num_rows]`` int, entries; never decreasing.
+        num_sinks: entries; only with ``stream_starts``.
 
     Returns:
         ``[num_rows, num_heads, head_size]`` float32.
@@ -42,8 +49,11 @@ def kept_prefill_reference(
     for row in range(num_rows):
         limit, last = int(stream_limits[row]), before + row
         first = max(0, last - window_size + 1)
-        key = torch.cat([stream_key[:, :limit], window_key[:, first : last + 1]], dim=1).float()
-        value = torch.cat([stream_value[:, :limit], window_value[:, first : last + 1]], 1).float()
+        seen = torch.arange(limit)
+        if stream_starts is not None:
+            seen = seen[(seen < num_sinks) | (seen >= stream_starts[row])]
+        key = torch.cat([stream_key[:, seen], window_key[:, first : last + 1]], dim=1).float()
+        value = torch.cat([stream_value[:, seen], window_value[:, first : last + 1]], 1).float()
         key, value = key.repeat_interleave(group, 0), value.repeat_interleave(group, 0)
         logits = torch.einsum("hd,hkd->hk", query[row].float(), key) * scale
         if logits_soft_cap:

@@ -12,14 +12,21 @@ BLOCK_ROWS = 256  # measured: 128 to 512 are alike on AVX-512; more wastes maske
 
 
 def block_mask(
-    stream_limits: torch.Tensor, num_stream: int, num_window: int, window_size: int
+    stream_limits: torch.Tensor,
+    entries: torch.Tensor,
+    num_window: int,
+    window_size: int,
+    stream_starts: torch.Tensor | None = None,
+    num_sinks: int = 0,
 ) -> torch.Tensor:
     """What a block of rows sees of ``[stream, window]``; its rows end the window.
 
     Args:
         stream_limits: ``[num_rows]`` int, entries.
-        num_stream, num_window: entries given to the block.
+        entries: ``[num_stream]`` int, entries of the stream given to the block.
+        num_window: entries of the window given to the block.
         window_size: tokens.
+        stream_starts, num_sinks: see :func:`kept_prefill_reference`.
 
     Returns:
         ``[num_rows, num_stream + num_window]`` bool.
@@ -27,7 +34,9 @@ def block_mask(
     num_rows = stream_limits.shape[0]
     own = torch.arange(num_window - num_rows, num_window)[:, None]
     entry = torch.arange(num_window)[None, :]
-    stream = torch.arange(num_stream)[None, :] < stream_limits[:, None]
+    stream = entries[None, :] < stream_limits[:, None]
+    if stream_starts is not None:
+        stream &= (entries < num_sinks)[None, :] | (entries[None, :] >= stream_starts[:, None])
     window = (entry <= own) & (entry > own - window_size)
     return torch.cat([stream, window], dim=1)
 
@@ -43,6 +52,9 @@ def kept_prefill(
     scale: float,
     logits_soft_cap: float = 0.0,
     masks: dict[int, torch.Tensor] | None = None,
+    *,
+    stream_starts: torch.Tensor | None = None,
+    num_sinks: int = 0,
 ) -> torch.Tensor:
     """Attend each row to its part of the stream and to its window.
 
@@ -59,12 +71,21 @@ def kept_prefill(
         window_stop = num_window - num_rows + stop
         window_first = max(0, window_stop - (stop - first) - window_size + 1)
         limits = stream_limits[first:stop]
+        starts = None if stream_starts is None else stream_starts[first:stop]
         num_stream = int(limits[-1])
+        # Two slices: without a bound the first is empty and the second begins at 0.
+        sinks = 0 if starts is None else min(num_sinks, num_stream)
+        low = 0 if starts is None else max(sinks, int(starts[0]))
         if first not in masks:
-            masks[first] = block_mask(limits, num_stream, window_stop - window_first, window_size)
-        key = torch.cat([stream_key[:, :num_stream], window_key[:, window_first:window_stop]], 1)
-        value = torch.cat(
-            [stream_value[:, :num_stream], window_value[:, window_first:window_stop]], 1
+            entries = torch.cat([torch.arange(sinks), torch.arange(low, num_stream)])
+            num_seen = window_stop - window_first
+            masks[first] = block_mask(limits, entries, num_seen, window_size, starts, num_sinks)
+        key, value = (
+            torch.cat(
+                [stream[:, :sinks], stream[:, low:num_stream], window[:, window_first:window_stop]],
+                dim=1,
+            )
+            for stream, window in ((stream_key, window_key), (stream_value, window_value))
         )
         # [rows, heads, size] -> [kv heads, heads per kv head, rows, size]
         rows = query[first:stop].view(stop - first, num_kv_heads, -1, head_size).permute(1, 2, 0, 3)

@@ -49,9 +49,10 @@ def sepllm_mask(
     behind = kept[None, :] & (key <= query - window_size)
     if max_separators is not None:
         is_sink = position < num_sink_tokens
-        countable = behind & ~is_sink
-        from_here_on = countable.flip(1).cumsum(1).flip(1)
-        behind &= is_sink | (from_here_on <= max_separators)
+        count = (kept & ~is_sink).cumsum(0)  # of separators up to each position, its own included
+        before_window = torch.cat([torch.zeros(window_size, dtype=count.dtype), count])
+        oldest = before_window[: len(ids)] - max_separators
+        behind &= is_sink | (count[None, :] > oldest[:, None])
     return in_window | behind
 
 

@@ -1,5 +1,7 @@
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from vllm_sepllm.reference import first_difference, masked_attention, sepllm_mask
 
@@ -113,3 +115,20 @@ def test_first_difference_sees_a_wrong_mask():
     assert first_difference(CountingModel(), prompt, generated, [], 1, 2) is not None
     assert first_difference(CountingModel(), prompt, generated, [3], 0, 2) is not None
     assert first_difference(CountingModel(), prompt, generated, [3], 1, 3) is not None
+
+
+@given(
+    ids=st.lists(st.integers(0, 3), min_size=1, max_size=60),
+    sinks=st.integers(0, 6),
+    window=st.integers(1, 70),
+    bound=st.integers(1, 12),
+)
+@settings(max_examples=100, deadline=None)
+def test_mask_with_a_bound_on_separators(ids, sinks, window, bound):
+    """Row by row: window, sinks, and the last separators of what is left."""
+    mask = sepllm_mask(ids, [2], sinks, window, max_separators=bound)
+    for query in range(len(ids)):
+        behind = range(max(0, query - window + 1))
+        older = [k for k in behind if k >= sinks and ids[k] == 2][-bound:]
+        seen = {*range(len(behind), query + 1), *older, *(k for k in behind if k < sinks)}
+        assert set(mask[query].nonzero()[:, 0].tolist()) == seen

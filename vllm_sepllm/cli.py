@@ -166,11 +166,6 @@ def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
 def _check_inspectable(config: SepLLMConfig) -> None:
     if config.policy != "sepllm":
         raise InputError(f"policy={config.policy!r}: inspect knows only 'sepllm'; drop the option")
-    if config.max_separator_tokens is not None:
-        raise InputError(
-            f"max_separator_tokens={config.max_separator_tokens}: inspect knows no bound on "
-            "separators; drop the option"
-        )
 
 
 def _check_least(name: str, value: int, least: int, remedy: str) -> None:

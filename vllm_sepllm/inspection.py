@@ -28,7 +28,7 @@ class TokenClass(StrEnum):
 
 LEGEND = {
     TokenClass.SINK: "one of the first tokens, always seen",
-    TokenClass.SEPARATOR: "separator outside the window, always seen",
+    TokenClass.SEPARATOR: "separator outside the window, seen all the same",
     TokenClass.WINDOW: "the last token and those just before it",
     TokenClass.DROPPED: "not seen any more, its KV cache is freed",
 }
@@ -58,7 +58,7 @@ class Summary:
     Attributes:
         num_tokens: tokens of the text.
         num_of: tokens of each class.
-        num_kept: sinks and separators, those inside the window included: what the stream holds.
+        num_kept: sinks and separators, those inside the window included.
         block_size: tokens per page.
         kept_pages, window_pages, full_pages: pages of the stream, of the last query's window, and
             of full attention.
@@ -128,11 +128,13 @@ def classify(token_ids: Sequence[int], policy: KeptPolicy) -> list[TokenClass]:
         return []
     kept = policy.kept_flags(token_ids)
     start = int(policy.window_start(len(token_ids) - 1))
+    first_entry = int(policy.stream_start(int(kept[:start].sum())))
+    entries = kept.cumsum() - 1  # of kept tokens
     classes = []
     for position, flag in enumerate(kept):
         if position >= start:
             classes.append(TokenClass.WINDOW)
-        elif not flag:
+        elif not flag or policy.num_sink_tokens <= entries[position] < first_entry:
             classes.append(TokenClass.DROPPED)
         elif position < policy.num_sink_tokens:
             classes.append(TokenClass.SINK)
@@ -145,14 +147,18 @@ def summarize(token_ids: Sequence[int], policy: KeptPolicy, block_size: int) -> 
     """Count classes and pages; ``token_ids`` holds at least one token."""
     num_tokens = len(token_ids)
     counted = Counter(classify(token_ids, policy))
-    num_kept = int(np.count_nonzero(policy.kept_flags(token_ids)))
+    kept = policy.kept_flags(token_ids)
+    num_kept = int(np.count_nonzero(kept))
     last = num_tokens - 1
+    before_window = int(kept[: int(policy.window_start(last))].sum())
+    sink_pages = -(-policy.num_sink_tokens // block_size)
+    left = max(0, int(policy.stream_start(before_window)) // block_size - sink_pages)
     return Summary(
         num_tokens=num_tokens,
         num_of={kind: counted[kind] for kind in TokenClass},
         num_kept=num_kept,
         block_size=block_size,
-        kept_pages=-(-num_kept // block_size),
+        kept_pages=-(-num_kept // block_size) - left,
         window_pages=last // block_size - int(policy.window_start(last)) // block_size + 1,
         full_pages=-(-num_tokens // block_size),
     )

@@ -81,6 +81,23 @@ def test_classify(sinks, window, expected):
     assert classify([], policy) == []
 
 
+@pytest.mark.parametrize(
+    ("bound", "expected"),
+    [
+        (1, [S, D, D, D, D, D, D, P, D, W]),
+        (2, [S, D, D, D, D, P, D, P, D, W]),
+        (3, [S, D, P, D, D, P, D, P, D, W]),
+        (9, [S, D, P, D, D, P, D, P, D, W]),
+    ],
+)
+def test_classify_with_a_bound(bound, expected):
+    ids = [2, 1, 2, 1, 1, 2, 1, 2, 1, 1]
+    policy = SepLLMPolicy(1, 1, separator_table([2], 3), max_separator_tokens=bound)
+    assert classify(ids, policy) == expected
+    # Entries 0 to 3 in pages of one; those between the sink and the bound have left.
+    assert summarize(ids, policy, 1).kept_pages == 1 + min(bound, 3)
+
+
 def test_sinks_and_separators_are_the_stream_below_the_limit():
     ids = [0, 2, 1, 1, 2, 1, 2, 1]
     policy = SepLLMPolicy(2, 3, separator_table([2], 3))
@@ -250,7 +267,7 @@ def test_html_holds_the_text_the_classes_and_nothing_from_outside(invoke, tokeni
         (['separators=["¶¶"]'], ["no separator found", "¶¶"]),
         (["separator_token_ids=[4096]"], ["4096", "vocabulary size 4096"]),
         (["policy=streaming"], ["policy='streaming'", "'sepllm'"]),
-        (["max_separator_tokens=8"], ["max_separator_tokens=8", "drop"]),
+        (["max_separator_tokens=0"], ["max_separator_tokens=0", "at least 1"]),
     ],
 )
 def test_bad_options(invoke, options, parts):

@@ -10,8 +10,8 @@ pytestmark = pytest.mark.e2e
 STEPS = 250
 
 
-# Seeds whose options differ: window, block size, scheduling policy, prefix caching.
-@pytest.mark.parametrize("seed", [5, 7])
+# With all separators kept, and with a bound on them.
+@pytest.mark.parametrize("seed", [73, 264])
 def test_soak(reference_model, seed):
     soak = Soak(random.Random(seed), check_share=0.2, reference=reference_model)
     soak.run(lambda: soak.counts["steps"] < STEPS)

@@ -20,7 +20,7 @@ SYNCHRONOUS = {
 }
 ASYNCHRONOUS = {
     "eviction": (1, "test_prefix_caching.py", "pressure"),
-    "random traffic": (1, "test_soak.py", "7"),
+    "random traffic": (1, "test_soak.py", "264"),
 }
 
 

@@ -109,7 +109,7 @@ class SepLLMGPUImpl(SepLLMImpl):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._buffers: DecodeBuffers | None = None
-        self._prefill = self._prefill_with_triton
+        self._uses_xformers = False
 
     @classmethod
     def dense_backend(cls) -> type[AttentionBackend]:
@@ -122,7 +122,7 @@ class SepLLMGPUImpl(SepLLMImpl):
             problem = self._xformers_refusal(vllm_config.model_config.dtype)
             if problem:
                 raise ConfigError(f"prefill_kernel='xformers' has {problem}: leave it out")
-            self._prefill = self._prefill_with_xformers
+            self._uses_xformers = True
         longest = max_decode_query_len(vllm_config)
         if longest == 1 or longest * self.num_heads // self.num_kv_heads <= MAX_ROWS:
             sizes = self.num_heads, self.num_kv_heads, self.head_size
@@ -176,7 +176,7 @@ class SepLLMGPUImpl(SepLLMImpl):
             return "no kernel for float32"
         return None
 
-    def _prefill_with_triton(
+    def _prefill(
         self,
         query: torch.Tensor,
         pages: PagedKV,
@@ -184,16 +184,9 @@ class SepLLMGPUImpl(SepLLMImpl):
         output: torch.Tensor,
         kept: GPUKeptMetadata,
     ) -> None:
-        kept_prefill_paged(query, pages, batch, output, self.scale, self.logits_soft_cap)
-
-    def _prefill_with_xformers(
-        self,
-        query: torch.Tensor,
-        pages: PagedKV,
-        batch: KeptBatch,
-        output: torch.Tensor,
-        kept: GPUKeptMetadata,
-    ) -> None:
+        if not self._uses_xformers:
+            kept_prefill_paged(query, pages, batch, output, self.scale, self.logits_soft_cap)
+            return
         from sepllm_kernels.kept_prefill import xformers_window
 
         if kept.window_spans is None:

@@ -4,7 +4,7 @@ and a request holds no more pages than that takes, however long it is."""
 import math
 
 import pytest
-from helpers import POOL_FILLING_TOKENS, SMALL_POOL
+from helpers import NGRAM, POOL_FILLING_TOKENS, SMALL_POOL
 
 from vllm_sepllm.reference import first_difference
 
@@ -19,12 +19,6 @@ CASES = [
     (100, 4, 64, 16, 2048),
     (256, 4, 3000, 32, 512),
 ]
-NGRAM = {
-    "method": "ngram",
-    "num_speculative_tokens": 3,
-    "prompt_lookup_max": 3,
-    "prompt_lookup_min": 1,
-}
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ Short prompts: Triton's interpreter takes about 10 ms per prompt token of the de
 import os
 
 import pytest
+from helpers import NGRAM
 from xformers_masks import attend_under_bias
 
 from vllm_sepllm.engine.gpu_backend import SepLLMGPUImpl
@@ -25,12 +26,6 @@ OPTIONS = {
     "num_gpu_blocks_override": NUM_BLOCKS,
     "scheduler_reserve_full_isl": False,
     "scheduling_policy": "priority",
-}
-NGRAM = {
-    "method": "ngram",
-    "num_speculative_tokens": 3,
-    "prompt_lookup_max": 3,
-    "prompt_lookup_min": 1,
 }
 
 

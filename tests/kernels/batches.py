@@ -208,17 +208,21 @@ def largest_logit(case: Case) -> float:
 
 
 def check_close(
-    case: Case, result: torch.Tensor, exact: torch.Tensor, same_dtype: torch.Tensor
+    case: Case,
+    result: torch.Tensor,
+    exact: torch.Tensor,
+    same_dtype: torch.Tensor,
+    more: float = 0.0,
 ) -> None:
     """No further from the exact result than twice what torch is in the same dtype, and roundings.
 
     They are that of one result as large as the largest, and those of float32 logits: a weight's
-    relative error is its logit's absolute one.
+    relative error is its logit's absolute one. ``more`` is what an operation rounds besides.
     """
     value = max(float(x.abs().max()) for x in case.values if x.numel()) * case.pages.value_scale
     eps = torch.finfo(same_dtype.dtype).eps * float(exact.abs().max())
     eps += torch.finfo(torch.float32).eps * largest_logit(case) * value
-    allowed = 2 * float((same_dtype.double() - exact).abs().max()) + eps
+    allowed = 2 * float((same_dtype.double() - exact).abs().max()) + eps + more
     error = (result.cpu().double() - exact).abs()
     assert not error.isnan().any(), "something was read that must not be, or not written"
     assert float(error.max()) <= allowed, f"error {float(error.max()):.3g}, allowed {allowed:.3g}"

@@ -309,6 +309,28 @@ class Reference:
             assert (best - expected.topk(top).values).abs().le(bound).all()
 
 
+class CacheReference(Reference):
+    """Compares with logits in cache positions."""
+
+    def __init__(
+        self,
+        model: Any,
+        separator_ids: Sequence[int],
+        sinks: int,
+        window: int,
+        bound: int | None = None,
+        is_neox: bool = True,
+    ) -> None:
+        super().__init__(model, separator_ids, sinks, window)
+        self._options = {"max_separators": bound, "is_neox": is_neox}
+
+    def logits(self, token_ids: Sequence[int], model: Any = None) -> Any:
+        from vllm_sepllm.stream_reference import cache_position_logits
+
+        model = model or self.model
+        return cache_position_logits(model, token_ids, *self._mask_options, **self._options)
+
+
 def page_bound(kept: int, window: int, chunk: int, block_size: int) -> int:
     """Pages a request may hold: stream, window, and the chunk being computed."""
     pages = math.ceil(kept / block_size) + math.ceil((window - 1) / block_size) + 1

@@ -23,6 +23,13 @@ With a bound of ``s`` separators a query sees, of those before its window, the s
 newest ``s`` alone: entries ``[0, min(a, L))`` and ``[max(min(a, L), L - s), L)``, ``L`` being its
 limit. Limits never decrease, so an entry that one query no longer sees is seen by none after it.
 
+In *cache positions* (StreamingLLM, arXiv 2309.17453, section 3.2) what a query sees is numbered
+from 0: sinks and separators by their place in the stream, then the window. Nothing is renumbered
+for it. Rotary embeddings see differences only, and inside the window those are what they are in
+positions of the text. So a kept key is turned back once, from its position to its entry, and the
+query that meets it by as many positions as are missing between them in the cache: the evicted
+ones, and with a bound those of separators no longer seen (:meth:`KeptPolicy.stream_lag`).
+
 Being kept depends on a token's id and position alone. So it is the same on every rank, for
 every way of cutting a prompt into chunks, and for every request that shares the prefix.
 """
@@ -139,6 +146,25 @@ class KeptPolicy(ABC):
         newest = limits - np.int32(self.max_separator_tokens)
         starts: CountArray = np.maximum(np.minimum(limits, np.int32(self.num_sink_tokens)), newest)
         return starts
+
+    def stream_lag(self, limit: npt.ArrayLike, position: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        """Positions that a query is turned back by to meet stream keys at their entries.
+
+        Entry ``j`` is ``limit - j`` before the window in the cache, whatever its bound. The sinks
+        are nearer if there is one: :meth:`sink_lag`.
+
+        Args:
+            limit: of the queries, see :meth:`stream_limit`.
+            position: of the queries in the text.
+        """
+        return self.window_start(position) - np.asarray(limit, dtype=np.int64)
+
+    def sink_lag(self, limit: npt.ArrayLike, position: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        """The same to meet the keys of the sinks, which with a bound are followed by the newest
+        separators alone."""
+        limits = np.asarray(limit, dtype=np.int64)
+        sinks = np.minimum(limits, self.num_sink_tokens)
+        return self.stream_lag(limits - np.maximum(0, self.stream_start(limits) - sinks), position)
 
 
 @dataclass(frozen=True, eq=False)

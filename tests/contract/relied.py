@@ -11,6 +11,18 @@ MEMBERS: dict[str, tuple[str, ...]] = {
     "vllm.engine.arg_utils:EngineArgs": ("model", "dtype", "attention_backend"),
     "vllm.model_executor.layers.attention:Attention": ("impl", "kv_cache"),
     "vllm.model_executor.layers.attention_layer_base:AttentionLayerBase": ("bind_kv_cache",),
+    "vllm.model_executor.layers.rotary_embedding.base:RotaryEmbeddingBase": (
+        "_compute_inv_freq",
+        "_forward_method",
+        "base",
+        "cos_sin_cache",
+    ),
+    "vllm.model_executor.layers.rotary_embedding.linear_scaling_rope:"
+    "LinearScalingRotaryEmbedding": ("scaling_factors",),
+    "vllm.model_executor.layers.rotary_embedding:YaRNScalingRotaryEmbedding": (
+        "mscale",
+        "scaling_factor",
+    ),
     "vllm.outputs:CompletionOutput": ("finish_reason", "stop_reason"),
     "vllm.outputs:RequestOutput": ("outputs",),
     "vllm.v1.attention.selector:AttentionSelectorConfig": ("has_sliding_window",),

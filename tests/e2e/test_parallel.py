@@ -10,6 +10,9 @@ import sys
 
 import pytest
 import two_processes
+from helpers import CacheReference
+
+from vllm_sepllm.reference import first_difference
 
 pytestmark = pytest.mark.e2e
 
@@ -17,7 +20,15 @@ WAYS = {
     "ranks": {"tensor_parallel_size": 2, "enforce_eager": True},
     # Stages need compilation on CPU, in vLLM itself.
     "stages": {"pipeline_parallel_size": 2},
-    "stages with a dense layer each": {"pipeline_parallel_size": 2, "dense_layers": [0, 5]},
+    "stages with a dense layer each": {
+        "pipeline_parallel_size": 2,
+        "sepllm": {"dense_layers": [0, 5]},
+    },
+    "ranks in cache positions": {
+        "tensor_parallel_size": 2,
+        "enforce_eager": True,
+        "sepllm": {"position_mode": "cache", "max_separator_tokens": 20},
+    },
 }
 
 
@@ -36,5 +47,14 @@ def test_two_processes(book, reference_model, separator_ids, tmp_path, way):
         env=env,
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    dense = WAYS[way].get("dense_layers", [])
-    two_processes.check(result.stdout, prompts, reference_model, separator_ids, dense)
+    sepllm = WAYS[way].get("sepllm", {})
+
+    def check(prompt, tokens):
+        if sepllm.get("position_mode") == "cache":
+            bound = sepllm["max_separator_tokens"]
+            CacheReference(reference_model, separator_ids, 4, 64, bound).check(prompt, tokens)
+            return
+        arguments = reference_model, prompt, tokens, separator_ids, 4, 64
+        assert first_difference(*arguments, sepllm.get("dense_layers", ())) is None
+
+    two_processes.check(result.stdout, prompts, check)

@@ -42,7 +42,10 @@ OPTIONS = [
     ),
     ({"policy": "sepllm", "interval": 5}, "interval=5 with policy='sepllm'"),
     ({"max_separator_tokens": 0}, "max_separator_tokens=0: must be at least 1"),
-    ({"position_mode": "cache"}, "position_mode='cache' is not supported yet"),
+    (
+        {"position_mode": "cache", "dense_layers": [0]},
+        "dense_layers=[0] with position_mode='cache'",
+    ),
     ({"prefill_kernel": "xformers"}, "prefill_kernel='xformers' is not for CPU: leave it out"),
     ({"dense_layers": [6]}, "dense_layers holds 6: the model has 6 layers"),
     ({"dense_layers": list(range(6))}, "dense_layers names all 6 layers"),

@@ -4,6 +4,7 @@ import ast
 import builtins
 import copyreg
 import dataclasses
+import inspect
 import io
 import logging
 import math
@@ -79,6 +80,7 @@ def test_a_released_vllm_is_what_its_snapshot_says(needs, version):
 # What attributes in the engine's code may belong to, if not to our own objects or vLLM's.
 FOREIGN = (
     *(torch, torch.Tensor, torch.UntypedStorage, np, np.ndarray, np.typing, copyreg, platform),
+    *(torch.nn, torch.nn.Module, inspect, inspect.Signature),
     *(builtins, dataclasses, logging, math, os, sys, pathlib.Path, packaging.version.Version),
     *(str, bytes, list, dict, set, tuple, ModuleType, io.StringIO),
 )

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from vllm_sepllm.config import SepLLMConfig
 from vllm_sepllm.engine.cpu_plan import Batch, plan_batch, staging_pages_per_request
 from vllm_sepllm.policy import KeptCounts, SepLLMPolicy
 
@@ -14,18 +15,20 @@ WRONG = -1  # content of anything that must not be read
 
 
 class Pages:
-    """A pool of numpy pages that hold positions instead of keys."""
+    """A pool of numpy pages that hold positions instead of keys, and where keys are turned to."""
 
     def __init__(self, block_size, num_requests, max_len, rng):
         per_request = -(-max_len // block_size) + 1
         self.block_size = block_size
         self.content = np.full((2 * num_requests * per_request + 1, block_size), WRONG)
+        self.angle = self.content.copy()
         pages = rng.permutation(len(self.content) - 1) + 1
         tables = pages.reshape(2, num_requests, per_request).astype(np.int32)
         self.window, self.stream = tables
 
     def write(self, table, entry, value):
-        self.content[table[entry // self.block_size], entry % self.block_size] = value
+        at = table[entry // self.block_size], entry % self.block_size
+        self.content[at], self.angle[at] = value, entry  # of the stream: its place there
 
 
 def make_batch(policy, lengths, queries, block_size, rng):
@@ -61,34 +64,40 @@ def visible(policy, ids, position):
     return [*sinks, *separators, *window]
 
 
-def staged(rows, pages):
+def staged(rows, content, turns=0):
     """The staging area after the copies the plan asks for."""
     count = 1 + int(rows.block_table[rows.staged].max(initial=-1))
-    area = np.full((count, pages.block_size), WRONG)
+    area = np.full((count, content.shape[1]), WRONG)
     if rows.merged is not None:
         for j, split in enumerate(rows.merged.splits):
-            area[j] = pages.content[rows.merged.heads[j]]
-            area[j, :split] = pages.content[rows.merged.tails[j], :split]
+            area[j] = content[rows.merged.heads[j]]
+            area[j, :split] = content[rows.merged.tails[j], :split]
     if rows.packed is not None:
         packed = rows.packed
-        area.flat[packed.slots] = pages.content[packed.pages, packed.offsets]
+        area.flat[packed.slots] = content[packed.pages, packed.offsets] + turns
     return area
+
+
+def read_row(rows, row, content, turns=0):
+    """Entries of the pages a row names, in order."""
+    area = staged(rows, content, turns)
+    is_staged = set(zip(*(index.tolist() for index in rows.staged), strict=True))
+    width = -(-int(rows.seq_lens[row]) // content.shape[1])
+    read = [
+        (area if (row, column) in is_staged else content)[page]
+        for column, page in enumerate(rows.block_table[row, :width])
+    ]
+    return np.concatenate(read)[: rows.seq_lens[row]].tolist()
 
 
 def check(policy, ids, pages, plan):
     seen = set()
     if plan.paged is not None:
-        rows, area = plan.paged, staged(plan.paged, pages)
-        is_staged = set(zip(*(index.tolist() for index in rows.staged), strict=True))
+        rows = plan.paged
         for row, request in enumerate(rows.requests):
-            width = -(-int(rows.seq_lens[row]) // pages.block_size)
-            read = [
-                (area if (row, column) in is_staged else pages.content)[page]
-                for column, page in enumerate(rows.block_table[row, :width])
-            ]
             queries = int(plan.batch.stops[request] - plan.batch.starts[request])
             assert rows.query_start[row + 1] - rows.query_start[row] == queries
-            keys = np.concatenate(read)[: rows.seq_lens[row]].tolist()
+            keys = read_row(rows, row, pages.content)
             last = int(plan.batch.stops[request]) - 1
             if plan.batch.starts[request] < last:  # causal rows keep the order of positions
                 assert keys == list(range(last + 1))
@@ -116,6 +125,40 @@ def check(policy, ids, pages, plan):
     assert seen == set(range(len(ids)))
 
 
+def check_cache_positions(policy, ids, pages, plan):
+    """Every query is as far from the keys it meets as in a cache numbered from 0."""
+    rows = plan.paged
+    if rows is not None:
+        turns = rows.turns
+        of_entries = 0 if turns is None else turns.positions[turns.of_entries]
+        for row, request in enumerate(rows.requests):
+            last = int(plan.batch.stops[request]) - 1
+            if plan.batch.starts[request] < last:
+                continue  # all of it is in the window
+            query = last
+            if turns is not None:
+                query += turns.positions[turns.of_queries[rows.query_start[row]]]
+            keys = read_row(rows, row, pages.content)
+            angles = read_row(rows, row, pages.angle, of_entries)
+            number = {key: i for i, key in enumerate(visible(policy, ids[request], last))}
+            for key, angle in zip(keys, angles, strict=True):
+                assert query - angle == number[last] - number[key]
+    for row in plan.staircase:
+        start, stop = (int(x[row.request]) for x in (plan.batch.starts, plan.batch.stops))
+        stream = pages.content[row.stream_pages].reshape(-1)
+        angles = pages.angle[row.stream_pages].reshape(-1)
+        for i, position in enumerate(range(start, stop)):
+            number = {key: n for n, key in enumerate(visible(policy, ids[row.request], position))}
+            begin = 0 if row.stream_starts is None else int(row.stream_starts[i])
+            for entry in range(begin, row.stream_limits[i]):
+                distance = position - row.stream_lags[i] - angles[entry]
+                assert distance == number[position] - number[stream[entry]]
+            if row.stream_starts is not None:
+                for entry in range(min(policy.num_sink_tokens, row.stream_limits[i])):
+                    distance = position - row.sink_lags[i] - angles[entry]
+                    assert distance == number[position] - number[stream[entry]]
+
+
 @pytest.mark.parametrize("block_size", [4, 16])
 @pytest.mark.parametrize("window", [1, 2, 3, 4, 5, 8, 16, 32, 37, 500])
 @pytest.mark.parametrize("sinks", [0, 1, 4, 33])
@@ -129,6 +172,9 @@ def test_plan_reads_the_visible_tokens(block_size, window, sinks, bound):
         queries = [int(rng.integers(1, n + 1)) if rng.random() < 0.4 else 1 for n in lengths]
         ids, pages, batch = make_batch(policy, lengths, queries, block_size, rng)
         check(policy, ids, pages, plan_batch(policy, batch, pages.window, block_size))
+        plan = plan_batch(policy, batch, pages.window, block_size, in_cache_positions=True)
+        check(policy, ids, pages, plan)
+        check_cache_positions(policy, ids, pages, plan)
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0], ids=["no separators", "only separators"])
@@ -151,16 +197,24 @@ def test_plan_of_extreme_texts(share, window):
 @pytest.mark.parametrize(
     ("window", "block_size"), [(32, 32), (256, 32), (16, 16), (100, 32), (1, 16)]
 )
-@pytest.mark.parametrize("bound", [None, 1, 20, 37])
-def test_staging_stays_within_what_is_reserved(window, block_size, bound):
+@pytest.mark.parametrize("bound", [None, 1, 20, 37, 300])
+@pytest.mark.parametrize("position_mode", ["original", "cache"])
+def test_staging_stays_within_what_is_reserved(window, block_size, bound, position_mode):
     rng = np.random.default_rng(0)
     table = np.arange(VOCABULARY) == SEPARATOR
     policy = SepLLMPolicy(3, window, table, max_separator_tokens=bound)
     lengths = rng.integers(1, 700, 60).tolist()
     _ids, pages, batch = make_batch(policy, lengths, [1] * 60, block_size, rng)
-    rows = plan_batch(policy, batch, pages.window, block_size).paged
+    in_cache_positions = position_mode == "cache"
+    rows = plan_batch(policy, batch, pages.window, block_size, in_cache_positions).paged
     per_request = np.bincount(rows.staged[0])
-    assert per_request.max() <= staging_pages_per_request(window, block_size, bound is not None)
+    options = SepLLMConfig(
+        window_size=window,
+        num_sink_tokens=3,
+        max_separator_tokens=bound,
+        position_mode=position_mode,
+    )
+    assert per_request.max() <= staging_pages_per_request(options, block_size)
     pages_named = rows.block_table[rows.staged]
     assert sorted(pages_named) == list(range(len(pages_named))), "a staging page is used twice"
 

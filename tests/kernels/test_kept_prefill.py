@@ -255,6 +255,42 @@ def test_bounded_stream(num_rows, limits, sinks, bound, soft_cap):
         assert torch.equal(kept_prefill(*inputs, soft_cap, masks, **given), out)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("num_rows", [1, 20, 300])
+@pytest.mark.parametrize("limits", ["zero", "staircase", "late", "random"])
+@pytest.mark.parametrize(("sinks", "bound"), [(0, None), (0, 1), (3, 5), (3, 1000), (200, 5)])
+@pytest.mark.parametrize("soft_cap", [0.0, 2.0])
+def test_a_query_for_each_part(num_rows, limits, sinks, bound, soft_cap, dtype):
+    """As cache positions need; each part has a query of its own here, not only another angle."""
+    inputs = list(make_inputs(num_rows, 40, 120, limits, 33, heads=(4, 2), dtype=dtype))
+    stream_limits = inputs[5]
+    given = {}
+    rng = torch.Generator().manual_seed(1)
+    for name in ("stream_query", "sink_query") if bound is not None else ("stream_query",):
+        given[name] = torch.randn(inputs[0].shape, generator=rng).to(dtype)
+    if bound is not None:
+        starts = torch.maximum(stream_limits.clamp(max=sinks), stream_limits - bound)
+        given |= {"stream_starts": starts, "num_sinks": sinks}
+        for stream in inputs[1:3]:
+            stream[:, min(sinks, 120) : int(starts[0])] = NAN
+    out = kept_prefill(*inputs, soft_cap, **given)
+    expected = kept_prefill_reference(*inputs, soft_cap, **given)
+    assert out.dtype == dtype
+    assert expected.isfinite().all()
+    if dtype == torch.float32:  # sums of up to 160 terms, in another order
+        torch.testing.assert_close(out, expected, rtol=2e-5, atol=2e-6)
+    else:
+        # Weights and each of up to three parts are rounded to 8 bits, and so is their sum.
+        largest = max(float(x.nan_to_num().abs().max()) for x in (inputs[2], inputs[4]))
+        assert (out.float() - expected).abs().max() <= 3 * largest * torch.finfo(dtype).eps / 2
+    if int(stream_limits[-1]) > sinks:
+        same = kept_prefill(*inputs, soft_cap, **{**given, "stream_query": None})
+        assert not torch.equal(same, out)
+    masks: dict[int, torch.Tensor] = {}
+    for _ in range(2):
+        assert torch.equal(kept_prefill(*inputs, soft_cap, masks, **given), out)
+
+
 @pytest.mark.parametrize("num_rows", [7, 300])
 def test_a_bound_of_everything_is_none(num_rows):
     inputs = make_inputs(num_rows, 40, 120, "staircase", 33)

@@ -23,6 +23,7 @@ from vllm_sepllm.config import ConfigError
 from vllm_sepllm.engine import settings
 from vllm_sepllm.engine.checks import OTHER_BACKEND
 from vllm_sepllm.engine.registration import BACKEND_NAME
+from vllm_sepllm.engine.rotary import Rotation
 from vllm_sepllm.engine.spec import KeptSpec, WindowSpec
 
 KEPT_SUFFIX = ".kept"
@@ -100,6 +101,7 @@ class SepLLMImpl(AttentionImpl):
     Attributes:
         kept_backend: of the kept group.
         kept_name: of the layer that stands for the kept group.
+        rotation: in cache positions, how the layer turns its keys; ``None`` if it does not.
     """
 
     kept_backend: ClassVar[type[AttentionBackend]]
@@ -132,6 +134,7 @@ class SepLLMImpl(AttentionImpl):
         self.kv_cache_dtype = kv_cache_dtype
         self.logits_soft_cap = float(logits_soft_cap or 0.0)
         self.kept_name = ""
+        self.rotation: Rotation | None = None
 
     @classmethod
     @abstractmethod

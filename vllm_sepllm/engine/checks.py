@@ -57,10 +57,10 @@ def refusals(vllm_config: VllmConfig, options: SepLLMConfig, hardware: Hardware)
 
 
 def _option_refusals(options: SepLLMConfig, hardware: Hardware) -> Iterator[str]:
-    if options.position_mode != "original":
+    if options.position_mode == "cache" and options.dense_layers:
         yield (
-            f"position_mode={options.position_mode!r} is not supported yet: "
-            "use position_mode='original'"
+            f"dense_layers={list(options.dense_layers)} with position_mode='cache': layers with "
+            "full attention have no cache positions; drop one of the two"
         )
     kernel = options.prefill_kernel
     if kernel not in hardware.prefill_kernels:

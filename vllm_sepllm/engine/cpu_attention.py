@@ -25,7 +25,8 @@ from vllm import _custom_ops as ops
 from vllm import envs
 
 from vllm_sepllm.engine.cpu_plan import MergedPages, PackedEntries, PagedRows
-from vllm_sepllm.engine.cpu_staging import merge_pages, pack_entries
+from vllm_sepllm.engine.cpu_staging import gather_entries, merge_pages, pack_entries
+from vllm_sepllm.engine.rotary import Rotation
 
 _INTEGERS = {2: torch.int16, 4: torch.int32}  # by bytes of an element
 
@@ -112,7 +113,8 @@ class CpuPages:
         self.num_staging_pages = num_pages - self.first_staging_page
         self.key_cache, self.value_cache = view.chunk(2, dim=2)
         self._flat = view.view(num_pages, num_kv_heads, -1)
-        self._bits = self._flat.view(_INTEGERS[kv_cache.element_size()]).numpy()
+        self._integer = _INTEGERS[kv_cache.element_size()]
+        self._bits = self._flat.view(self._integer).numpy()
         self._layout = probe_layout(block_size, head_size, kv_cache.dtype, isa)
         self._key_index = self._layout.key_index.numpy()
         self._value_index = self._layout.value_index.numpy()
@@ -121,7 +123,9 @@ class CpuPages:
     def _compile(self) -> None:
         """Have numba compile both copies now, not in the first decode step."""
         none = np.zeros(0, dtype=np.int64)
-        self.stage(MergedPages(none, none, none), PackedEntries(none, none, none))
+        nothing = PackedEntries(none, none, none)
+        self.stage(MergedPages(none, none, none), nothing)
+        self.gather(nothing)
 
     def write(self, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
         """Write ``[num_tokens, num_kv_heads, head_size]`` to ``[num_tokens]`` int64 slots."""
@@ -139,6 +143,21 @@ class CpuPages:
             return ordered.transpose(0, 1).flatten(1, 2)
 
         return entries(self._layout.key_index), entries(self._layout.value_index)
+
+    def gather(self, packed: PackedEntries) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of single entries, ``[num_entries, num_kv_heads, head_size]``."""
+        shape = len(packed.pages), self._flat.shape[1], self._layout.key_index.shape[1]
+        key, value = torch.empty((2, *shape), dtype=self._flat.dtype)
+        gather_entries(
+            self._bits,
+            packed.pages,
+            packed.offsets,
+            self._key_index,
+            self._value_index,
+            key.view(self._integer).numpy(),
+            value.view(self._integer).numpy(),
+        )
+        return key, value
 
     def stage(self, merged: MergedPages | None, packed: PackedEntries | None) -> None:
         """Make the copies a plan asks for."""
@@ -183,6 +202,11 @@ class PagedCall:
         self._rows = rows
         self._table = torch.from_numpy(rows.block_table)
         self._staged_pages = rows.block_table[rows.staged]
+        if rows.turns is not None:
+            self._turn_positions = torch.from_numpy(rows.turns.positions)
+            self._turn_of_queries = torch.from_numpy(rows.turns.of_queries)
+            self._turn_of_entries = torch.from_numpy(rows.turns.of_entries)
+        self._turn_rows: dict[Rotation, torch.Tensor] = {}
         self._seq_lens = torch.from_numpy(rows.seq_lens)
         self._query_start = torch.from_numpy(rows.query_start)
         self._schedule = ops.cpu_attn_get_scheduler_metadata(
@@ -206,9 +230,17 @@ class PagedCall:
         output: torch.Tensor,
         scale: float,
         logits_soft_cap: float,
+        rotation: Rotation | None = None,
     ) -> None:
-        """Attend ``query`` into ``output``, both ``[num_queries, num_heads, head_size]``."""
+        """Attend ``query`` into ``output``, both ``[num_queries, num_heads, head_size]``.
+
+        ``rotation`` is the layer's, in cache positions; ``None`` if it has none.
+        """
         rows = self._rows
+        turns = self._turns_of(rotation)
+        if turns is not None:
+            assert rotation is not None
+            query = rotation.turn(query, turns, self._turn_of_queries)
         if self._staged_pages.size:
             if self._staged_pages.size > pages.num_staging_pages:
                 raise RuntimeError(
@@ -217,7 +249,15 @@ class PagedCall:
                 )
             # Staging pages are numbered from the layer's own first page.
             rows.block_table[rows.staged] = self._staged_pages + pages.first_staging_page
-            pages.stage(rows.merged, rows.packed)
+            if turns is None:
+                pages.stage(rows.merged, rows.packed)
+            else:
+                assert rows.packed is not None
+                assert rotation is not None
+                key, value = pages.gather(rows.packed)
+                key = rotation.turn(key, turns, self._turn_of_entries)
+                slots = rows.packed.slots + pages.first_staging_page * pages.block_size
+                pages.write(key, value, torch.from_numpy(slots))
         ops.cpu_attention_with_kv_cache(
             query=query,
             key_cache=pages.key_cache,
@@ -234,3 +274,11 @@ class PagedCall:
             scheduler_metadata=self._schedule,
             s_aux=None,
         )
+
+    def _turns_of(self, rotation: Rotation | None) -> torch.Tensor | None:
+        """Rows of a rotation for the step's turns, made by the first layer that has it."""
+        if rotation is None or self._rows.turns is None:
+            return None
+        if rotation not in self._turn_rows:
+            self._turn_rows[rotation] = rotation.rows(self._turn_positions)
+        return self._turn_rows[rotation]

@@ -15,7 +15,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 from vllm_sepllm.engine.backend import SepLLMBackend, SepLLMImpl
 from vllm_sepllm.engine.cpu_attention import CpuPages, PagedCall
 from vllm_sepllm.engine.cpu_metadata import KeptMetadata, KeptMetadataBuilder
-from vllm_sepllm.engine.cpu_plan import BatchPlan, StaircaseRow
+from vllm_sepllm.engine.cpu_plan import BatchPlan, IntArray, StaircaseRow
 from vllm_sepllm.engine.metadata import WindowMetadata, WindowMetadataBuilder
 
 
@@ -131,14 +131,23 @@ class SepLLMCPUImpl(SepLLMImpl):
         slots = attn_metadata.slot_mapping[:num_tokens]
         pages.write(key[:num_tokens], value[:num_tokens], slots)
         if kept.token_index.numel():
-            index = kept.token_index
-            pages.write(key[index], value[index], kept.slot_mapping)
+            self._write_stream(kept, pages, key[kept.token_index], value[kept.token_index])
         work = self._work(kept, attn_metadata, pages, query.dtype)
         if work.paged is not None:
             self._run_paged(work, pages, query[:num_tokens], output[:num_tokens])
         for row, masks in zip(work.plan.staircase, work.masks, strict=True):
             self._run_staircase(kept, row, masks, pages, query, key, value, output)
         return output
+
+    def _write_stream(
+        self, kept: KeptMetadata, pages: CpuPages, key: torch.Tensor, value: torch.Tensor
+    ) -> None:
+        """Write the kept tokens' ``[num_kept, num_kv_heads, head_size]``."""
+        lags = kept.key_lags
+        if self.rotation is not None and lags is not None:
+            rows = kept.rows(self.rotation, "keys", lambda: lags)
+            key = self.rotation.turn(key, rows)
+        pages.write(key, value, kept.slot_mapping)
 
     def _work(
         self, kept: KeptMetadata, window: WindowMetadata, pages: CpuPages, dtype: torch.dtype
@@ -164,12 +173,13 @@ class SepLLMCPUImpl(SepLLMImpl):
         self, work: StepWork, pages: CpuPages, query: torch.Tensor, output: torch.Tensor
     ) -> None:
         assert work.paged is not None
+        options = self.scale, self.logits_soft_cap, self.rotation
         if work.token_index is None:
-            work.paged.run(pages, query, output, self.scale, self.logits_soft_cap)
+            work.paged.run(pages, query, output, *options)
             return
         part = query[work.token_index]
         result = torch.empty_like(part)
-        work.paged.run(pages, part, result, self.scale, self.logits_soft_cap)
+        work.paged.run(pages, part, result, *options)
         output[work.token_index] = result
 
     def _run_staircase(
@@ -205,4 +215,17 @@ class SepLLMCPUImpl(SepLLMImpl):
             masks,
             stream_starts=None if starts is None else torch.from_numpy(starts),
             num_sinks=kept.policy.num_sink_tokens,
+            stream_query=self._turned(kept, row, row.stream_lags, query[first:stop]),
+            sink_query=self._turned(kept, row, row.sink_lags, query[first:stop]),
+        )
+
+    def _turned(
+        self, kept: KeptMetadata, row: StaircaseRow, lags: IntArray, query: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Queries of a chunk as they meet keys at cache positions; ``None`` is as they are."""
+        if self.rotation is None or kept.key_lags is None:
+            return None
+        key = row.request, lags is row.sink_lags
+        return self.rotation.turn(
+            query, kept.rows(self.rotation, key, lambda: torch.from_numpy(lags))
         )

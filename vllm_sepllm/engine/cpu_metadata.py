@@ -6,6 +6,7 @@ groups, so the plan is made when the first layer asks for it (:meth:`KeptMetadat
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,9 +18,11 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
 )
 
+from vllm_sepllm.engine import settings
 from vllm_sepllm.engine.cpu_plan import Batch, BatchPlan, IntArray, TableArray, plan_batch
 from vllm_sepllm.engine.kept_rows import StepTokens
 from vllm_sepllm.engine.metadata import WindowMetadata
+from vllm_sepllm.engine.rotary import Rotation
 from vllm_sepllm.policy import CountArray, KeptPolicy
 
 _NO_SLOTS = np.zeros(0, dtype=np.int64)
@@ -33,6 +36,8 @@ class KeptMetadata(AttentionMetadata):
         batch: token ranges, kept counts and the stream's block table.
         token_index: ``[num_kept]`` int64, batch index of each kept token.
         slot_mapping: ``[num_kept]`` int64, stream slot of each kept token.
+        key_lags: ``[num_kept]`` int64, positions that each of their keys is turned back by to be
+            at its entry; ``None`` if not in cache positions.
         work: what layers have made of the plan, for the other layers of the step.
     """
 
@@ -40,11 +45,32 @@ class KeptMetadata(AttentionMetadata):
     batch: Batch
     token_index: torch.Tensor
     slot_mapping: torch.Tensor
+    key_lags: torch.Tensor | None = None
     work: dict[Any, Any] = field(default_factory=dict)
 
     def plan(self, window: WindowMetadata, block_size: int) -> BatchPlan:
         """How the batch reads both groups."""
-        return plan_batch(self.policy, self.batch, window.block_table.numpy(), block_size)
+        return plan_batch(
+            self.policy,
+            self.batch,
+            window.block_table.numpy(),
+            block_size,
+            in_cache_positions=self.key_lags is not None,
+        )
+
+    def rows(self, rotation: Rotation, name: Any, lags: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Rows that turn back by ``lags``, made by the first layer that has this rotation.
+
+        Args:
+            rotation: of the layer.
+            name: of the lags among those of the step.
+            lags: gives them, ``[num_rows]`` int64.
+        """
+        key = (rotation, name)
+        if key not in self.work:
+            self.work[key] = rotation.rows(-lags())
+        found: torch.Tensor = self.work[key]
+        return found
 
 
 class KeptMetadataBuilder(AttentionMetadataBuilder[KeptMetadata]):
@@ -54,6 +80,8 @@ class KeptMetadataBuilder(AttentionMetadataBuilder[KeptMetadata]):
         super().__init__(*args)
         # Set once where the runner has no way to hand it over with every batch (V1).
         self.tokens: StepTokens | None = None
+        options = settings.options(self.vllm_config)
+        self._in_cache_positions = options.position_mode == "cache"
 
     def build(
         self,
@@ -93,7 +121,10 @@ class KeptMetadataBuilder(AttentionMetadataBuilder[KeptMetadata]):
         slots = self._slots(block_table, request[kept], entry[kept]) if kept.size else _NO_SLOTS
         batch = Batch(query_start, starts, stops, rows, counts, block_table)
         policy = tokens.rows.policy
-        return KeptMetadata(policy, batch, torch.from_numpy(kept), torch.from_numpy(slots))
+        metadata = KeptMetadata(policy, batch, torch.from_numpy(kept), torch.from_numpy(slots))
+        if self._in_cache_positions:
+            metadata.key_lags = torch.from_numpy(position[kept] - entry[kept])
+        return metadata
 
     def _slots(self, block_table: TableArray, request: IntArray, entry: CountArray) -> IntArray:
         size = self.kv_cache_spec.block_size

@@ -16,31 +16,46 @@ size, head and tail of the window fill exactly one page, each entry already at i
 and the tail of the stream is read in place as the ragged last page. Otherwise the three
 partial pieces are packed entry by entry.
 
+In cache positions the parts a query reads want it turned to different angles, and the kernel takes
+it at one. So it is turned to that of the largest part, and the entries of the others are staged
+with their keys turned the rest of the way: at most about a window of them, or what a bound on
+separators keeps beside it, whichever is less.
+
 *staircase*: a prompt chunk that reaches behind the window. Each of its queries has its own
 limit on the stream, which ``kept_prefill`` takes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from vllm_sepllm.config import SepLLMConfig
 from vllm_sepllm.policy import CountArray, KeptPolicy
 
 IntArray = npt.NDArray[np.int64]
 TableArray = npt.NDArray[np.int32]
 
 
-def staging_pages_per_request(window_size: int, block_size: int, is_bounded: bool) -> int:
+def staging_pages_per_request(options: SepLLMConfig, block_size: int) -> int:
     """Staging pages a decode step may need: one, or the packed rest of three pages; with a bound
-    on separators that of five, since the sinks and the newest separators do not meet."""
-    if is_bounded:
-        return 5
-    return 1 if window_size % block_size == 0 else 3
+    on separators that of five, since the sinks and the newest separators do not meet. In cache
+    positions all parts but the largest, and the ragged ends of that one."""
+    sizes = [options.window_size]
+    packed = 1 if options.window_size % block_size == 0 else 3
+    if options.max_separator_tokens is not None:
+        sizes += [options.num_sink_tokens, options.max_separator_tokens]
+        packed = 5
+    if options.position_mode != "cache":
+        return packed
+    # Without a bound the stream is as large as the window at most, or else the window is staged.
+    entries = sum(sizes) - max(sizes) if len(sizes) > 1 else options.window_size
+    return max(5, -(-(entries + 2 * (block_size - 1)) // block_size))
 
 
 @dataclass(frozen=True)
@@ -86,6 +101,21 @@ class PackedEntries:
 
 
 @dataclass(frozen=True)
+class Turns:
+    """How queries and staged keys of a step are turned, in cache positions.
+
+    Attributes:
+        positions: ``[num_turns]`` int64, positions forward; 0 comes first.
+        of_queries: ``[num_queries]`` int64, turn of each query of the paged call.
+        of_entries: ``[num_entries]`` int64, turn of each of ``PackedEntries``.
+    """
+
+    positions: IntArray
+    of_queries: IntArray
+    of_entries: IntArray
+
+
+@dataclass(frozen=True)
 class PagedRows:
     """Requests served by one call of the paged kernel.
 
@@ -104,6 +134,7 @@ class PagedRows:
     query_start: npt.NDArray[np.int32]
     merged: MergedPages | None
     packed: PackedEntries | None
+    turns: Turns | None = None
 
 
 @dataclass(frozen=True)
@@ -119,6 +150,7 @@ class StaircaseRow:
         window_length: how many they are.
         stream_limits: ``[num_queries]`` entries of ``stream_pages`` each query sees.
         stream_starts: ``[num_queries]`` with a bound, the first of them beside the sinks.
+        stream_lags, sink_lags: ``[num_queries]`` see :meth:`KeptPolicy.stream_lag`.
     """
 
     request: int
@@ -128,6 +160,8 @@ class StaircaseRow:
     window_length: int
     stream_limits: CountArray
     stream_starts: CountArray | None
+    stream_lags: IntArray
+    sink_lags: IntArray
 
 
 @dataclass(frozen=True)
@@ -140,7 +174,11 @@ class BatchPlan:
 
 
 def plan_batch(
-    policy: KeptPolicy, batch: Batch, window_pages: TableArray, block_size: int
+    policy: KeptPolicy,
+    batch: Batch,
+    window_pages: TableArray,
+    block_size: int,
+    in_cache_positions: bool = False,
 ) -> BatchPlan:
     """Plan a step.
 
@@ -149,6 +187,7 @@ def plan_batch(
         batch: the requests.
         window_pages: ``[num_reqs, max_pages]`` block table of the window group.
         block_size: entries of a page.
+        in_cache_positions: stream keys are turned to their entries, see ``policy``.
     """
     paged, staircase = [], []
     spans = zip(batch.starts.tolist(), batch.stops.tolist(), strict=True)
@@ -157,7 +196,9 @@ def plan_batch(
             paged.append((request, start, stop))
         elif start < stop:
             staircase.append(_plan_staircase(policy, batch, request, window_pages, block_size))
-    rows = _plan_paged(policy, batch, paged, window_pages, block_size) if paged else None
+    rows = None
+    if paged:
+        rows = _plan_paged(policy, batch, paged, window_pages, block_size, in_cache_positions)
     return BatchPlan(batch, rows, staircase)
 
 
@@ -165,8 +206,9 @@ def _plan_staircase(
     policy: KeptPolicy, batch: Batch, request: int, tables: TableArray, block_size: int
 ) -> StaircaseRow:
     start, stop = int(batch.starts[request]), int(batch.stops[request])
-    prefix = batch.kept_prefix[batch.rows[request]]
-    limits = policy.stream_limit(prefix, np.arange(start, stop))
+    prefix, positions = batch.kept_prefix[batch.rows[request]], np.arange(start, stop)
+    limits = policy.stream_limit(prefix, positions)
+    lags = policy.stream_lag(limits, positions), policy.sink_lag(limits, positions)
     first = int(policy.window_start(start))
     first_page, last_page = first // block_size, -(-start // block_size)
     stream = batch.stream_pages[request, : -(-int(limits[-1]) // block_size)]
@@ -186,6 +228,7 @@ def _plan_staircase(
         start - first,
         limits,
         starts,
+        *lags,
     )
 
 
@@ -195,6 +238,7 @@ def _plan_paged(
     spans: list[tuple[int, int, int]],
     window_pages: TableArray,
     block_size: int,
+    in_cache_positions: bool,
 ) -> PagedRows:
     # Plain Python on purpose: a few numbers per request, where numpy's calls cost more.
     rows, query_start = [], [0]
@@ -214,8 +258,13 @@ def _plan_paged(
     builder = _TableBuilder(len(rows), -(-int(seq_lens.max()) // block_size), block_size)
     for row, (request, sinks, begin, limit, first, stop) in enumerate(rows):
         stream, window = batch.stream_pages[request], window_pages[request]
-        if policy.max_separator_tokens is not None:  # one kind of copies for all rows
-            parts = (stream, 0, sinks), (stream, begin, limit), (window, first, stop)
+        parts = (stream, 0, sinks), (stream, begin, limit), (window, first, stop)
+        # One kind of copies for all rows.
+        if in_cache_positions:
+            # Turns that the parts ask of the query: see KeptPolicy.stream_lag and sink_lag.
+            lag = first - limit
+            builder.add_spans(row, parts, (-lag - max(0, begin - sinks), -lag, 0))
+        elif policy.max_separator_tokens is not None:
             builder.add_spans(row, parts)
         else:
             builder.add(row, stream, limit, window, first, stop)
@@ -227,6 +276,7 @@ def _plan_paged(
         np.array(query_start, dtype=np.int32),
         builder.merged(),
         builder.packed(),
+        builder.turns(np.diff(query_start)) if in_cache_positions else None,
     )
 
 
@@ -238,7 +288,10 @@ class _TableBuilder:
         self._block_size = block_size
         self._staged: list[tuple[int, int]] = []  # row and column, in order of staging pages
         self._merged: list[tuple[int, int, int]] = []
-        self._packed: list[tuple[int, int, int, int]] = []  # page, offset, count, staging slot
+        # Page, offset, count, staging slot, turn.
+        self._packed: list[tuple[int, int, int, int, int]] = []
+        self._turns = {0: 0}  # place of each amount
+        self._of_rows: list[int] = []
 
     def add(
         self, row: int, stream: TableArray, limit: int, window: TableArray, start: int, stop: int
@@ -261,35 +314,62 @@ class _TableBuilder:
             self._put(row, column, stream[full : full + (tail > 0)])
             return
         head_stop = min(first * size, stop)
-        pieces = [(window[start // size], start % size, head_stop - start)]
+        pieces = [(window[start // size], start % size, head_stop - start, 0)]
         if tail:
-            pieces.append((stream[full], 0, tail))
+            pieces.append((stream[full], 0, tail, 0))
         if stop > head_stop and stop > last * size:
-            pieces.append((window[last], 0, stop - last * size))
+            pieces.append((window[last], 0, stop - last * size, 0))
         self._pack(row, column, pieces)
 
-    def add_spans(self, row: int, spans: Iterable[tuple[TableArray, int, int]]) -> None:
-        """Name the pages of entries ``[start, stop)`` of each table; ragged ends are packed."""
+    def add_spans(
+        self,
+        row: int,
+        spans: Sequence[tuple[TableArray, int, int]],
+        turns: Sequence[int] | None = None,
+    ) -> None:
+        """Name the pages of entries ``[start, stop)`` of each table; ragged ends are packed.
+
+        Args:
+            row: of the table.
+            spans: table, start and stop of each.
+            turns: positions that each asks the query to be turned by. It is turned as the largest
+                span asks; of another that asks for something else all entries are packed, to be
+                turned the other way.
+        """
         size, column = self._block_size, 0
-        pieces: list[tuple[Any, int, int]] = []
-        for table, start, stop in spans:
+        wanted = turns or [0] * len(spans)
+        given = max(zip(spans, wanted, strict=True), key=lambda item: item[0][2] - item[0][1])[1]
+        self._of_rows.append(self._turn(given))
+        pieces: list[tuple[Any, int, int, int]] = []
+        for (table, start, stop), turn in zip(spans, wanted, strict=True):
+            if start == stop:
+                continue
             first, last = -(-start // size), stop // size  # full pages
-            if first <= last:
+            if turn != given:
+                # The query lacks ``turn - given``, so keys are turned by as much the other way.
+                own = self._turn(given - turn)
+                edges = [start, *range(first * size, stop, size), stop]
+                ends = list(pairwise(edges))
+            elif first <= last:
+                own = 0
                 column = self._put(row, column, table[first:last])
-                ends = (start, first * size), (last * size, stop)
+                ends = [(start, first * size), (last * size, stop)]
             else:
-                ends = (start, stop), (stop, stop)  # inside one page
+                own, ends = 0, [(start, stop)]  # inside one page
             for low, high in ends:
                 if low < high:
-                    pieces.append((table[low // size], low % size, high - low))
+                    pieces.append((table[low // size], low % size, high - low, own))
         if pieces:
             self._pack(row, column, pieces)
 
-    def _pack(self, row: int, column: int, pieces: list[tuple[Any, int, int]]) -> None:
+    def _turn(self, positions: int) -> int:
+        return self._turns.setdefault(positions, len(self._turns))
+
+    def _pack(self, row: int, column: int, pieces: list[tuple[Any, int, int, int]]) -> None:
         slot = len(self._staged) * self._block_size
         count = 0
-        for page, offset, length in pieces:
-            self._packed.append((page, offset, length, slot + count))
+        for page, offset, length, turn in pieces:
+            self._packed.append((page, offset, length, slot + count, turn))
             count += length
         self._put_staged(row, column, -(-count // self._block_size))
 
@@ -317,11 +397,22 @@ class _TableBuilder:
     def packed(self) -> PackedEntries | None:
         if not self._packed:
             return None
-        pages, offsets, counts, slots = np.asarray(self._packed, dtype=np.int64).T
+        pages, offsets, counts, slots, _ = np.asarray(self._packed, dtype=np.int64).T
         # Offsets within each piece: 0, 1, ... count - 1.
         step = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
         return PackedEntries(
             np.repeat(pages, counts),
             np.repeat(offsets, counts) + step,
             np.repeat(slots, counts) + step,
+        )
+
+    def turns(self, query_lens: IntArray) -> Turns | None:
+        """How queries and packed entries are turned; ``None`` if none is."""
+        if len(self._turns) == 1:
+            return None
+        packed = np.asarray(self._packed, dtype=np.int64).reshape(-1, 5)
+        return Turns(
+            np.array(list(self._turns), dtype=np.int64),
+            np.repeat(np.array(self._of_rows, dtype=np.int64), query_lens),
+            np.repeat(packed[:, 4], packed[:, 2]),
         )

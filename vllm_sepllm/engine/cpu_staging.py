@@ -39,6 +39,28 @@ def merge_pages(
 
 
 @njit(cache=True, nogil=True, boundscheck=False)  # type: ignore[untyped-decorator]
+def gather_entries(
+    flat: Any, pages: Any, offsets: Any, key_index: Any, value_index: Any, keys: Any, values: Any
+) -> None:
+    """Copy single entries out of pages, to be turned before they are staged.
+
+    Args:
+        flat: all pages.
+        pages, offsets: ``[num_entries]`` int64; see ``PackedEntries``.
+        key_index, value_index: ``[block_size, head_size]`` int64; see ``PageLayout``.
+        keys, values: ``[num_entries, num_kv_heads, head_size]``, written.
+    """
+    for entry in range(pages.shape[0]):
+        offset = offsets[entry]
+        for head in range(flat.shape[1]):
+            source = flat[pages[entry], head]
+            key, value = keys[entry, head], values[entry, head]
+            for i in range(key.shape[0]):
+                key[i] = source[key_index[offset, i]]
+                value[i] = source[value_index[offset, i]]
+
+
+@njit(cache=True, nogil=True, boundscheck=False)  # type: ignore[untyped-decorator]
 def pack_entries(
     flat: Any,
     first_staging_page: int,

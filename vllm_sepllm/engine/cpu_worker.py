@@ -68,13 +68,12 @@ class SepLLMCPUWorker(SepLLMWorker, CPUWorker):
         Enough whichever size vLLM splits pages into, and for the layer with the largest.
         """
         options = settings.options(self.vllm_config)
-        window, is_bounded = options.window_size, options.max_separator_tokens is not None
         per_request = page = 0
         for spec in window_specs(self.get_kv_cache_spec()):
             for size in SepLLMCPUBackend.get_supported_kernel_block_sizes():
                 size_bytes = spec.copy_with_new_block_size(size).page_size_bytes
                 page = max(page, size_bytes)
-                pages = staging_pages_per_request(window, size, is_bounded)
+                pages = staging_pages_per_request(options, size)
                 per_request = max(per_request, pages * size_bytes)
         return per_request, page
 

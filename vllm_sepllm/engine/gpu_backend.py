@@ -28,6 +28,7 @@ from vllm_sepllm.engine.gpu_metadata import (
     GPUWindowMetadataBuilder,
 )
 from vllm_sepllm.engine.metadata import WindowMetadata
+from vllm_sepllm.engine.rotary import REMEDY
 
 HEAD_SIZES = (32, 64, 80, 96, 128, 256)
 FP8 = torch.float8_e4m3fn
@@ -123,6 +124,8 @@ class SepLLMGPUImpl(SepLLMImpl):
             if problem:
                 raise ConfigError(f"prefill_kernel='xformers' has {problem}: leave it out")
             self._uses_xformers = True
+        if settings.options(vllm_config).position_mode == "cache":
+            raise ConfigError(f"position_mode='cache' is not supported on CUDA yet: {REMEDY}")
         longest = max_decode_query_len(vllm_config)
         if longest == 1 or longest * self.num_heads // self.num_kv_heads <= MAX_ROWS:
             sizes = self.num_heads, self.num_kv_heads, self.head_size

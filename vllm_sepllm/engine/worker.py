@@ -11,6 +11,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm_sepllm.config import ConfigError
 from vllm_sepllm.engine import settings
 from vllm_sepllm.engine.backend import KEPT_SUFFIX, SepLLMImpl, layer_index
+from vllm_sepllm.engine.rotary import prepare_cache_positions
 from vllm_sepllm.engine.spec import WindowSpec
 
 if TYPE_CHECKING:
@@ -37,9 +38,15 @@ class SepLLMWorker(Worker):
         """Load the model; the V2 runner then keeps our state beside it.
 
         Raises:
-            ConfigError: the model needs a state of its own.
+            ConfigError: the model needs a state of its own, or its keys cannot be turned to cache
+                positions.
         """
         super().load_model(*args, **kwargs)
+        if settings.options(self.vllm_config).position_mode == "cache":
+            config = self.model_config
+            with set_current_vllm_config(self.vllm_config):
+                model = self.model_runner.get_model()
+                prepare_cache_positions(model, config.get_hidden_size(), config.dtype)
         if self.use_v2_model_runner:
             self.replace_model_state()
 

@@ -18,6 +18,8 @@ def kept_prefill_reference(
     *,
     stream_starts: torch.Tensor | None = None,
     num_sinks: int = 0,
+    stream_query: torch.Tensor | None = None,
+    sink_query: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend each row to its part of the stream and to its window.
 
@@ -38,6 +40,9 @@ def kept_prefill_reference(
         logits_soft_cap: cap ``c`` of ``c * tanh(logits / c)``; 0 is none.
         stream_starts: ``[num_rows]`` int, entries; never decreasing.
         num_sinks: entries; only with ``stream_starts``.
+        stream_query, sink_query: like ``query``, the same queries as they meet the stream's keys
+            and, with ``stream_starts``, those of the sinks (in cache positions they are turned to
+            other angles); ``None`` is ``query`` itself.
 
     Returns:
         ``[num_rows, num_heads, head_size]`` float32.
@@ -52,10 +57,26 @@ def kept_prefill_reference(
         seen = torch.arange(limit)
         if stream_starts is not None:
             seen = seen[(seen < num_sinks) | (seen >= stream_starts[row])]
-        key = torch.cat([stream_key[:, seen], window_key[:, first : last + 1]], dim=1).float()
+        sinks = int((seen < num_sinks).sum()) if stream_starts is not None else 0
         value = torch.cat([stream_value[:, seen], window_value[:, first : last + 1]], 1).float()
-        key, value = key.repeat_interleave(group, 0), value.repeat_interleave(group, 0)
-        logits = torch.einsum("hd,hkd->hk", query[row].float(), key) * scale
+        value = value.repeat_interleave(group, 0)
+        parts = (
+            (sink_query, stream_key[:, seen[:sinks]]),
+            (stream_query, stream_key[:, seen[sinks:]]),
+            (query, window_key[:, first : last + 1]),
+        )
+        logits = torch.cat(
+            [
+                torch.einsum(
+                    "hd,hkd->hk",
+                    (query if own is None else own)[row].float(),
+                    key.float().repeat_interleave(group, 0),
+                )
+                for own, key in parts
+            ],
+            dim=1,
+        )
+        logits = logits * scale
         if logits_soft_cap:
             logits = logits_soft_cap * torch.tanh(logits / logits_soft_cap)
         output[row] = torch.einsum("hk,hkd->hd", logits.softmax(-1), value)

@@ -1,0 +1,226 @@
+"""``position_mode="cache"``: a query numbers what it sees from 0, as the reference does, which
+rebuilds the cache of every query."""
+
+import shutil
+
+import pytest
+import torch
+from helpers import MODEL, NGRAM, POOL_FILLING_TOKENS, SMALL_POOL, CacheReference, Reference
+
+pytestmark = pytest.mark.e2e
+
+SINKS, WINDOW = 4, 64
+# window, sinks, bound, block size, prompt chunk
+CASES = [
+    (64, 4, None, 32, 256),
+    (37, 0, None, 16, 96),
+    (1, 33, 37, 16, 64),
+    (100, 4, 64, 16, 2048),
+    (16, 4, 150, 32, 512),
+    (256, 4, 20, 32, 300),
+    (3000, 4, None, 32, 256),
+]
+
+
+@pytest.fixture
+def reference_of(reference_model, separator_ids):
+    def make(window=WINDOW, sinks=SINKS, bound=None):
+        return CacheReference(reference_model, separator_ids, sinks, window, bound)
+
+    return make
+
+
+def cache_positions(**options):
+    return {
+        "window_size": WINDOW,
+        "num_sink_tokens": SINKS,
+        "position_mode": "cache",
+        **options,
+    }
+
+
+@pytest.mark.parametrize(("window", "sinks", "bound", "block_size", "chunk"), CASES)
+def test_greedy_tokens_equal_the_reference(
+    engines, book, separator_ids, reference_of, window, sinks, bound, block_size, chunk
+):
+    sepllm = cache_positions(window_size=window, num_sink_tokens=sinks, max_separator_tokens=bound)
+    engine = engines(sepllm=sepllm, block_size=block_size, max_num_batched_tokens=chunk)
+    texts = [book[:900], book[100:102], book[3000:3342], list(separator_ids[:2]) * 100]
+    for prompt, tokens in zip(texts, engine.tokens(texts, max_tokens=30), strict=True):
+        reference_of(window, sinks, bound).check(prompt, tokens)
+    engine.check_empty()
+
+
+@pytest.mark.parametrize("bound", [None, 20])
+def test_log_probabilities_equal_the_reference(engines, book, reference_of, bound):
+    engine = engines(sepllm=cache_positions(max_separator_tokens=bound))
+    reference = reference_of(bound=bound)
+    prompt = book[2000:2500]
+    output = engine.generate([prompt], max_tokens=20, logprobs=5, prompt_logprobs=0)[0]
+    answer = output.outputs[0]
+    tokens = prompt + list(answer.token_ids)
+    entries = dict(enumerate(answer.logprobs, len(prompt)))
+    reference.check_log_probs(tokens, entries, top=5)
+    reference.check_log_probs(tokens, dict(enumerate(output.prompt_logprobs[1:], 1)))
+
+
+def test_the_comparison_can_fail(engines, book, reference, reference_of):
+    engine = engines(sepllm=cache_positions(max_separator_tokens=20))
+    prompt = book[:1500]
+    tokens = engine.tokens([prompt], max_tokens=40)[0]
+    reference_of(bound=20).check(prompt, tokens)
+    for other in (
+        reference_of(),
+        reference_of(bound=10),
+        reference,
+    ):  # the last: positions of the text
+        with pytest.raises(AssertionError, match="step"):
+            other.check(prompt, tokens)
+
+
+@pytest.mark.parametrize("bound", [None, 12])
+@pytest.mark.parametrize("memory", ["ample", "short"])
+def test_preemption_and_prefixes(engines, book, separator_ids, reference_of, bound, memory):
+    sepllm = cache_positions(**SMALL_POOL["sepllm"], max_separator_tokens=bound)
+    # With a bound a prompt of separators takes 40 pages at most; then none fits beside it.
+    blocks = 84 if memory == "ample" or bound is None else 42
+    engine = engines(**{**SMALL_POOL, "sepllm": sepllm, "num_gpu_blocks_override": blocks})
+    assert engine.llm.reset_prefix_cache()
+    intruder = None if memory == "ample" else [separator_ids[0]] * POOL_FILLING_TOKENS
+    cached = []
+    for _ in range(2):  # cold, then from the prefix cache
+        requests = {
+            "long": {"prompt": book[:900], "max_tokens": 30},
+            "branch": {"prompt": book[:500] + book[1500:1600], "max_tokens": 30},
+        }
+        for name, output in engine.serve(requests, intruder).items():
+            reference_of(bound=bound).check(
+                requests[name]["prompt"], list(output.outputs[0].token_ids)
+            )
+            cached.append(output.num_cached_tokens)
+    if memory == "ample":
+        assert cached[0] == 0
+        assert min(cached[2:]) >= 576
+
+
+@pytest.mark.parametrize("bound", [None, 20])
+def test_drafts(engines, book, reference_of, bound):
+    sepllm = cache_positions(max_separator_tokens=bound)
+    engine = engines(sepllm=sepllm, speculative_config=NGRAM)
+    counts = engine.count_drafts()
+    prompts = [book[:700], book[:60] + book[:400], book[300:330]]
+    for prompt, tokens in zip(prompts, engine.tokens(prompts, max_tokens=40), strict=True):
+        reference_of(bound=bound).check(prompt, tokens)
+    assert counts["drafted"] > counts["accepted"] > 0
+    engine.check_empty()
+
+
+def test_compiled(engines, book, reference_of):
+    sepllm = cache_positions(max_separator_tokens=20)
+    engine = engines(sepllm=sepllm, enforce_eager=False)
+    prompts = [book[:700], book[3000:3342]]
+    for prompt, tokens in zip(prompts, engine.tokens(prompts, max_tokens=30), strict=True):
+        reference_of(bound=20).check(prompt, tokens)
+
+
+def test_streaming_policy(engines, book, reference_model):
+    """StreamingLLM as it was published: sinks and window, in cache positions."""
+    sepllm = cache_positions(policy="streaming")
+    engine = engines(sepllm=sepllm, max_num_batched_tokens=96)
+    prompts = [book[:700], book[100:102]]
+    for prompt, tokens in zip(prompts, engine.tokens(prompts, max_tokens=30), strict=True):
+        CacheReference(reference_model, (), SINKS, WINDOW).check(prompt, tokens)
+
+
+SIZES = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 4096,
+    "max_position_embeddings": 512,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+
+
+def rope(kind, **options):
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **options}}
+
+
+MODELS = {
+    "plain, one KV head": ("LlamaConfig", {"num_key_value_heads": 1, **rope("default")}),
+    "linear": ("LlamaConfig", rope("linear", factor=4.0)),
+    "llama3": (
+        "LlamaConfig",
+        rope(
+            "llama3",
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=256,
+        ),
+    ),
+    "yarn": ("LlamaConfig", rope("yarn", factor=4.0, original_max_position_embeddings=128)),
+    "partial": (
+        "StableLmConfig",
+        rope("default", partial_rotary_factor=0.25),
+    ),
+    "partial, interleaved": (
+        "Glm4Config",
+        {"head_dim": 32, **rope("default", partial_rotary_factor=0.5)},
+    ),
+    "interleaved": ("CohereConfig", rope("default")),
+    "query and key norms": ("Qwen3Config", {"head_dim": 32, **rope("default")}),
+    "sliding layers, soft cap": (
+        "Gemma2Config",
+        {
+            "hidden_size": 64,
+            "sliding_window": 48,
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "head_dim": 32,
+            "query_pre_attn_scalar": 32,
+            **rope("default"),
+        },
+    ),
+}
+
+
+def save(config, path):
+    """A model with weights large enough for clear maxima, and the demo model's tokenizer."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.15)
+    model.save_pretrained(path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(f"{MODEL}/{name}", path)
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("bound", [None, 12])
+def test_rotary_embeddings(engines, book, separator_ids, tmp_path, kind, bound):
+    import transformers
+
+    name, options = MODELS[kind]
+    model = save(getattr(transformers, name)(**{**SIZES, **options}), tmp_path)
+    sepllm = cache_positions(window_size=48, max_separator_tokens=bound)
+    engine = engines(sepllm=sepllm, model=str(tmp_path), max_model_len=512)
+    is_neox = "interleaved" not in kind
+    reference = CacheReference(model, separator_ids, SINKS, 48, bound, is_neox)
+    prompts = [book[:450], book[900:930]]
+    for prompt, tokens in zip(prompts, engine.tokens(prompts, max_tokens=30), strict=True):
+        reference.check(prompt, tokens)
+    if "sliding" in kind:
+        return  # one mask for all layers is another model
+    original = Reference(model, separator_ids, SINKS, 48)
+    with pytest.raises(AssertionError, match="step"):
+        original.check(prompts[0], engine.tokens(prompts[:1], max_tokens=30)[0])

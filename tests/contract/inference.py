@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from contract.source import FUNCTIONS, Definition, Member, Tree, decorators
@@ -35,6 +35,7 @@ class Bound:
 
     cls: Definition
     member: Member
+    needs_self: bool = False  # taken from a class, where it is not one of the class itself
 
 
 Found = Callable[[Definition, str], None]  # a class and the member looked up in it
@@ -131,7 +132,11 @@ class Typer:
         classes = [c for c in classes if isinstance(c, Definition) and c.is_class]
         for cls in classes:  # an isinstance() may have told which one it is
             if self.tree.member(cls, node.attr) is not None:
-                return self._member(cls, node.attr)
+                member = self._member(cls, node.attr)
+                if isinstance(member, Bound) and isinstance(found, Definition):
+                    kinds = decorators(member.member.node) & {"staticmethod", "classmethod"}
+                    return replace(member, needs_self=not kinds)
+                return member
         if classes and self.found is not None:
             self.found(classes[0], node.attr)
         return None

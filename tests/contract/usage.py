@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +246,8 @@ class Usage:
             self._calls_by_name[function.attr].setdefault(call, where)
         called = typer.expression(function)
         if isinstance(called, Bound):
+            if called.needs_self:
+                call = replace(call, positional=call.positional - 1)
             for key in self._keys([(called.cls, called.member.name)]):
                 self.need(key, where).calls.setdefault(call, where)
         elif isinstance(called, Definition) and called.node is not None:

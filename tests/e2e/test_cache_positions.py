@@ -1,11 +1,14 @@
 """``position_mode="cache"``: a query numbers what it sees from 0, as the reference does, which
 rebuilds the cache of every query."""
 
+import resource
 import shutil
 
 import pytest
 import torch
 from helpers import MODEL, NGRAM, POOL_FILLING_TOKENS, SMALL_POOL, CacheReference, Reference
+
+from vllm_sepllm.config import ConfigError
 
 pytestmark = pytest.mark.e2e
 
@@ -132,6 +135,36 @@ def test_streaming_policy(engines, book, reference_model):
         CacheReference(reference_model, (), SINKS, WINDOW).check(prompt, tokens)
 
 
+def test_beyond_the_trained_length(engines, book, reference_of):
+    """The model is made for 2,048 positions and never sees one past the 88th."""
+    sepllm = cache_positions(max_separator_tokens=20)
+    engine = engines(sepllm=sepllm, max_model_len=4096, max_num_batched_tokens=512)
+    prompts = [book[:2030], book[:3200]]
+    for prompt, tokens in zip(prompts, engine.tokens(prompts, max_tokens=40), strict=True):
+        reference_of(bound=20).check(prompt, tokens)
+    engine.check_empty()
+
+
+def test_tables_of_long_texts_are_small(engines):
+    """Four texts of four million tokens, by the address space that an engine takes more."""
+    sepllm = cache_positions(max_separator_tokens=20)
+
+    def taken(length):
+        before = address_space()
+        engines(sepllm=sepllm, max_model_len=length, max_num_seqs=4)
+        return address_space() - before
+
+    engines(sepllm=sepllm, max_num_seqs=3)  # what a process takes once is taken
+    short = taken(2048)
+    assert taken(4 << 20) - short < 1 << 30
+
+
+def address_space():
+    """Bytes, of memory that was never touched too."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[0]) * resource.getpagesize()
+
+
 SIZES = {
     "hidden_size": 128,
     "intermediate_size": 256,
@@ -205,12 +238,29 @@ def save(config, path):
     return model.eval()
 
 
+REFUSED = {
+    "learned positions": ("OPTConfig", {"word_embed_proj_dim": 128, "ffn_dim": 256}, "no rotary"),
+    "vLLM's Transformers backend": ("GPTNeoXConfig", {}, "which runs through Transformers"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_models_that_are_refused(engines, tmp_path, kind):
+    import transformers
+
+    name, options, sentence = REFUSED[kind]
+    save(getattr(transformers, name)(**{**SIZES, **options}), tmp_path)
+    sepllm = cache_positions(max_separator_tokens=20)
+    with pytest.raises(ConfigError, match=sentence):
+        engines(sepllm=sepllm, model=str(tmp_path), max_model_len=256)
+
+
 @pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("bound", [None, 12])
-def test_rotary_embeddings(engines, book, separator_ids, tmp_path, kind, bound):
+def test_rotary_embeddings(engines, book, separator_ids, tmp_path, kind):
     import transformers
 
     name, options = MODELS[kind]
+    bound = 12 if list(MODELS).index(kind) % 2 else None
     model = save(getattr(transformers, name)(**{**SIZES, **options}), tmp_path)
     sepllm = cache_positions(window_size=48, max_separator_tokens=bound)
     engine = engines(sepllm=sepllm, model=str(tmp_path), max_model_len=512)

@@ -12,11 +12,12 @@ TESTS = "interpreted/test_gpu_path.py"
 
 
 def test_v1_runner():
-    rerun(2, TESTS, "chunks or preemption", SEPLLM_TEST_GPU_PATH="1")
+    names = "chunks or preemption or (cache_positions and 5)"
+    rerun(3, TESTS, names, SEPLLM_TEST_GPU_PATH="1")
 
 
 def test_v2_runner():
-    rerun(9, TESTS, "test", SEPLLM_TEST_GPU_PATH="1", VLLM_USE_V2_MODEL_RUNNER="1")
+    rerun(12, TESTS, "test", SEPLLM_TEST_GPU_PATH="1", VLLM_USE_V2_MODEL_RUNNER="1")
 
 
 def test_v2_runner_asynchronous():

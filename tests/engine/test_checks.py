@@ -58,6 +58,81 @@ def test_options(options, sentence):
     assert sentence in refusal(additional_config={"sepllm": options})
 
 
+@pytest.mark.parametrize(
+    ("options", "length", "sentence"),
+    [
+        ({"max_separator_tokens": 64}, 2**23 + 1, "max_model_len=8388609: must be at most 8388608"),
+        (
+            {"max_separator_tokens": 2000},
+            5000,
+            "window_size is 2260: the cache must fit into the 2048",
+        ),
+        ({"policy": "streaming", "window_size": 2045}, 5000, "window_size is 2049: the cache must"),
+    ],
+)
+def test_cache_positions(options, length, sentence):
+    sepllm = {"position_mode": "cache", **options}
+    message = refusal(max_model_len=length, additional_config={"sepllm": sepllm})
+    assert sentence in message
+
+
+def make_config(**options):
+    from vllm.engine.arg_utils import EngineArgs
+
+    arguments = EngineArgs(**{"model": MODEL, "attention_backend": "sepllm", **options})
+    config = arguments.create_engine_config()
+    assert arguments.max_model_len == options.get("max_model_len")
+    return config
+
+
+@pytest.mark.parametrize(
+    ("options", "cache"),
+    [
+        ({"max_separator_tokens": 64}, 324),
+        ({"max_separator_tokens": 1788}, 2048),
+        ({"policy": "streaming"}, 260),
+        ({}, None),
+        ({"policy": "fixed_interval", "interval": 5}, None),
+    ],
+)
+def test_texts_beyond_the_trained_length(monkeypatch, options, cache):
+    from vllm_sepllm.engine import startup
+
+    said = []
+    for level in ("info_once", "warning_once"):
+        monkeypatch.setattr(
+            startup.logger,
+            level,
+            lambda text, *args, level=level: said.append((level, text % args)),
+        )
+    sepllm = {"position_mode": "cache", **options}
+    config = make_config(max_model_len=2**23, additional_config={"sepllm": sepllm})
+    assert config.model_config.max_model_len == 2**23
+    (_, _), (level, line) = said
+    assert "texts of up to 8388608 tokens" in line
+    if cache is not None:
+        assert level == "info_once"
+        assert f"in {cache} of the model's 2048 positions" in line
+    else:
+        assert level == "warning_once"
+        assert line.endswith("tokens: set max_separator_tokens.")
+
+
+def test_lengths_that_are_as_ever():
+    """Not given, short, or with positions of the text."""
+    sepllm = {"position_mode": "cache", "max_separator_tokens": 2000}
+    for length in (None, 2048, 700):
+        config = make_config(max_model_len=length, additional_config={"sepllm": sepllm})
+        assert config.model_config.max_model_len == (length or 2048)
+    for arguments in (
+        {"additional_config": {"sepllm": {"max_separator_tokens": 64}}},
+        {"additional_config": {"sepllm": {"position_mode": "cache"}}, "attention_backend": None},
+        {"additional_config": {"sepllm": {"position_mode": "cache", "oops": 1}}},
+    ):
+        with pytest.raises(ValueError, match="VLLM_ALLOW_LONG_MAX_MODEL_LEN"):
+            make_config(max_model_len=4096, **arguments)
+
+
 MISPLACED = [{"window_size": 64}, {"SepLLM": {"window_size": 64}}, {"sepllm ": {}}]
 
 

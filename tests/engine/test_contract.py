@@ -132,6 +132,8 @@ def f(request: Request, runner: Any, many: dict[str, Request]):
     local.take_events(1)
     for name, other in many.items():
         other.trace_headers
+    original = Request.take_prefill_stats
+    original(request)
     return runner.input_batch.token_ids_cpu, request.priority
 """
 
@@ -149,8 +151,9 @@ def test_usage_is_inferred_from_annotations_and_the_rest_is_reported(tmp_path):
         usage.needs
     )
     assert list(usage.needs[f"{request}.take_events"].calls) == [Call(1)]
+    assert list(usage.needs[f"{request}.take_prefill_stats"].calls) == [Call(0)]
     assert set(usage.untyped) - {"items"} == {"input_batch", "token_ids_cpu"}
-    assert usage.untyped["token_ids_cpu"] == "vllm_sepllm.engine.module:10"
+    assert usage.untyped["token_ids_cpu"] == "vllm_sepllm.engine.module:12"
 
 
 class Doctored(Tree):

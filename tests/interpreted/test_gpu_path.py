@@ -6,7 +6,7 @@ Short prompts: Triton's interpreter takes about 10 ms per prompt token of the de
 import os
 
 import pytest
-from helpers import NGRAM
+from helpers import NGRAM, CacheReference
 from xformers_masks import attend_under_bias
 
 from vllm_sepllm.engine.gpu_backend import SepLLMGPUImpl
@@ -105,6 +105,19 @@ def test_bounded_separators(engines, book, check_bounded):
     engine.check_empty()
 
 
+@pytest.mark.parametrize("bound", [None, 5])
+def test_cache_positions(engines, book, separator_ids, reference_model, bound):
+    """Chunks, decoding beside a prompt, and a prefix found in the cache."""
+    sepllm = {**OPTIONS["sepllm"], "max_separator_tokens": bound, "position_mode": "cache"}
+    engine = engines(**{**OPTIONS, "sepllm": sepllm})
+    reference = CacheReference(reference_model, separator_ids, SINKS, WINDOW, bound)
+    for prompts in ([book[:150], book[300:330]], [book[:120] + book[600:630]]):
+        for prompt, output in zip(prompts, engine.generate(prompts, max_tokens=16), strict=True):
+            reference.check(prompt, list(output.outputs[0].token_ids))
+    assert output.num_cached_tokens >= 96
+    engine.check_empty()
+
+
 @pytest.mark.parametrize(("policy", "interval"), [("streaming", None), ("fixed_interval", 5)])
 def test_other_policies(engines, book, reference_model, policy, interval):
     options = {"policy": policy} if interval is None else {"policy": policy, "interval": interval}
@@ -129,11 +142,16 @@ def xformers_calls(monkeypatch):
     return calls
 
 
-def test_prompts_with_xformers(engines, book, check, xformers_calls):
+@pytest.mark.parametrize("position_mode", ["original", "cache"])
+def test_prompts_with_xformers(
+    engines, book, reference_model, separator_ids, check, xformers_calls, position_mode
+):
     """Chunks, a short prompt, and chunks of one while another decodes."""
-    sepllm = {**OPTIONS["sepllm"], "prefill_kernel": "xformers"}
-    engine = engines(**{**OPTIONS, "sepllm": sepllm})
+    sepllm = {"prefill_kernel": "xformers", "position_mode": position_mode}
+    engine = engines(**{**OPTIONS, "sepllm": {**OPTIONS["sepllm"], **sepllm}})
     prompts = [book[:150], book[100:102], book[300:340]]
+    if position_mode == "cache":
+        check = CacheReference(reference_model, separator_ids, SINKS, WINDOW).check
     for prompt, tokens in zip(prompts, engine.tokens(prompts, max_tokens=12), strict=True):
         check(prompt, tokens)
     assert xformers_calls, "xformers was not called"

@@ -21,6 +21,7 @@ from sepllm_kernels.kept_decode.triton import TILE, _decode, _merge
 from sepllm_kernels.kept_metadata.triton import TILE as TOKENS
 from sepllm_kernels.kept_metadata.triton import _kept_metadata
 from sepllm_kernels.kept_prefill.triton import NUM_WARPS, ROWS, _prefill
+from sepllm_kernels.turn_queries.triton import _turn_queries
 from sepllm_kernels.write_kv.triton import _write_kv
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -28,8 +29,9 @@ from triton.compiler import ASTSource
 H200, A100 = 90, 80
 INDEX = {"query_start": "*i32", "seq_lens": "*i32", "window_table": "*i32", "kept_table": "*i32"}
 INDEX |= {"stream_ranges": "*i32", "stream_slots": "*i64", "window_slots": "*i64", "rows": "*i64"}
-INDEX |= {"token_ids": "*i32", "kept_prefix": "*i32", "is_chosen": "*i1"}
-FLOATS = {"partial": "*fp32", "log_sums": "*fp32", "stream_angles": "*fp32", "scale": "fp32"}
+INDEX |= {"token_ids": "*i32", "kept_prefix": "*i32", "is_chosen": "*i1", "lags": "*i32"}
+FLOATS = {"partial": "*fp32", "log_sums": "*fp32", "stream_turns": "*fp32", "scale": "fp32"}
+FLOATS |= {"turns": "*fp32"}
 FLOATS |= dict.fromkeys(("value_scale", "inverse_key_scale", "inverse_value_scale"), "fp32")
 HEADS = [(32, 8, 128), (32, 32, 80), (16, 16, 256), (12, 12, 64)]
 
@@ -58,7 +60,12 @@ def cases() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict[str, int
             yield _prefill, {**types, "output": "*fp32"}, prefill, launch, capability
     yield _merge, {"output": "*bf16"}, {"NUM_SPLITS": 9, "HEAD_SIZE": 128}, {}, H200
     for bounded in (False, True):
-        yield _kept_metadata, {}, {"PAGE": 16, "TILE": TOKENS, "BOUNDED": bounded}, {}, H200
+        constants = {"PAGE": 16, "TILE": TOKENS, "BOUNDED": bounded}
+        yield _kept_metadata, {}, {**constants, "lags": None}, {}, H200
+        yield _kept_metadata, {}, constants, {}, H200
+    for neox in (False, True):
+        layer = {"NUM_HEADS": 32, "HEAD_SIZE": 128, "HALF": 64, "NEOX": neox}
+        yield _turn_queries, {"query": "*bf16", "output": "*bf16"}, layer, {}, H200
     for pages, half, limit in (("bf16", 0, 0.0), ("fp8e4nv", 0, 448.0), ("fp8e4nv", 64, 448.0)):
         types = {"key": "*bf16", "value": "*bf16"}
         types |= {"key_pages": f"*{pages}", "value_pages": f"*{pages}"}

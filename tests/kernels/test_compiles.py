@@ -26,7 +26,14 @@ def compiled():
 
 def test_all_kernels_compile(compiled):
     names = {kernel["kernel"] for kernel in compiled}
-    assert names == {"_decode", "_merge", "_prefill", "_kept_metadata", "_write_kv"}
+    assert names == {
+        "_decode",
+        "_merge",
+        "_prefill",
+        "_kept_metadata",
+        "_write_kv",
+        "_turn_queries",
+    }
     for kernel in compiled:
         assert kernel["shared"] <= SHARED_MEMORY[kernel["capability"]], kernel
 

@@ -33,8 +33,8 @@ class Worker:
 
     def step(
         self, token_ids: list[torch.Tensor], stops: list[int], rows: list[int], padding: int = 0
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """``token_ids`` of each request end at position ``stops``. Returns slots and ranges."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """``token_ids`` of each request end at position ``stops``. Returns slots, ranges, lags."""
         lengths = [len(ids) for ids in token_ids] + [0] * padding
         flat = torch.cat([*token_ids, torch.full((padding,), SEPARATORS[0])]).int()
         pages = max([*stops, 1]) // PAGE + 1
@@ -56,9 +56,17 @@ class Worker:
             ranges = torch.full((len(flat), 2), 777, dtype=torch.int32, device=device)
             on_device = prefix.to(device)
             inputs = [argument.to(device) for argument in arguments]
-            operation(*inputs, on_device, slots, ranges, **self.options)
+            lags = torch.full((3, len(flat)), 777, dtype=torch.int32, device=device)
+            before = on_device.clone()
+            operation(*inputs, on_device, slots, ranges, **self.options, lags=lags)
             prefix.copy_(on_device)
-            results.append((slots.cpu(), ranges.cpu()))
+            results.append((slots.cpu(), ranges.cpu(), lags.cpu()))
+            if operation is kept_metadata:  # the same without lags
+                plain = slots.clone(), ranges.clone()
+                operation(*inputs, before, slots.fill_(7), ranges.fill_(7), **self.options)
+                assert torch.equal(slots, plain[0])
+                assert torch.equal(ranges, plain[1])
+                assert torch.equal(before, on_device)
         for found, expected in zip(results[1], results[0], strict=True):
             assert torch.equal(found, expected)
         assert torch.equal(*self.prefix)
@@ -114,19 +122,30 @@ def test_ring(chunk):
             assert torch.equal(found, expected)
 
 
-def test_counts_are_the_policys():
-    """The one definition of what is kept."""
-    config = SepLLMConfig(num_sink_tokens=4, window_size=20, separator_token_ids=tuple(SEPARATORS))
+@pytest.mark.parametrize("bound", [None, 7])
+def test_counts_are_the_policys(bound):
+    """The one definition of what is kept and seen, and of cache positions."""
+    config = SepLLMConfig(
+        num_sink_tokens=4,
+        window_size=20,
+        separator_token_ids=tuple(SEPARATORS),
+        max_separator_tokens=bound,
+    )
     policy = KeptPolicy.from_config(config, VOCAB)
-    worker = Worker(1, ring=512)
+    worker = Worker(1, ring=512, max_separator_tokens=bound)
     ids = worker.tokens(300)
-    slots, ranges = worker.step([ids], [300], [0])
+    slots, ranges, lags = worker.step([ids], [300], [0])
     kept = policy.kept_flags(ids.numpy())
     prefix = np.concatenate([[0], np.cumsum(kept)]).astype(np.int32)
     assert (worker.prefix[1][0, :301].numpy() == prefix).all()
     assert ((slots >= 0).numpy() == kept).all()
-    assert (ranges[:, 1].numpy() == policy.stream_limit(prefix, np.arange(300))).all()
-    assert not ranges[:, 0].any()
+    position = np.arange(300)
+    limits = policy.stream_limit(prefix, position)
+    assert (ranges[:, 1].numpy() == limits).all()
+    assert (ranges[:, 0].numpy() == policy.stream_start(limits)).all()
+    assert (lags[0].numpy() == np.where(kept, position - prefix[:-1], 0)).all()
+    assert (lags[1].numpy() == policy.stream_lag(limits, position)).all()
+    assert (lags[2].numpy() == policy.sink_lag(limits, position)).all()
 
 
 def test_what_is_computed_again_is_counted_again():

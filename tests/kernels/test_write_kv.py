@@ -2,6 +2,7 @@ import pytest
 import torch
 from batches import DEVICE, NAN, Shape, make_pages
 from sepllm_kernels.batch import PagedKV
+from sepllm_kernels.turn_queries import turn_queries, turn_queries_reference
 from sepllm_kernels.write_kv import write_kv, write_kv_reference
 
 pytestmark = pytest.mark.kernels
@@ -85,6 +86,10 @@ def test_values_between_two_tokens_of_a_projection():
     assert_same(found, write_both(shape)[1])
 
 
+def turns_of(angles: torch.Tensor) -> torch.Tensor:
+    return torch.cat([angles.cos(), angles.sin()], -1).float()
+
+
 @pytest.mark.parametrize("is_neox", [True, False])
 @pytest.mark.parametrize("rotary_dim", [64, 32, 16])
 def test_rotated_stream(is_neox, rotary_dim):
@@ -92,10 +97,11 @@ def test_rotated_stream(is_neox, rotary_dim):
     shape = Shape()
     inputs = random_inputs(shape)
     rng = torch.Generator().manual_seed(1)
-    angles = 50 * torch.randn(len(inputs[2]), rotary_dim // 2, generator=rng).to(DEVICE)
-    found, expected = write_both(shape, inputs=inputs, stream_angles=angles, is_neox=is_neox)
-    # Cosine and sine of both are within an ulp or two of angles that are the same bits.
-    torch.testing.assert_close(found, expected, atol=2e-6, rtol=2e-6, equal_nan=True)
+    angles = 50 * torch.randn(len(inputs[2]), rotary_dim // 2, generator=rng)
+    turns = turns_of(angles).to(DEVICE)
+    found, expected = write_both(shape, inputs=inputs, stream_turns=turns, is_neox=is_neox)
+    # Two products and a sum, each rounded, or the second product not.
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0, equal_nan=True)
     plain = write_both(shape, inputs=inputs)[1]
     changed = ~torch.isclose(plain, expected, equal_nan=True, atol=1e-3)
     assert changed[0].any()
@@ -104,7 +110,7 @@ def test_rotated_stream(is_neox, rotary_dim):
 
 
 def test_a_rotation_is_that_of_positions():
-    """A key rotated for position p, written with the angles of j - p, is rotated for j."""
+    """A key rotated for position p, written with the turn of j - p, is rotated for j."""
     shape = Shape(num_kv_heads=1)
     rng = torch.Generator().manual_seed(2)
     plain = torch.randn(1, 1, shape.head_size, generator=rng)
@@ -123,8 +129,31 @@ def test_a_rotation_is_that_of_positions():
         pages,
         torch.tensor([-1], device=DEVICE),
         torch.tensor([17], device=DEVICE),
-        ((37 - 900) * frequencies).float()[None].to(DEVICE),
+        turns_of((37 - 900) * frequencies)[None].to(DEVICE),
     )
-    # The angle of up to 863 radians is rounded to float32: 863 * 2**-24 = 5e-5.
+    # The key, its turn, and both products are rounded to float32; elements are below 4.
     expected = rotated_for(37)[0]
-    torch.testing.assert_close(pages.key[1, :, 1].cpu().double(), expected, atol=3e-4, rtol=0)
+    torch.testing.assert_close(pages.key[1, :, 1].cpu().double(), expected, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("is_neox", [True, False])
+@pytest.mark.parametrize("sizes", [(4, 64, 64), (1, 80, 20), (32, 128, 128), (6, 96, 32)])
+@pytest.mark.parametrize("num_parts", [1, 2])
+def test_turned_queries(dtype, is_neox, sizes, num_parts):
+    num_heads, head_size, rotary_dim = sizes
+    rng = torch.Generator().manual_seed(4)
+    fused = torch.randn(9, num_heads + 3, head_size, generator=rng).to(dtype).to(DEVICE)
+    query = fused[:, :num_heads]  # a slice of a projection
+    turns = turns_of(50 * torch.randn(num_parts, 9, rotary_dim // 2, generator=rng)).to(DEVICE)
+    found = turn_queries(query, turns, is_neox)
+    expected = turn_queries_reference(query, turns, is_neox)
+    assert found.shape == (1 + num_parts, 9, num_heads, head_size)
+    assert found.dtype == dtype
+    assert torch.equal(found[0], query)
+    assert torch.equal(found[..., rotary_dim:], expected[..., rotary_dim:])
+    # Elements are below 5; one rounding of the dtype may go the other way.
+    atol = 1e-6 if dtype == F32 else 5 * torch.finfo(dtype).eps
+    torch.testing.assert_close(found, expected, atol=atol, rtol=0)
+    assert not torch.isclose(found[1], query, atol=0.1).all()
+    assert turn_queries(query[:0], turns[:, :0], is_neox).shape[1] == 0

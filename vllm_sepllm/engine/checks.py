@@ -11,7 +11,8 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from vllm.config import CompilationMode, VllmConfig
+from vllm.config import CompilationMode, ModelConfig, VllmConfig
+from vllm.config.model import _get_and_verify_max_len
 
 from vllm_sepllm.config import SepLLMConfig
 from vllm_sepllm.engine.compat import groups_own_kv_cache
@@ -19,6 +20,7 @@ from vllm_sepllm.engine.settings import OPTIONS_KEY
 
 OTHER_BACKEND = "use another attention backend"
 BLOCK_MULTIPLE = 16
+MAX_STREAM_TOKENS = 2**23  # what a text may have in cache positions
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ def refusals(vllm_config: VllmConfig, options: SepLLMConfig, hardware: Hardware)
         *_option_refusals(options, hardware),
         *_misplaced_options(vllm_config.additional_config),
         *_model_refusals(vllm_config, hardware),
+        *_length_refusals(vllm_config.model_config, options),
         *_cache_refusals(vllm_config, options, hardware),
         *_parallel_refusals(vllm_config, hardware),
         *_runner_refusals(vllm_config, hardware),
@@ -122,6 +125,41 @@ def _model_refusals(vllm_config: VllmConfig, hardware: Hardware) -> Iterator[str
             f"every layer of {name} uses sliding-window attention (window "
             f"{model.get_sliding_window()}), so there is no full-attention layer to serve: "
             f"{OTHER_BACKEND}"
+        )
+
+
+def trained_length(model_config: ModelConfig) -> int:
+    """Tokens a model is made for, whatever ``max_model_len`` was asked for."""
+    return _get_and_verify_max_len(
+        hf_config=model_config.hf_text_config,
+        model_arch_config=model_config.model_arch_config,
+        tokenizer_config=None,
+        max_model_len=None,
+        disable_sliding_window=False,
+        sliding_window=None,
+    )
+
+
+def largest_cache(options: SepLLMConfig) -> int | None:
+    """Most tokens a query sees, which is where cache positions end; ``None`` if it grows."""
+    cache = options.num_sink_tokens + options.window_size
+    if options.policy == "streaming":
+        return cache
+    bound = options.max_separator_tokens
+    return None if bound is None else cache + bound
+
+
+def _length_refusals(model_config: ModelConfig, options: SepLLMConfig) -> Iterator[str]:
+    length = model_config.max_model_len
+    if options.position_mode != "cache":
+        return
+    if length > MAX_STREAM_TOKENS:
+        yield f"max_model_len={length}: must be at most {MAX_STREAM_TOKENS}; cut the text in two"
+    trained, cache = trained_length(model_config), largest_cache(options)
+    if length > trained and cache is not None and cache > trained:
+        yield (
+            f"num_sink_tokens + max_separator_tokens + window_size is {cache}: the cache must fit "
+            f"into the {trained} positions of {model_config.model}; lower one of them"
         )
 
 

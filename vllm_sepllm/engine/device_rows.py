@@ -102,6 +102,7 @@ class DeviceRows:
         page_size: int,
         stream_slots: torch.Tensor,
         stream_ranges: torch.Tensor,
+        lags: torch.Tensor | None = None,
     ) -> None:
         """Count a step's tokens; see :func:`sepllm_kernels.kept_metadata.kept_metadata`."""
         kept_metadata(
@@ -119,6 +120,7 @@ class DeviceRows:
             page_size=page_size,
             interval=self._interval,
             max_separator_tokens=self.policy.max_separator_tokens,
+            lags=lags,
         )
 
 

@@ -9,6 +9,7 @@ import torch
 from sepllm_kernels.batch import KeptBatch, PagedKV
 from sepllm_kernels.kept_decode.triton import MAX_ROWS, DecodeBuffers, kept_decode, processors
 from sepllm_kernels.kept_prefill.triton import kept_prefill_paged
+from sepllm_kernels.turn_queries import turn_queries
 from sepllm_kernels.write_kv import write_kv
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
@@ -28,7 +29,6 @@ from vllm_sepllm.engine.gpu_metadata import (
     GPUWindowMetadataBuilder,
 )
 from vllm_sepllm.engine.metadata import WindowMetadata
-from vllm_sepllm.engine.rotary import REMEDY
 
 HEAD_SIZES = (32, 64, 80, 96, 128, 256)
 FP8 = torch.float8_e4m3fn
@@ -124,8 +124,6 @@ class SepLLMGPUImpl(SepLLMImpl):
             if problem:
                 raise ConfigError(f"prefill_kernel='xformers' has {problem}: leave it out")
             self._uses_xformers = True
-        if settings.options(vllm_config).position_mode == "cache":
-            raise ConfigError(f"position_mode='cache' is not supported on CUDA yet: {REMEDY}")
         longest = max_decode_query_len(vllm_config)
         if longest == 1 or longest * self.num_heads // self.num_kv_heads <= MAX_ROWS:
             sizes = self.num_heads, self.num_kv_heads, self.head_size
@@ -160,7 +158,14 @@ class SepLLMGPUImpl(SepLLMImpl):
         pages = self._pages(layer, kv_cache)
         num_tokens = kept.stream_slots.shape[0]
         slots = attn_metadata.slot_mapping[:num_tokens]
-        write_kv(key, value, pages, slots, kept.stream_slots)
+        if self.rotation is None:
+            write_kv(key, value, pages, slots, kept.stream_slots)
+        else:
+            turns, is_neox = kept.turns[self.rotation], self.rotation.is_neox
+            write_kv(key, value, pages, slots, kept.stream_slots, turns[0], is_neox)
+            # For the stream, and for the sinks where they are a part of their own.
+            parts = turns[1:] if kept.num_sinks else turns[1:2]
+            query = turn_queries(query[:num_tokens], parts, is_neox)
         first = kept.num_decodes if self._buffers is not None else 0
         options = self.scale, self.logits_soft_cap
         if first:

@@ -19,8 +19,10 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from vllm_sepllm.engine import settings
+from vllm_sepllm.engine.backend import KEPT_SUFFIX
 from vllm_sepllm.engine.device_rows import DeviceTokens
 from vllm_sepllm.engine.metadata import WindowMetadata, WindowMetadataBuilder
+from vllm_sepllm.engine.rotary import Rotation
 
 
 @dataclass
@@ -38,6 +40,9 @@ class GPUKeptMetadata(AttentionMetadata):
         num_decodes, num_decode_tokens: requests with few tokens, which come first, and those.
         max_decode_query_len: tokens of one of them at most.
         max_query_len: tokens of any request at most.
+        turns: in cache positions, ``[3, num_tokens, rotary_dim]`` float32 for each rotation of
+            layers: how it turns the keys and queries of tokens back by the lags of
+            ``kept_metadata``.
         window_spans: of the prompts, made by the first layer for all, if xformers computes them.
     """
 
@@ -52,6 +57,7 @@ class GPUKeptMetadata(AttentionMetadata):
     num_decode_tokens: int
     max_decode_query_len: int
     max_query_len: int
+    turns: dict[Rotation, torch.Tensor]
     window_spans: Any = None
 
     @property
@@ -103,6 +109,19 @@ class GPUKeptMetadataBuilder(ReplayedBuilder):
         most = self.vllm_config.scheduler_config.max_num_batched_tokens
         self._slots = torch.full((most,), -1, dtype=torch.int64, device=self.device)
         self._ranges = torch.zeros(most, 2, dtype=torch.int32, device=self.device)
+        self._lags: torch.Tensor | None = None
+        self._turns: dict[Rotation, torch.Tensor] = {}
+        if options.position_mode == "cache":
+            self._lags = torch.zeros(3 * most, dtype=torch.int32, device=self.device)
+            for rotation in self._rotations():
+                sizes = 3 * most, 2 * len(rotation.inv_freq)
+                self._turns[rotation] = torch.zeros(sizes, device=self.device)
+
+    def _rotations(self) -> set[Rotation]:
+        """Of the group's layers."""
+        layers = self.vllm_config.compilation_config.static_forward_context
+        impls = [layers[name.removesuffix(KEPT_SUFFIX)].impl for name in self.layer_names]
+        return {impl.rotation for impl in impls if impl.rotation is not None}
 
     def build(
         self,
@@ -124,6 +143,7 @@ class GPUKeptMetadataBuilder(ReplayedBuilder):
         tokens = tokens or self.tokens
         step = tokens.step() if tokens is not None else None
         slots, ranges = self._slots[:num_tokens], self._ranges[:num_tokens]
+        lags = None if self._lags is None else self._lags[: 3 * num_tokens].view(3, num_tokens)
         query_start = common.query_start_loc[: num_reqs + 1]
         seq_lens = common.seq_lens[:num_reqs]
         if step is None:  # nothing of it may be counted, or written to a stream
@@ -141,6 +161,7 @@ class GPUKeptMetadataBuilder(ReplayedBuilder):
                 self.kv_cache_spec.block_size,
                 slots,
                 ranges,
+                lags,
             )
         longest = self.reorder_batch_threshold
         assert longest is not None
@@ -157,4 +178,13 @@ class GPUKeptMetadataBuilder(ReplayedBuilder):
             num_decode_tokens=split[2],
             max_decode_query_len=longest,
             max_query_len=common.max_query_len,
+            turns=self._turn_back(lags),
         )
+
+    def _turn_back(self, lags: torch.Tensor | None) -> dict[Rotation, torch.Tensor]:
+        found = {}
+        for rotation, buffer in self._turns.items():
+            assert lags is not None
+            found[rotation] = buffer[: lags.numel()].view(*lags.shape, -1)
+            found[rotation].copy_(rotation.rows(-lags.flatten()).view_as(found[rotation]))
+        return found

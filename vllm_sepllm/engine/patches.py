@@ -1,19 +1,60 @@
 """Changes to vLLM for which it has no seam.
 
 Each says why it is needed, which symbol it changes and when it can go. It delegates to the
-original, and is applied only in a process whose configuration selects SEPLLM.
+original, and adds nothing where a configuration does not select SEPLLM.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from functools import wraps
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm.exceptions import VLLMValidationError
 
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig
+
 PATCHED = "_patched_by_sepllm"
+
+
+def allow_endless_streams() -> None:
+    """Let ``max_model_len`` exceed a model's trained positions in cache positions. Idempotent.
+
+    Why: vLLM compares the two while it makes the model's configuration, before any plugin sees
+    which attention is to run. Its own way out, ``VLLM_ALLOW_LONG_MAX_MODEL_LEN=1``, would lift the
+    limit for every model of the process, and warn of what cannot happen here.
+
+    Changes ``vllm.engine.arg_utils.EngineArgs.create_model_config``: with
+    ``position_mode="cache"`` the length asked for is set after that comparison. What it may be is
+    for ``checks`` to say.
+
+    Not needed once vLLM lets an attention backend say how long its models may read.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    from vllm_sepllm.engine import settings
+
+    original: Callable[..., ModelConfig] = EngineArgs.create_model_config
+    if getattr(original, PATCHED, False):
+        return
+
+    @wraps(original)
+    def create_model_config(self: EngineArgs, *args: Any, **kwargs: Any) -> ModelConfig:
+        asked: int | None = self.max_model_len
+        if asked is None or asked < 1 or not settings.asks_for_cache_positions(self):
+            return original(self, *args, **kwargs)
+        self.max_model_len = None
+        try:
+            model_config = original(self, *args, **kwargs)
+        finally:
+            self.max_model_len = asked
+        model_config.max_model_len = model_config.original_max_model_len = asked
+        return model_config
+
+    setattr(create_model_config, PATCHED, True)
+    EngineArgs.create_model_config = create_model_config
 
 
 def tell_clients_why() -> None:

@@ -31,7 +31,17 @@ def platform() -> str | None:
 
 
 def register() -> None:
-    """``vllm.general_plugins``: make ``--attention-backend sepllm`` known. Idempotent."""
+    """``vllm.general_plugins``: make ``--attention-backend sepllm`` known. Idempotent.
+
+    It is called before arguments become a configuration, and in every process.
+    """
+    from vllm_sepllm.engine.patches import allow_endless_streams
+
+    _register_backend()
+    allow_endless_streams()
+
+
+def _register_backend() -> None:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     if BACKEND_NAME in AttentionBackendEnum.__members__:
@@ -48,7 +58,7 @@ def _reduce_backend(member: Any) -> tuple[Any, tuple[str]]:
 
 
 def _load_backend(name: str) -> Any:
-    register()
+    _register_backend()
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     return AttentionBackendEnum[name]

@@ -173,6 +173,11 @@ def prepare_cache_positions(model: nn.Module, hidden_size: int, dtype: torch.dty
             _replace(parent, embedding, long)
         rotations.append(rotation)
         layer.impl.rotation = rotation  # read by SepLLM attention only
+    if not rotations:
+        raise ConfigError(
+            f"position_mode='cache' cannot see the attention modules of {type(model).__name__}, "
+            f"which runs through Transformers: {REMEDY}"
+        )
     if not any(rotations):
         raise ConfigError(
             "position_mode='cache' turns keys to other positions, and this model has no rotary "

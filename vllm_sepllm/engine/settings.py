@@ -6,12 +6,17 @@ their ids back, as plain JSON: workers and the scheduler then need no tokenizer.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
-from vllm_sepllm.config import SepLLMConfig
+from vllm_sepllm.config import ConfigError, SepLLMConfig
 from vllm_sepllm.engine.registration import BACKEND_NAME
 from vllm_sepllm.policy import KeptPolicy
+
+if TYPE_CHECKING:
+    from vllm.engine.arg_utils import EngineArgs
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -42,7 +47,23 @@ def options(vllm_config: VllmConfig) -> SepLLMConfig:
     Raises:
         ConfigError: they are malformed.
     """
-    additional = vllm_config.additional_config
+    return _parse(vllm_config.additional_config)
+
+
+def asks_for_cache_positions(engine_args: EngineArgs) -> bool:
+    """Whether arguments select SEPLLM with ``position_mode="cache"``; malformed ones do not."""
+    attention = engine_args.attention_config
+    chosen = [engine_args.attention_backend, attention.backend]
+    chosen += attention.backend_per_kind.values()
+    names = [getattr(backend, "name", str(backend)).upper() for backend in chosen]
+    try:
+        is_cache = _parse(engine_args.additional_config).position_mode == "cache"
+    except ConfigError:
+        return False
+    return is_cache and BACKEND_NAME in names
+
+
+def _parse(additional: Any) -> SepLLMConfig:
     given = additional.get(OPTIONS_KEY) if isinstance(additional, dict) else None
     return SepLLMConfig.from_dict(given)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from vllm.config import VllmConfig
+from vllm.config import ModelConfig, VllmConfig
 from vllm.logger import init_logger
 from vllm.tokenizers import cached_tokenizer_from_config
 
 from vllm_sepllm.config import ConfigError, SepLLMConfig
 from vllm_sepllm.engine import settings
-from vllm_sepllm.engine.checks import Hardware, refusals
+from vllm_sepllm.engine.checks import Hardware, largest_cache, refusals, trained_length
 from vllm_sepllm.engine.compat import caution, vllm_version
 from vllm_sepllm.policy import KeptPolicy
 from vllm_sepllm.separators import Separators, kept_share_of_english, resolve_separators
@@ -99,6 +99,33 @@ def announce(vllm_config: VllmConfig, separators: Separators) -> None:
         found,
         f", full attention in layers {list(options.dense_layers)}" if options.dense_layers else "",
     )
+    if options.position_mode == "cache":
+        _announce_length(
+            vllm_config.model_config, options, settings.expected_kept_share(vllm_config)
+        )
     warning = caution(found) if found != "unknown" else None
     if warning is not None:
         logger.warning_once("SepLLM attention is %s.", warning)
+
+
+def _announce_length(model_config: ModelConfig, options: SepLLMConfig, share: float) -> None:
+    """That texts may be longer than the model's positions, and when its cache still is not."""
+    length, trained = model_config.max_model_len, trained_length(model_config)
+    if length <= trained:
+        return
+    cache = largest_cache(options)
+    if cache is not None:
+        logger.info_once(
+            "SepLLM attention: texts of up to %d tokens in %d of the model's %d positions",
+            length,
+            cache,
+            trained,
+        )
+        return
+    logger.warning_once(
+        "SepLLM attention: texts of up to %d tokens, but what is kept of them fits into the "
+        "model's %d positions only up to about %d tokens: set max_separator_tokens.",
+        length,
+        trained,
+        max(0, trained - options.window_size) / share,
+    )

@@ -31,7 +31,8 @@ def kept_attention_reference(
 
     Args:
         queries: ``[num_tokens, num_heads, head_size]``; or ``[3, num_tokens, num_heads,
-            head_size]``, the same queries rotated for the window, the stream and the sinks.
+            head_size]``, the same queries rotated for the window, the stream and the sinks; two
+            suffice without ``num_sinks``.
         pages: keys and values.
         batch: what each token sees.
         output: ``[num_tokens, num_heads, head_size]``, written; tokens of no request are left.

@@ -23,6 +23,7 @@ def kept_metadata_reference(
     page_size: int,
     interval: int = 0,
     max_separator_tokens: int | None = None,
+    lags: torch.Tensor | None = None,
 ) -> None:
     """Count a step's kept tokens, and find where they go and what each token sees of the stream.
 
@@ -49,10 +50,15 @@ def kept_metadata_reference(
         page_size: entries of a page.
         interval: tokens; 0 is none.
         max_separator_tokens: newest separators behind the window that are seen; ``None`` is all.
+        lags: ``[3, num_tokens]`` int32, written, for cache positions: positions that the stream's
+            copy of a kept token's key is turned back by to be at its entry, a token's query to meet
+            the keys of its range, and to meet those of the sinks; 0 for padding.
     """
     ring, vocab_size = kept_prefix.shape[1], is_chosen.shape[0]
     stream_slots.fill_(NO_SLOT)
     stream_ranges.fill_(0)
+    if lags is not None:
+        lags.fill_(0)
     for req in range(seq_lens.shape[0]):
         first, stop = int(query_start[req]), int(query_start[req + 1])
         start = int(seq_lens[req]) - (stop - first)
@@ -69,8 +75,14 @@ def kept_metadata_reference(
             if kept:
                 page = int(kept_table[req, entry // page_size])
                 stream_slots[token] = page * page_size + entry % page_size
-            limit = int(prefix[max(0, position - window_size + 1) % ring])
+            window_first = max(0, position - window_size + 1)
+            limit = int(prefix[window_first % ring])
             stream_ranges[token, 1] = limit
+            unseen = 0
             if max_separator_tokens is not None:
-                newest = max(0, limit - max_separator_tokens)
-                stream_ranges[token, 0] = max(min(num_sink_tokens, limit), newest)
+                sinks = min(num_sink_tokens, limit)
+                unseen = max(0, limit - max_separator_tokens - sinks)
+                stream_ranges[token, 0] = sinks + unseen
+            if lags is not None:
+                lag = window_first - limit
+                lags[:, token] = torch.tensor([(position - entry) * kept, lag, lag + unseen])

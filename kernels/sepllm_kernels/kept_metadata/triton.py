@@ -52,6 +52,7 @@ def _kept_metadata(
     kept_prefix,
     stream_slots,
     stream_ranges,
+    lags,
     num_reqs,
     num_tokens,
     ring,
@@ -74,6 +75,9 @@ def _kept_metadata(
             tl.store(stream_slots + token, -1, mask=valid)
             tl.store(stream_ranges + 2 * token, 0, mask=valid)
             tl.store(stream_ranges + 2 * token + 1, 0, mask=valid)
+            if lags is not None:
+                for part in range(3):
+                    tl.store(lags + part * num_tokens + token, 0, mask=valid)
         return
     length = tl.load(query_start + req + 1) - first
     if length == 0:
@@ -106,11 +110,19 @@ def _kept_metadata(
         tl.store(stream_slots + first + offset, slot, mask=valid)
         window_first = tl.maximum(position - window_size + 1, 0)
         limit = tl.load(prefix + window_first % ring, mask=valid, other=0)
-        begin = tl.zeros_like(limit)
+        begin, unseen = tl.zeros_like(limit), tl.zeros_like(limit)
         if BOUNDED:
-            begin = tl.maximum(tl.minimum(num_sink_tokens, limit), limit - max_separators)
-        tl.store(stream_ranges + 2 * (first + offset), begin, mask=valid)
-        tl.store(stream_ranges + 2 * (first + offset) + 1, limit, mask=valid)
+            sinks = tl.minimum(num_sink_tokens, limit)
+            unseen = tl.maximum(limit - max_separators - sinks, 0)
+            begin = sinks + unseen
+        token = first + offset
+        tl.store(stream_ranges + 2 * token, begin, mask=valid)
+        tl.store(stream_ranges + 2 * token + 1, limit, mask=valid)
+        if lags is not None:
+            lag = window_first - limit
+            tl.store(lags + token, tl.where(kept, position - entry, 0), mask=valid)
+            tl.store(lags + num_tokens + token, lag, mask=valid)
+            tl.store(lags + 2 * num_tokens + token, lag + unseen, mask=valid)
 
 
 def kept_metadata(
@@ -129,10 +141,12 @@ def kept_metadata(
     page_size: int,
     interval: int = 0,
     max_separator_tokens: int | None = None,
+    lags: torch.Tensor | None = None,
 ) -> None:
     """Count a step's kept tokens, and find where they go and what each token sees of the stream.
 
-    Arguments as :func:`kept_metadata_reference`. Nothing is waited for on the host.
+    Arguments as :func:`kept_metadata_reference`, ``lags`` contiguous. Nothing is waited for on the
+    host.
     """
     num_reqs = seq_lens.shape[0]
     _kept_metadata[(num_reqs + 1,)](
@@ -145,6 +159,7 @@ def kept_metadata(
         kept_prefix,
         stream_slots,
         stream_ranges,
+        lags,
         num_reqs,
         stream_slots.shape[0],
         kept_prefix.shape[1],

@@ -7,25 +7,7 @@ import triton
 import triton.language as tl
 
 from sepllm_kernels.batch import PagedKV
-
-
-@triton.jit
-def _rotated(
-    key, stream_angles, token, offsets, dim, valid, HALF: tl.constexpr, NEOX: tl.constexpr
-):
-    """The token's key, each pair of elements turned by its angle."""
-    rotary = valid & (dim < 2 * HALF)
-    if NEOX:
-        pair, is_first = dim % HALF, dim < HALF
-        partner = tl.where(is_first, offsets + HALF, offsets - HALF)
-    else:
-        pair, is_first = dim // 2, dim % 2 == 0
-        partner = tl.where(is_first, offsets + 1, offsets - 1)
-    own = tl.load(key + offsets, mask=valid, other=0.0).to(tl.float32)
-    other = tl.load(key + partner, mask=rotary, other=0.0).to(tl.float32)
-    angle = tl.load(stream_angles + token * HALF + pair, mask=rotary, other=0.0)
-    turned = own * tl.cos(angle) + tl.where(is_first, -other, other) * tl.sin(angle)
-    return tl.where(rotary, turned, own)
+from sepllm_kernels.turn_queries.triton import rotated
 
 
 @triton.jit
@@ -44,7 +26,7 @@ def _write_kv(
     value_pages,
     window_slots,
     stream_slots,
-    stream_angles,
+    stream_turns,
     key_stride,
     value_stride,
     page_stride,
@@ -77,9 +59,8 @@ def _write_kv(
     if stream_slot >= 0:
         at = stream_slot // PAGE * page_stride + stream_slot % PAGE * entry_stride + in_page
         if HALF > 0:
-            turned = _rotated(
-                key + token * key_stride, stream_angles, token, flat, dim, valid, HALF, NEOX
-            )
+            turn = stream_turns + token * 2 * HALF
+            turned = rotated(key + token * key_stride, turn, flat, dim, valid, HALF, NEOX)
             stored_key = _stored(turned, inverse_key_scale, LIMIT, dtype)
         tl.store(key_pages + at, stored_key, mask=valid)
         tl.store(value_pages + at, stored_value, mask=valid)
@@ -91,7 +72,7 @@ def write_kv(
     pages: PagedKV,
     window_slots: torch.Tensor,
     stream_slots: torch.Tensor,
-    stream_angles: torch.Tensor | None = None,
+    stream_turns: torch.Tensor | None = None,
     is_neox: bool = True,
 ) -> None:
     """Write the keys and values of a step to their window slots, and of kept tokens to the stream.
@@ -111,7 +92,7 @@ def write_kv(
         pages.value,
         window_slots,
         stream_slots,
-        key if stream_angles is None else stream_angles,
+        key if stream_turns is None else stream_turns,
         key.stride(0),
         value.stride(0),
         page_stride,
@@ -122,7 +103,7 @@ def write_kv(
         NUM_HEADS=num_heads,
         HEAD_SIZE=head_size,
         PAGE=pages.page_size,
-        HALF=0 if stream_angles is None else stream_angles.shape[1],
+        HALF=0 if stream_turns is None else stream_turns.shape[1] // 2,
         NEOX=is_neox,
         LIMIT=torch.finfo(pages.key.dtype).max if is_fp8 else 0.0,
     )

@@ -1,0 +1,76 @@
+"""``turn_queries`` in Triton: a program per token and part."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def rotated(vectors, turn, offsets, dim, valid, HALF: tl.constexpr, NEOX: tl.constexpr):
+    """Elements of one token's vectors, each pair turned.
+
+    ``offsets`` are those of the elements, ``dim`` their place in a vector; ``turn`` holds ``HALF``
+    cosines and as many sines.
+    """
+    rotary = valid & (dim < 2 * HALF)
+    if NEOX:
+        pair, is_first = dim % HALF, dim < HALF
+        partner = tl.where(is_first, offsets + HALF, offsets - HALF)
+    else:
+        pair, is_first = dim // 2, dim % 2 == 0
+        partner = tl.where(is_first, offsets + 1, offsets - 1)
+    own = tl.load(vectors + offsets, mask=valid, other=0.0).to(tl.float32)
+    other = tl.load(vectors + partner, mask=rotary, other=0.0).to(tl.float32)
+    cos = tl.load(turn + pair, mask=rotary, other=1.0)
+    sin = tl.load(turn + HALF + pair, mask=rotary, other=0.0)
+    return own * cos + tl.where(is_first, -other, other) * sin
+
+
+@triton.jit
+def _turn_queries(
+    query,
+    turns,
+    output,
+    num_tokens,
+    token_stride,
+    NUM_HEADS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HALF: tl.constexpr,  # pairs that are turned
+    NEOX: tl.constexpr,
+):
+    token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    flat = tl.arange(0, triton.next_power_of_2(NUM_HEADS * HEAD_SIZE))
+    valid = flat < NUM_HEADS * HEAD_SIZE
+    own = query + token * token_stride
+    to = output + (part * num_tokens + token) * NUM_HEADS * HEAD_SIZE + flat
+    if part == 0:
+        tl.store(to, tl.load(own + flat, mask=valid), mask=valid)
+        return
+    turn = turns + ((part - 1) * num_tokens + token) * 2 * HALF
+    turned = rotated(own, turn, flat, flat % HEAD_SIZE, valid, HALF, NEOX)
+    tl.store(to, turned.to(output.dtype.element_ty), mask=valid)
+
+
+def turn_queries(query: torch.Tensor, turns: torch.Tensor, is_neox: bool = True) -> torch.Tensor:
+    """Queries as they are, and turned.
+
+    Arguments and result as :func:`turn_queries_reference`. Elements of a token's queries follow
+    each other, those of ``turns`` altogether.
+    """
+    num_tokens, num_heads, head_size = query.shape
+    output = torch.empty(1 + turns.shape[0], *query.shape, dtype=query.dtype, device=query.device)
+    if num_tokens:
+        _turn_queries[(num_tokens, 1 + turns.shape[0])](
+            query,
+            turns,
+            output,
+            num_tokens,
+            query.stride(0),
+            NUM_HEADS=num_heads,
+            HEAD_SIZE=head_size,
+            HALF=turns.shape[2] // 2,
+            NEOX=is_neox,
+        )
+    return output

@@ -2,7 +2,7 @@ PY := .venv/bin/python
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench gpu-bench soak clean
+.PHONY: help setup demo test lint bench stream gpu-bench soak clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## /make \1\t/p' $(MAKEFILE_LIST)
@@ -23,6 +23,9 @@ lint: setup  ## ruff and mypy
 
 bench: setup  ## CPU benchmark; writes benchmarks/results
 	@$(PY) benchmarks/cpu.py
+
+stream: setup  ## a million tokens of books; writes benchmarks/results/stream.* (TOKENS=4000000)
+	@$(PY) benchmarks/stream.py --tokens $(or $(TOKENS),1000000)
 
 gpu-bench:  ## kernels on a GPU, with the python that has torch and Triton for it (PYTHON=python3)
 	@PYTHONPATH=kernels:.:build/gpu-site $(or $(PYTHON),python3) benchmarks/gpu.py

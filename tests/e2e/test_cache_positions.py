@@ -240,7 +240,12 @@ def save(config, path):
 
 REFUSED = {
     "learned positions": ("OPTConfig", {"word_embed_proj_dim": 128, "ffn_dim": 256}, "no rotary"),
-    "vLLM's Transformers backend": ("GPTNeoXConfig", {}, "which runs through Transformers"),
+    "longrope": (
+        "Phi3Config",
+        rope("longrope", short_factor=[1.0] * 16, long_factor=[2.0] * 16, factor=2.0)
+        | {"original_max_position_embeddings": 256},
+        "does more to its keys, or another thing",
+    ),
 }
 
 
@@ -274,3 +279,28 @@ def test_rotary_embeddings(engines, book, separator_ids, tmp_path, kind):
     original = Reference(model, separator_ids, SINKS, 48)
     with pytest.raises(AssertionError, match="step"):
         original.check(prompts[0], engine.tokens(prompts[:1], max_tokens=30)[0])
+
+
+def test_transformers_backend(engines, book, separator_ids, tmp_path):
+    """The architecture of Pythia: a quarter is rotated, here with YaRN.
+
+    The reference goes first: that backend changes the classes of transformers themselves.
+    """
+    from transformers import GPTNeoXConfig
+
+    scaled = rope("yarn", factor=4.0, original_max_position_embeddings=128)
+    scaled["rope_parameters"]["partial_rotary_factor"] = 0.25
+    model = save(GPTNeoXConfig(**{**SIZES, "hidden_size": 256, "num_key_value_heads": 4}, **scaled), tmp_path)
+    reference = CacheReference(model, separator_ids, SINKS, 48, 12)
+    prompts = [book[:450], book[900:930]]
+    expected = []
+    for prompt in prompts:
+        ids = list(prompt)
+        for _ in range(30):
+            ids.append(int(reference.logits(ids)[-1].argmax()))
+        expected.append(ids[len(prompt) :])
+    with pytest.raises(AssertionError, match="step"):
+        Reference(model, separator_ids, SINKS, 48).check(prompts[0], expected[0])
+    sepllm = cache_positions(window_size=48, max_separator_tokens=12)
+    engine = engines(sepllm=sepllm, model=str(tmp_path), max_model_len=512)
+    assert engine.tokens(prompts, max_tokens=30) == expected

@@ -11,7 +11,7 @@ from vllm_sepllm.engine.rotary import (
     LongRotaryEmbedding,
     Rotation,
     prepare_cache_positions,
-    rotation_of,
+    rotations_of,
 )
 
 pytestmark = pytest.mark.engine
@@ -70,7 +70,7 @@ def vectors(num_tokens, num_heads, dtype=torch.float32):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_long_embedding_is_vllms_where_that_has_positions(make_rope, kind, is_neox, dtype):
     original = make_rope(kind, is_neox, dtype)
-    long = LongRotaryEmbedding(original, rotation_of(original))
+    long = LongRotaryEmbedding(original, *rotations_of(original))
     positions = torch.tensor([0, 1, 2, 100, 7, LENGTH - 1])
     query, key = vectors(6, 4, dtype), vectors(6, 2, dtype)
     expected = original(positions, query.clone(), key.clone())
@@ -89,7 +89,7 @@ def test_long_embedding_is_vllms_where_that_has_positions(make_rope, kind, is_ne
 
 @pytest.mark.parametrize("position", [2**23 - 1, 2**22 + 1, 12_345_678 % 2**23])
 def test_angles_are_exact_at_any_position(make_rope, position):
-    rotation = rotation_of(make_rope("plain"))
+    [rotation] = rotations_of(make_rope("plain"))
     rows = rotation.rows(torch.tensor([position, -position]))
     half = HEAD_SIZE // 2
     eps = torch.finfo(torch.float32).eps
@@ -106,7 +106,7 @@ def test_angles_are_exact_at_any_position(make_rope, position):
 def test_differences_are_all_that_matters(make_rope):
     """At the end of eight million positions as at the beginning."""
     original = make_rope("plain")
-    long = LongRotaryEmbedding(original, rotation_of(original))
+    long = LongRotaryEmbedding(original, *rotations_of(original))
     query, key = vectors(2, 1).split(1)
 
     def product(start):
@@ -152,7 +152,7 @@ def test_turn_is_the_definition(is_neox, dtype):
 )
 def test_unknown_kinds_are_refused(make_rope, options, name):
     with pytest.raises(ConfigError, match=f"does not know the rotary embedding {name}"):
-        rotation_of(make_rope(options))
+        rotations_of(make_rope(options))
 
 
 class FakeAttention(nn.Module):
@@ -172,6 +172,7 @@ class Block(nn.Module):
         self.rotary_emb, self.attn = rotary_emb, FakeAttention()
         self.attn.impl = type("Impl", (), {"rotation": "unset"})()
         self._change, self._rotates = change, rotates
+        self.weight = nn.Parameter(torch.ones(1))
 
     def forward(self, positions, hidden_states):
         query, key = hidden_states.clone(), hidden_states.clone()
@@ -207,15 +208,38 @@ def test_layers_share_one_embedding(make_rope, prepare):
 def test_layers_without_rotation_are_left_alone(make_rope, prepare):
     """Some models have an embedding in every layer and use it in some."""
     found = prepare(
-        Block(make_rope("plain")), Block(make_rope("plain"), rotates=False), Block(None)
+        Block(make_rope("plain")),
+        Block(make_rope("plain"), rotates=False),
+        Block(None, rotates=False),
     )
     assert isinstance(found[0], Rotation)
     assert found[1:] == [None, None]
 
 
+class Absolute(Block):
+    """Of a model that adds positions to its embeddings."""
+
+    def forward(self, hidden_states):
+        raise AssertionError("it was asked")
+
+
 def test_models_without_rotary_embeddings_are_refused(make_rope, prepare):
     with pytest.raises(ConfigError, match="this model has no rotary embeddings"):
-        prepare(Block(None))
+        prepare(Absolute(None))
+    with pytest.raises(ConfigError, match="this model has no rotary embeddings"):
+        prepare(Block(None, rotates=False))
+
+
+class Unknown(nn.Module):
+    """A rotary embedding that is none of vLLM's usual ones."""
+
+    def forward(self, positions, query, key):
+        return query, key * positions[:, None].cos()
+
+
+def test_embeddings_of_another_kind_are_refused(make_rope, prepare):
+    with pytest.raises(ConfigError, match=r"layers\.0\.attn does more to its keys, or another"):
+        prepare(Block(make_rope("plain")), Block(Unknown()))
 
 
 @pytest.mark.parametrize(
@@ -228,7 +252,7 @@ def test_models_without_rotary_embeddings_are_refused(make_rope, prepare):
 )
 def test_keys_changed_in_other_ways_are_refused(make_rope, prepare, change):
     block = Block(make_rope("plain"), change)
-    with pytest.raises(ConfigError, match=r"layers\.0\.attn changes its keys"):
+    with pytest.raises(ConfigError, match=r"layers\.0\.attn does more to its keys"):
         prepare(block)
     assert isinstance(block.attn, FakeAttention)
 
@@ -238,5 +262,5 @@ def test_modules_that_cannot_be_asked_are_refused(make_rope, prepare):
         prepare(Block(make_rope("plain")), size=HEAD_SIZE + 1)
     block = Block(make_rope("plain"))
     block.second = make_rope("linear")
-    with pytest.raises(ConfigError, match="finds 2 rotary embeddings beside"):
+    with pytest.raises(ConfigError, match="finds 2 rotary embeddings for"):
         prepare(block)

@@ -12,7 +12,7 @@ quarter of a radian there.)
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,8 @@ from vllm_sepllm.config import ConfigError
 
 REMEDY = "use position_mode='original'"
 _PROBED_POSITIONS = (0, 1, 100)
+_POSITIONS = ("positions", "position_ids")  # arguments of attention modules
+_TURNED_BY = "position_embeddings"  # argument of attention modules of Transformers
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,33 +119,80 @@ class LongRotaryEmbedding(nn.Module):
         return query, key
 
 
-def rotation_of(embedding: RotaryEmbeddingBase) -> Rotation:
-    """What one of vLLM's rotary embeddings does.
+class LongTransformersEmbedding(nn.Module):
+    """The same for a model that runs through Transformers, where one module gives cosines and sines
+    to all layers.
+
+    Args:
+        original: of Transformers.
+        rotation: what it does.
+    """
+
+    def __init__(self, original: Any, rotation: Rotation) -> None:
+        super().__init__()
+        self._rotation = rotation
+        # Each angle comes twice: all after all, or one beside the other.
+        one = torch.ones(1, 1, dtype=torch.int64, device=rotation.inv_freq.device)
+        cos = original(one.float(), one)[0].flatten()
+        half = len(rotation.inv_freq)
+        self._are_halves = torch.equal(cos[:half], cos[half:])
+
+    def forward(
+        self, hidden: torch.Tensor, position_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of positions.
+
+        Args:
+            hidden: gives the dtype.
+            position_ids: ``[batch, num_tokens]`` int64.
+
+        Returns:
+            Each ``[batch, num_tokens, rotary_dim]``.
+        """
+        rows = self._rotation.rows(position_ids.flatten()) * self._rotation.scale
+        parts = rows.to(hidden.dtype).chunk(2, dim=-1)
+        if self._are_halves:
+            cos, sin = (torch.cat([part, part], dim=-1) for part in parts)
+        else:
+            cos, sin = (part.repeat_interleave(2, dim=-1) for part in parts)
+        shape = (*position_ids.shape, -1)
+        return cos.view(shape), sin.view(shape)
+
+
+def rotations_of(embedding: Any) -> list[Rotation]:
+    """What a rotary embedding may do. Of vLLM's it is one thing; of those of Transformers the
+    layers decide how elements are paired.
 
     Raises:
         ConfigError: it is of a kind whose frequencies depend on more than a vector's position.
     """
     scale = 1.0
-    kind: Any = embedding
     if type(embedding) in (RotaryEmbedding, Llama3RotaryEmbedding):
-        inv_freq = kind._compute_inv_freq(kind.base)
-    elif type(embedding) is LinearScalingRotaryEmbedding and len(kind.scaling_factors) == 1:
-        inv_freq = kind._compute_inv_freq(kind.base) / kind.scaling_factors[0]
+        inv_freq = embedding._compute_inv_freq(embedding.base)
+    elif type(embedding) is LinearScalingRotaryEmbedding and len(embedding.scaling_factors) == 1:
+        inv_freq = embedding._compute_inv_freq(embedding.base) / embedding.scaling_factors[0]
     elif type(embedding) is YaRNScalingRotaryEmbedding:
-        inv_freq = kind._compute_inv_freq(kind.scaling_factor)
-        scale = kind.mscale
+        inv_freq = embedding._compute_inv_freq(embedding.scaling_factor)
+        scale = embedding.mscale
+    elif getattr(embedding, "rope_type", None) in ("default", "linear", "llama3", "yarn"):
+        inv_freq = embedding.inv_freq
+        scale = embedding.attention_scaling
     else:
         raise ConfigError(
             f"position_mode='cache' does not know the rotary embedding {type(embedding).__name__}, "
             f"only plain, linear, llama3 and yarn ones: {REMEDY}"
         )
-    device = kind.cos_sin_cache.device
-    return Rotation(inv_freq.to(device, torch.float64), embedding.is_neox_style, scale)
+    styles = [True, False]
+    device = inv_freq.device
+    if isinstance(embedding, RotaryEmbeddingBase):
+        styles = [embedding.is_neox_style]
+        device = embedding.cos_sin_cache.device
+    return [Rotation(inv_freq.to(device, torch.float64), style, scale) for style in styles]
 
 
 def prepare_cache_positions(model: nn.Module, hidden_size: int, dtype: torch.dtype) -> None:
-    """Give a model's attention layers rotary embeddings without end, and those of SepLLM attention
-    their ``rotation``.
+    """Give a model rotary embeddings without end, and the layers of SepLLM attention their
+    ``rotation``.
 
     Each layer is asked how it turns its keys, with one vector at a few positions: some models have
     rotary embeddings and leave them out in some layers, or change keys once they are turned.
@@ -156,33 +205,30 @@ def prepare_cache_positions(model: nn.Module, hidden_size: int, dtype: torch.dty
     Raises:
         ConfigError: a layer turns its keys in a way that is not known, or none does.
     """
-    found: dict[int, tuple[LongRotaryEmbedding, Rotation]] = {}
-    rotations = []
+    known: dict[nn.Module, list[Rotation]] = {}
+    used: dict[nn.Module, Rotation] = {}
     for parent, name, layer in _attention_layers(model):
-        embedding = _rotary_embedding(parent, layer)
-        rotation = None
+        layer.impl.rotation = None  # read by SepLLM attention only
+        if not inspect.signature(parent.forward).parameters.keys() & {*_POSITIONS, _TURNED_BY}:
+            continue  # it knows no positions
+        embedding = _rotary_embedding(model, parent, layer)
+        rotations = []
         if embedding is not None:
-            if id(embedding) not in found:
-                rotation = rotation_of(embedding)
-                found[id(embedding)] = LongRotaryEmbedding(embedding, rotation), rotation
-            long, rotation = found[id(embedding)]
-            hidden = torch.randn(hidden_size, generator=torch.Generator().manual_seed(0))
-            hidden = hidden.to(rotation.inv_freq.device, dtype)
-            if not _turns_keys(parent, name, layer, rotation, hidden):
-                rotation = None
-            _replace(parent, embedding, long)
-        rotations.append(rotation)
-        layer.impl.rotation = rotation  # read by SepLLM attention only
-    if not rotations:
-        raise ConfigError(
-            f"position_mode='cache' cannot see the attention modules of {type(model).__name__}, "
-            f"which runs through Transformers: {REMEDY}"
-        )
-    if not any(rotations):
+            rotations = known.setdefault(embedding, rotations_of(embedding))
+        keys = _keys_at_positions(parent, name, layer, embedding, hidden_size, dtype)
+        rotation = _rotation_of_keys(keys, rotations, layer)
+        layer.impl.rotation = rotation
+        if embedding is not None and rotation is not None:
+            used[embedding] = rotation
+    if not any(layer.impl.rotation for _, _, layer in _attention_layers(model)):
         raise ConfigError(
             "position_mode='cache' turns keys to other positions, and this model has no rotary "
             f"embeddings: {REMEDY}"
         )
+    for embedding, rotation in used.items():
+        is_vllms = isinstance(embedding, RotaryEmbeddingBase)
+        long = LongRotaryEmbedding if is_vllms else LongTransformersEmbedding
+        _replace(model, embedding, long(embedding, rotation))
 
 
 def _attention_layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Attention]]:
@@ -193,23 +239,25 @@ def _attention_layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Attent
             yield model.get_submodule(parent), name, module
 
 
-def _rotary_embedding(parent: nn.Module, layer: Attention) -> RotaryEmbeddingBase | None:
-    """The one beside an attention layer, if any.
+def _rotary_embedding(model: nn.Module, parent: nn.Module, layer: Attention) -> nn.Module | None:
+    """The one beside an attention layer, or the whole model's, if any.
 
     Raises:
         ConfigError: there are several.
     """
-    found = {id(m): m for m in parent.modules() if isinstance(m, RotaryEmbeddingBase)}
+    found = {m for m in parent.modules() if isinstance(m, RotaryEmbeddingBase)}
+    if not found and _TURNED_BY in inspect.signature(parent.forward).parameters:
+        found = {m for m in model.modules() if hasattr(m, "inv_freq") and hasattr(m, "rope_type")}
     if len(found) > 1:
         raise ConfigError(
-            f"position_mode='cache' finds {len(found)} rotary embeddings beside "
-            f"{layer.layer_name} and needs to know the one: {REMEDY}"
+            f"position_mode='cache' finds {len(found)} rotary embeddings for {layer.layer_name} "
+            f"and needs to know the one: {REMEDY}"
         )
-    return next(iter(found.values()), None)
+    return next(iter(found), None)
 
 
-def _replace(parent: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    for module in parent.modules():
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    for module in model.modules():
         for name, child in list(module.named_children()):
             if child is old:
                 setattr(module, name, new)
@@ -227,20 +275,36 @@ class _Recorder(nn.Module):
         return torch.zeros_like(query)
 
 
-def _turns_keys(
-    parent: nn.Module, name: str, layer: Attention, rotation: Rotation, hidden: torch.Tensor
-) -> bool:
-    """Whether an attention module turns its keys as ``rotation`` does, or not at all.
+def _keys_at_positions(
+    parent: nn.Module,
+    name: str,
+    layer: Attention,
+    embedding: nn.Module | None,
+    hidden_size: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Keys that an attention module makes of one vector at a few positions, the first being 0.
+    ``[num_positions, num_kv_heads, head_size]`` float32.
 
     Raises:
-        ConfigError: neither.
+        ConfigError: it cannot be called.
     """
-    positions = torch.tensor(_PROBED_POSITIONS, device=hidden.device)
+    device = next(parent.parameters()).device
+    positions = torch.tensor(_PROBED_POSITIONS, device=device)
+    hidden = torch.randn(hidden_size, generator=torch.Generator().manual_seed(0))
+    hidden = hidden.to(device, dtype).expand(len(positions), -1).clone()
+    known: dict[str, Any] = {"hidden_states": hidden, **dict.fromkeys(_POSITIONS, positions)}
     recorder = _Recorder()
     try:
+        names = inspect.signature(parent.forward).parameters
         setattr(parent, name, recorder)
         with torch.inference_mode():
-            _call(parent.forward, positions, hidden.expand(len(positions), -1).clone())
+            if _TURNED_BY in names:  # a batch of one, as Transformers has it
+                assert embedding is not None, "what gives cosines and sines was not found"
+                known = {name: tensor[None] for name, tensor in known.items()}
+                known[_TURNED_BY] = embedding(known["hidden_states"], known["position_ids"])
+                known["attention_mask"] = None
+            parent.forward(**{name: value for name, value in known.items() if name in names})
     except Exception as error:
         raise ConfigError(
             f"position_mode='cache' cannot see how {layer.layer_name} turns its keys "
@@ -249,34 +313,33 @@ def _turns_keys(
     finally:
         setattr(parent, name, layer)
     assert recorder.key is not None
-    keys = recorder.key.reshape(len(positions), -1, layer.head_size).float()
+    return recorder.key.reshape(len(positions), -1, layer.head_size).float()
+
+
+def _rotation_of_keys(
+    keys: torch.Tensor, rotations: list[Rotation], layer: Attention
+) -> Rotation | None:
+    """The one that turned ``[num_positions, num_kv_heads, head_size]``; ``None``: nothing did.
+
+    Raises:
+        ConfigError: something else did.
+    """
+    positions = torch.tensor(_PROBED_POSITIONS, device=keys.device)
     still = keys[:1].expand_as(keys)
-    turned = torch.stack([_turned(k, rotation, p) for k, p in zip(still, positions, strict=True)])
-    size = float(keys.abs().max())
     # Another rotation is off by the length of vectors; this one by a few roundings in the dtype.
-    near = size / 16
-    if size > 0 and float((keys - turned).abs().max()) <= near:
-        return True
-    if size > 0 and float((keys - still).abs().max()) <= near:
-        return False
+    near = float(keys.abs().max()) / 16
+    if near > 0:
+        for rotation in rotations:
+            rows, size = rotation.rows(positions), keys.shape[-1]
+            index = torch.arange(len(positions), device=keys.device)
+            turned, _ = RotaryEmbedding.forward_static(
+                index, still.flatten(1), None, size, rows.shape[1], rows, rotation.is_neox
+            )
+            if float((keys - turned.view_as(keys)).abs().max()) <= near:
+                return rotation
+        if float((keys - still).abs().max()) <= near:
+            return None
     raise ConfigError(
-        f"position_mode='cache' finds that {layer.layer_name} changes its keys beside turning "
-        f"them by its rotary embedding: {REMEDY}"
+        f"position_mode='cache' finds that {layer.layer_name} does more to its keys, or another "
+        f"thing, than turning them by a plain, linear, llama3 or yarn rotary embedding: {REMEDY}"
     )
-
-
-def _turned(vectors: torch.Tensor, rotation: Rotation, position: torch.Tensor) -> torch.Tensor:
-    """Vectors ``[num_heads, head_size]`` of position 0 at another one."""
-    rows, size = rotation.rows(position[None]), vectors.shape[-1]
-    result, _ = RotaryEmbedding.forward_static(
-        torch.zeros_like(position), vectors, None, size, rows.shape[1], rows, rotation.is_neox
-    )
-    assert isinstance(result, torch.Tensor)
-    return result
-
-
-def _call(forward: Callable[..., Any], positions: torch.Tensor, hidden: torch.Tensor) -> None:
-    """Call an attention module, whose arguments have one of a few names."""
-    known = {"positions": positions, "position_ids": positions, "hidden_states": hidden}
-    names = inspect.signature(forward).parameters
-    forward(**{name: value for name, value in known.items() if name in names})

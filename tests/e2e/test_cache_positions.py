@@ -290,7 +290,8 @@ def test_transformers_backend(engines, book, separator_ids, tmp_path):
 
     scaled = rope("yarn", factor=4.0, original_max_position_embeddings=128)
     scaled["rope_parameters"]["partial_rotary_factor"] = 0.25
-    model = save(GPTNeoXConfig(**{**SIZES, "hidden_size": 256, "num_key_value_heads": 4}, **scaled), tmp_path)
+    sizes = {**SIZES, "hidden_size": 256, "num_key_value_heads": 4}
+    model = save(GPTNeoXConfig(**sizes, **scaled), tmp_path)
     reference = CacheReference(model, separator_ids, SINKS, 48, 12)
     prompts = [book[:450], book[900:930]]
     expected = []

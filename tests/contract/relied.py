@@ -9,6 +9,7 @@ MEMBERS: dict[str, tuple[str, ...]] = {
         "prefill_context_parallel_size",
     ),
     "vllm.engine.arg_utils:EngineArgs": ("model", "dtype", "attention_backend"),
+    "vllm.lora.layers.base_linear:BaseLinearLayerWithLoRA": ("base_layer",),
     "vllm.model_executor.layers.attention:Attention": ("impl", "kv_cache"),
     "vllm.model_executor.layers.attention_layer_base:AttentionLayerBase": ("bind_kv_cache",),
     "vllm.model_executor.layers.rotary_embedding.base:RotaryEmbeddingBase": (

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 from vllm import _custom_ops as ops
+from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.rotary_embedding import (
     Llama3RotaryEmbedding,
@@ -295,9 +296,13 @@ def _keys_at_positions(
     hidden = hidden.to(device, dtype).expand(len(positions), -1).clone()
     known: dict[str, Any] = {"hidden_states": hidden, **dict.fromkeys(_POSITIONS, positions)}
     recorder = _Recorder()
+    # Layers with adapters only compute within a step; without them they turn keys all the same.
+    wrapped = {n: m for n, m in parent.named_children() if isinstance(m, BaseLayerWithLoRA)}
     try:
         names = inspect.signature(parent.forward).parameters
         setattr(parent, name, recorder)
+        for child, module in wrapped.items():
+            setattr(parent, child, module.base_layer)
         with torch.inference_mode():
             if _TURNED_BY in names:  # a batch of one, as Transformers has it
                 assert embedding is not None, "what gives cosines and sines was not found"
@@ -312,6 +317,8 @@ def _keys_at_positions(
         ) from error
     finally:
         setattr(parent, name, layer)
+        for child, module in wrapped.items():
+            setattr(parent, child, module)
     assert recorder.key is not None
     return recorder.key.reshape(len(positions), -1, layer.head_size).float()
 

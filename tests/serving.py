@@ -41,13 +41,19 @@ def environment() -> dict[str, str]:
 
 
 class Server:
-    """`examples/serve.sh` with more options; ready when the constructor returns."""
+    """`examples/serve.sh`, or another, with more options; ready when the constructor returns."""
 
-    def __init__(self, *options: str, log: Path, env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        *options: str,
+        log: Path,
+        env: dict[str, str] | None = None,
+        script: str = "serve.sh",
+    ) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
-        command = [str(ROOT / "examples/serve.sh"), "--port", str(self.port), *options]
+        command = [str(ROOT / "examples" / script), "--port", str(self.port), *options]
         self.log = log
         path = f"{BIN}:{os.environ['PATH']}"
         env = {**environment(), "PATH": path, "VLLM_LOGGING_LEVEL": "INFO", **(env or {})}

@@ -27,13 +27,13 @@ class ServerKeeper:
         self._asked: Any = None
         self._server: Server | None = None
 
-    def get(self, *options: str, env: dict[str, str] | None = None) -> Server:
+    def get(self, *options: str, **more: Any) -> Server:
         alive = self._server is not None and self._server.process.poll() is None
-        if self._server is None or not alive or self._asked != (options, env):
+        if self._server is None or not alive or self._asked != (options, more):
             self.close()
             self._started += 1
             log = self._folder / f"log{self._started}.txt"
-            self._server, self._asked = Server(*options, log=log, env=env), (options, env)
+            self._server, self._asked = Server(*options, log=log, **more), (options, more)
         return self._server
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ import torch
 from helpers import MODEL, NGRAM, POOL_FILLING_TOKENS, SMALL_POOL, CacheReference, Reference
 
 from vllm_sepllm.config import ConfigError
+from vllm_sepllm.engine.prefix_index import COUNTS_PER_PAGE
 
 pytestmark = pytest.mark.e2e
 
@@ -150,6 +151,26 @@ def test_beyond_the_trained_length(engines, book, reference_of):
     for prompt, tokens in zip(prompts, engine.tokens(prompts, max_tokens=40), strict=True):
         reference_of(bound=20).check(prompt, tokens)
     engine.check_empty()
+
+
+def test_a_text_longer_than_the_pool_is_found_again(engines, book, reference_of):
+    """Of 13,000 tokens the pool holds 300 at a time."""
+    engine = engines(
+        sepllm=cache_positions(max_separator_tokens=20),
+        max_model_len=16384,
+        block_size=16,
+        max_num_batched_tokens=128,
+        num_gpu_blocks_override=24,
+        enable_prefix_caching=True,
+    )
+    assert engine.llm.reset_prefix_cache()
+    text = book[:13000]
+    assert len(text) > COUNTS_PER_PAGE * 24 * 16
+    first, second = (engine.generate([text], max_tokens=8)[0] for _ in range(2))
+    assert first.num_cached_tokens == 0
+    assert second.num_cached_tokens == (len(text) - 1) // 16 * 16
+    assert first.outputs[0].token_ids == second.outputs[0].token_ids
+    assert len(set(first.outputs[0].token_ids)) > 1
 
 
 def test_tables_of_long_texts_are_small(engines):

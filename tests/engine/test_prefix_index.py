@@ -9,7 +9,7 @@ from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHash
 
 from vllm_sepllm.engine.manager import KeptManager
-from vllm_sepllm.engine.prefix_index import COUNTS_PER_PAGE, PrefixIndex
+from vllm_sepllm.engine.prefix_index import COUNTS_PER_PAGE, LONG_TEXTS, PrefixIndex
 from vllm_sepllm.policy import SepLLMPolicy, separator_table
 
 pytestmark = pytest.mark.engine
@@ -233,3 +233,13 @@ def test_the_index_is_bounded_and_belongs_to_its_pool():
     assert index.kept_count(hashes[0]) == 0
     assert index.kept_count(hashes[1]) is None
     assert index.kept_count(hashes[-1]) == len(hashes) - 1
+
+
+@pytest.mark.parametrize(("max_model_len", "texts"), [(17, 3), (COUNTS_PER_PAGE * 16 - 3, 4)])
+def test_the_index_has_room_for_texts_longer_than_the_pool(max_model_len, texts):
+    index = PrefixIndex.of(BlockPool(3, enable_caching=True, hash_block_size=SIZE))
+    index.make_room(max_model_len, 16)
+    for i in range(2 * LONG_TEXTS):
+        for j in range(COUNTS_PER_PAGE):
+            index.store(BlockHash(bytes([i, j])), 0)
+    assert len(index) == texts * COUNTS_PER_PAGE

@@ -32,6 +32,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
+from vllm.utils.math_utils import cdiv
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
 
@@ -40,6 +41,9 @@ if TYPE_CHECKING:
 
 # A page of the stream serves many token blocks: five or six on English text of 18 % separators.
 COUNTS_PER_PAGE = 32
+# With a bound on separators a text outgrows the pool, and its pages are found by way of all its
+# blocks. So many texts of the full length are remembered, about 200 bytes per block of tokens.
+LONG_TEXTS = 4
 
 _indices: WeakKeyDictionary[BlockPool, PrefixIndex] = WeakKeyDictionary()
 
@@ -70,6 +74,10 @@ class PrefixIndex:
 
     def __len__(self) -> int:
         return len(self._kept_count)
+
+    def make_room(self, max_model_len: int, block_size: int) -> None:
+        """Remember a few texts of the full length, however small the pool is."""
+        self._capacity = max(self._capacity, LONG_TEXTS * cdiv(max_model_len, block_size))
 
     def store(self, block_hash: BlockHash, kept_count: int) -> None:
         """Remember the kept tokens of a prefix."""

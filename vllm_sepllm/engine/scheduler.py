@@ -20,6 +20,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_sepllm.engine.manager import KeptManager
+from vllm_sepllm.engine.prefix_index import PrefixIndex
 from vllm_sepllm.engine.settings import kept_policy
 
 logger = init_logger(f"vllm.{__name__}")
@@ -35,6 +36,8 @@ class SepLLMScheduler(Scheduler):
         self._kept_managers = [m for m in managers if isinstance(m, KeptManager)]
         for manager in self._kept_managers:
             manager.attach(policy, self.requests, self._in_flight_tokens)
+            index = PrefixIndex.of(manager.block_pool)
+            index.make_room(self.max_model_len, manager.block_size)
         self._too_large: dict[str, str] = {}
         self._warn_of_small_pool()
 

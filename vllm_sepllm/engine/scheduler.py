@@ -36,7 +36,7 @@ class SepLLMScheduler(Scheduler):
         self._kept_managers = [m for m in managers if isinstance(m, KeptManager)]
         for manager in self._kept_managers:
             manager.attach(policy, self.requests, self._in_flight_tokens)
-            index = PrefixIndex.of(manager.block_pool)
+            index = PrefixIndex.of(self.kv_cache_manager.block_pool)
             index.make_room(self.max_model_len, manager.block_size)
         self._too_large: dict[str, str] = {}
         self._warn_of_small_pool()

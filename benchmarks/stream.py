@@ -176,6 +176,21 @@ def between(steps: list[tuple[int, float, int, int]], start: int, stop: int) -> 
     }
 
 
+def curve(steps: list[tuple[int, float, int, int]], block_bytes: float) -> list[dict[str, Any]]:
+    """Time, KV and memory by position, at fifty places."""
+    size = max(1, len(steps) // 50)
+    groups = [steps[i : i + size] for i in range(0, len(steps) - size + 1, size)]
+    return [
+        {
+            "tokens": group[-1][0],
+            "us_per_token": 1e6 * statistics.median(seconds for _, seconds, _, _ in group) / CHUNK,
+            "kv_mib": max(pages for _, _, pages, _ in group) * block_bytes / 2**20,
+            "resident_mib": group[-1][3] / 2**20,
+        }
+        for group in groups
+    ]
+
+
 def measure(name: str, count: int) -> dict[str, Any]:
     """One run, in this process."""
     endless = is_endless(name)
@@ -190,9 +205,7 @@ def measure(name: str, count: int) -> dict[str, Any]:
         "nll_per_bin": [mean(losses[i : i + BIN]) for i in range(0, len(losses), BIN)],
         "minutes": sum(seconds for _, seconds, _, _ in steps) / 60,
         "most_kv_mib": max(pages for _, _, pages, _ in steps) * reader.block_bytes / 2**20,
-        "resident_mib": [
-            [done, rss / 2**20] for done, _, _, rss in steps[:: max(1, len(steps) // 50)]
-        ],
+        "curve": curve(steps, reader.block_bytes),
         "generate_first": first,
     }
     if endless and count >= EARLY + 2 * STRETCH:
@@ -227,7 +240,9 @@ def plot(result: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure, panels = pyplot.subplots(1, 3, figsize=(15, 4), layout="constrained")
+    left, middle, right = panels
+    styles = {"sepllm": {"linewidth": 3, "alpha": 0.6}}  # StreamingLLM's lines lie on it
     labels = {
         "sepllm": f"SepLLM, cache of {SINKS}+{BOUND}+{WINDOW}",
         "streaming": f"StreamingLLM, cache of {SINKS}+{WINDOW + BOUND}",
@@ -240,13 +255,18 @@ def plot(result: dict[str, Any], path: Path) -> None:
         inner = {round(1.15**k) for k in range(60) if round(1.15**k) < len(nll)}
         spans = list(pairwise([0, *sorted(inner), len(nll)]))
         x = [BIN * (a + b) / 2 for a, b in spans]
-        left.plot(x, [math.exp(mean(nll[a:b])) for a, b in spans], label=labels[name])
-        memory = row["resident_mib"]
-        right.plot([x for x, _ in memory], [y for _, y in memory], label=labels[name])
-    left.axvline(result["trained"], color="grey", linestyle=":")
-    left.set(xscale="log", yscale="log", xlabel="tokens read", ylabel="perplexity")
-    left.legend()
-    right.set(xlabel="tokens read", ylabel="resident memory, MiB", ylim=(0, None))
+        style = {"label": labels[name], **styles.get(name, {})}
+        left.plot(x, [math.exp(mean(nll[a:b])) for a, b in spans], **style)
+        places = [place["tokens"] for place in row["curve"]]
+        middle.plot(places, [place["kv_mib"] for place in row["curve"]], **style)
+        right.plot(places, [place["us_per_token"] for place in row["curve"]], **style)
+    for panel, label in zip(
+        panels, ("perplexity", "KV held, MiB", "microseconds per token read"), strict=True
+    ):
+        panel.axvline(result["trained"], color="grey", linestyle=":")  # made for so many positions
+        panel.set(xscale="log", yscale="log", xlabel="tokens read", ylabel=label)
+    right.set(yscale="linear", ylim=(0, None))
+    left.legend(fontsize=8)
     figure.savefig(path, dpi=120)
 
 

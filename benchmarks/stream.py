@@ -119,8 +119,8 @@ class Reader:
         """Run one request.
 
         Returns:
-            Its ``RequestOutput``; and after every step the tokens computed so far, seconds of the
-            step, pages held and resident bytes.
+            Its ``RequestOutput``; and, before the request and after every step, the tokens computed
+            so far, seconds of the step, pages held and resident bytes.
         """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -130,8 +130,9 @@ class Reader:
         sampling = SamplingParams(
             temperature=0, ignore_eos=True, output_kind=RequestOutputKind.FINAL_ONLY, **params
         )
+        process, outputs = psutil.Process(), []
+        steps = [(0, 0.0, 0, process.memory_info().rss)]
         engine.add_request("text", {"prompt_token_ids": prompt}, sampling)
-        process, steps, outputs = psutil.Process(), [], []
         [request] = scheduler.requests.values()
         while engine.has_unfinished_requests():
             before = time.perf_counter()
@@ -169,8 +170,7 @@ def mean(values: list[float]) -> float:
 
 def whole_chunks(steps: list[tuple[int, float, int, int]]) -> list[tuple[int, float, int, int]]:
     """Steps that read as much as one may."""
-    before = [0, *(done for done, _, _, _ in steps)]
-    return [step for step, done in zip(steps, before, strict=False) if step[0] - done == CHUNK]
+    return [step for before, step in pairwise(steps) if step[0] - before[0] == CHUNK]
 
 
 def between(steps: list[tuple[int, float, int, int]], start: int, stop: int) -> dict[str, Any]:
@@ -223,9 +223,9 @@ def measure(name: str, count: int) -> dict[str, Any]:
         fresh, _ = reader.read(tokens[-STRETCH:])
         # The first token of a fresh text has no probability.
         row["nll_last"], row["nll_fresh"] = mean(losses[-STRETCH + 1 :]), mean(fresh)
-        rss = {done: resident for done, _, _, resident in steps}
-        start = min(done for done in rss if done >= EARLY)
-        row["bytes_per_token"] = (steps[-1][3] - rss[start]) / (count - start)
+        # Before the answer, which has a probability for every token.
+        read, _, _, resident = whole_chunks(steps)[-1]
+        row["bytes_per_token"] = (resident - steps[0][3]) / read
     return row
 
 
@@ -304,8 +304,9 @@ def show(result: dict[str, Any], console: Console) -> None:
         perplexity, seconds = (100 * flat[kind]["off"] for kind in ("perplexity", "time"))
         last_pages, early_pages = flat["pages"]["last"], flat["pages"]["early"]
         console.print(
-            f"{name}, last {STRETCH:,} tokens: perplexity {perplexity:+.2f} % off the same text "
-            f"from scratch, time per token {seconds:+.1f} % off early ones, at most {last_pages} "
+            f"{name}: perplexity of all {math.exp(mean(row['nll_per_bin'])):.2f}; of the last "
+            f"{STRETCH:,} tokens {math.exp(row['nll_last']):.2f}, {perplexity:+.2f} % off the same "
+            f"text from scratch, time per token {seconds:+.1f} % off early ones, at most {last_pages} "
             f"KV pages and {early_pages} early. Generating: "
             f"{first['ms_per_token']:.2f} ms/token at {first['prompt']:,}, "
             f"{last['ms_per_token']:.2f} at {last['prompt']:,} ({last['cached']:,} tokens from the "

@@ -48,7 +48,8 @@ class SepLLMConfig:
         separator_token_ids: ids that override the two fields above; none of them leaves sinks
             and window.
         interval: distance between kept tokens of ``policy="fixed_interval"``.
-        position_mode: ``"original"`` keeps each key's own rotary position.
+        position_mode: positions that rotary embeddings see: those of the text, or with
+            ``"cache"`` the places of what a query sees, numbered from 0.
         dense_layers: layers with full attention, by index; negative ones count from the last.
         prefill_kernel: what computes prompts on a GPU.
 

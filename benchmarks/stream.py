@@ -306,8 +306,8 @@ def show(result: dict[str, Any], console: Console) -> None:
         console.print(
             f"{name}: perplexity of all {math.exp(mean(row['nll_per_bin'])):.2f}; of the last "
             f"{STRETCH:,} tokens {math.exp(row['nll_last']):.2f}, {perplexity:+.2f} % off the same "
-            f"text from scratch, time per token {seconds:+.1f} % off early ones, at most {last_pages} "
-            f"KV pages and {early_pages} early. Generating: "
+            f"text from scratch, time per token {seconds:+.1f} % off early ones, at most "
+            f"{last_pages} KV pages and {early_pages} early. Generating: "
             f"{first['ms_per_token']:.2f} ms/token at {first['prompt']:,}, "
             f"{last['ms_per_token']:.2f} at {last['prompt']:,} ({last['cached']:,} tokens from the "
             f"prefix cache). Memory: {row['bytes_per_token']:.0f} bytes per token"

@@ -83,9 +83,12 @@ def test_staging_merges_and_packs(block_size, head_size, dtype, layer):
     source_pages = np.array([5, 5, 8, 10])
     offsets = np.array([0, block_size - 1, 3, 7])
     slots = np.array([0, 1, 2, block_size + 5])
-    pages.stage(None, PackedEntries(source_pages, offsets, slots))
+    packed = PackedEntries(source_pages, offsets, slots)
+    pages.stage(None, packed)
     got_key, got_value = pages.read_pages(torch.arange(first, first + 2))
     sources = source_pages * block_size + offsets
+    for gathered, written in zip(pages.gather(packed), (key, value), strict=True):
+        assert torch.equal(gathered, written[sources])
     assert torch.equal(got_key[:, slots], key[sources].transpose(0, 1))
     assert torch.equal(got_value[:, slots], value[sources].transpose(0, 1))
 

@@ -320,9 +320,10 @@ class CacheReference(Reference):
         window: int,
         bound: int | None = None,
         is_neox: bool = True,
+        interval: int | None = None,
     ) -> None:
         super().__init__(model, separator_ids, sinks, window)
-        self._options = {"max_separators": bound, "is_neox": is_neox}
+        self._options = {"max_separators": bound, "is_neox": is_neox, "interval": interval}
 
     def logits(self, token_ids: Sequence[int], model: Any = None) -> Any:
         from vllm_sepllm.stream_reference import cache_position_logits

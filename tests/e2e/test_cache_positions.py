@@ -134,13 +134,15 @@ def test_compiled(engines, book, reference_of):
         reference_of(bound=20).check(prompt, tokens)
 
 
-def test_streaming_policy(engines, book, reference_model):
+@pytest.mark.parametrize(("policy", "interval"), [("streaming", None), ("fixed_interval", 5)])
+def test_other_policies(engines, book, reference_model, policy, interval):
     """StreamingLLM as it was published: sinks and window, in cache positions."""
-    sepllm = cache_positions(policy="streaming")
-    engine = engines(sepllm=sepllm, max_num_batched_tokens=96)
+    options = {"policy": policy} if interval is None else {"policy": policy, "interval": interval}
+    engine = engines(sepllm=cache_positions(**options), max_num_batched_tokens=96)
+    reference = CacheReference(reference_model, (), SINKS, WINDOW, interval=interval)
     prompts = [book[:700], book[100:102]]
     for prompt, tokens in zip(prompts, engine.tokens(prompts, max_tokens=30), strict=True):
-        CacheReference(reference_model, (), SINKS, WINDOW).check(prompt, tokens)
+        reference.check(prompt, tokens)
 
 
 def test_beyond_the_trained_length(engines, book, reference_of):

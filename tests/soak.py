@@ -21,7 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 import conftest  # sets the environment before vLLM is imported
-from helpers import Engine, book_tokens, find_separators, page_bound
+from helpers import CacheReference, Engine, book_tokens, find_separators, page_bound
 
 from vllm_sepllm.reference import first_difference
 
@@ -40,7 +40,12 @@ class Soak:
     """One engine under random traffic of requests of up to ``max_len`` tokens."""
 
     def __init__(
-        self, rng: random.Random, check_share: float, reference: Any, max_len: int = SHORT
+        self,
+        rng: random.Random,
+        check_share: float,
+        reference: Any,
+        max_len: int = SHORT,
+        position_mode: str = "original",
     ) -> None:
         self.rng, self.check_share, self.reference = rng, check_share, reference
         self.max_len, self.longest_compared = max_len, 0
@@ -62,7 +67,8 @@ class Soak:
             "scheduling_policy": rng.choice(["fcfs", "priority"]),
         }
         sepllm = {"window_size": self.window, "num_sink_tokens": SINKS}
-        sepllm |= {"max_separator_tokens": self.bound}
+        sepllm |= {"max_separator_tokens": self.bound, "position_mode": position_mode}
+        self.position_mode = position_mode
         print(f"window {self.window}, bound {self.bound}, {options}", flush=True)
         self.engine = Engine(sepllm=sepllm, **options)
         self.counts: Counter[str] = Counter()
@@ -137,6 +143,9 @@ class Soak:
         self.counts["compared"] += 1
         self.longest_compared = max(self.longest_compared, len(prompt))
         mask = self.separators, SINKS, self.window
+        if self.position_mode == "cache":
+            CacheReference(self.reference, *mask, self.bound).check(prompt, answer)
+            return
         wrong = first_difference(self.reference, prompt, answer, *mask, max_separators=self.bound)
         assert wrong is None, f"prompt of {len(prompt)} tokens: {wrong}"
 
@@ -183,7 +192,10 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--check-share", type=float, default=0.05)
+    parser.add_argument("--position-mode", choices=["original", "cache"], default="original")
     args = parser.parse_args()
+    # The reference in cache positions is too slow for long texts.
+    longest_of = {"original": LONG, "cache": SHORT}[args.position_mode]
     reference = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     end, seed = time.monotonic() + 60 * args.minutes, args.seed
     totals: Counter[str] = Counter()
@@ -191,8 +203,9 @@ def main() -> None:
     while time.monotonic() < end:
         print(f"seed {seed}: ", end="", flush=True)
         try:
-            max_len = LONG if seed % 2 else SHORT
-            soak = Soak(random.Random(seed), args.check_share, reference, max_len)
+            max_len = longest_of if seed % 2 else SHORT
+            rng = random.Random(seed)
+            soak = Soak(rng, args.check_share, reference, max_len, args.position_mode)
             stop = min(time.monotonic() + 60, end)
             soak.run(lambda stop=stop: time.monotonic() < stop)  # type: ignore[misc]
         except AssertionError as error:

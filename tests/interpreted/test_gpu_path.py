@@ -111,10 +111,10 @@ def test_cache_positions(engines, book, separator_ids, reference_model, bound):
     sepllm = {**OPTIONS["sepllm"], "max_separator_tokens": bound, "position_mode": "cache"}
     engine = engines(**{**OPTIONS, "sepllm": sepllm})
     reference = CacheReference(reference_model, separator_ids, SINKS, WINDOW, bound)
-    for prompts in ([book[:150], book[300:330]], [book[:120] + book[600:630]]):
-        for prompt, output in zip(prompts, engine.generate(prompts, max_tokens=16), strict=True):
+    for prompts in ([book[:100], book[300:320]], [book[:80] + book[600:612]]):
+        for prompt, output in zip(prompts, engine.generate(prompts, max_tokens=12), strict=True):
             reference.check(prompt, list(output.outputs[0].token_ids))
-    assert output.num_cached_tokens >= 96
+    assert output.num_cached_tokens >= 64
     engine.check_empty()
 
 
@@ -151,6 +151,7 @@ def test_prompts_with_xformers(
     engine = engines(**{**OPTIONS, "sepllm": {**OPTIONS["sepllm"], **sepllm}})
     prompts = [book[:150], book[100:102], book[300:340]]
     if position_mode == "cache":
+        prompts = [book[:90], book[100:102]]
         check = CacheReference(reference_model, separator_ids, SINKS, WINDOW).check
     for prompt, tokens in zip(prompts, engine.tokens(prompts, max_tokens=12), strict=True):
         check(prompt, tokens)

@@ -6,6 +6,7 @@ import copy
 import gc
 import math
 import os
+import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -330,6 +331,23 @@ class CacheReference(Reference):
 
         model = model or self.model
         return cache_position_logits(model, token_ids, *self._mask_options, **self._options)
+
+
+def save_random_model(config: Any, path: Path) -> Any:
+    """A model with weights large enough for clear maxima, and the demo model's tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.15)
+    model.save_pretrained(path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(f"{MODEL}/{name}", path)
+    return model.eval()
 
 
 def page_bound(kept: int, window: int, chunk: int, block_size: int) -> int:

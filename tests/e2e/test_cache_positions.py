@@ -2,11 +2,16 @@
 rebuilds the cache of every query."""
 
 import resource
-import shutil
 
 import pytest
-import torch
-from helpers import MODEL, NGRAM, POOL_FILLING_TOKENS, SMALL_POOL, CacheReference, Reference
+from helpers import (
+    NGRAM,
+    POOL_FILLING_TOKENS,
+    SMALL_POOL,
+    CacheReference,
+    Reference,
+    save_random_model,
+)
 
 from vllm_sepllm.config import ConfigError
 from vllm_sepllm.engine.prefix_index import COUNTS_PER_PAGE
@@ -252,22 +257,6 @@ MODELS = {
 }
 
 
-def save(config, path):
-    """A model with weights large enough for clear maxima, and the demo model's tokenizer."""
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=0.15)
-    model.save_pretrained(path)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(f"{MODEL}/{name}", path)
-    return model.eval()
-
-
 REFUSED = {
     "learned positions": ("OPTConfig", {"word_embed_proj_dim": 128, "ffn_dim": 256}, "no rotary"),
     "longrope": (
@@ -284,7 +273,7 @@ def test_models_that_are_refused(engines, tmp_path, kind):
     import transformers
 
     name, options, sentence = REFUSED[kind]
-    save(getattr(transformers, name)(**{**SIZES, **options}), tmp_path)
+    save_random_model(getattr(transformers, name)(**{**SIZES, **options}), tmp_path)
     sepllm = cache_positions(max_separator_tokens=20)
     with pytest.raises(ConfigError, match=sentence):
         engines(sepllm=sepllm, model=str(tmp_path), max_model_len=256)
@@ -296,7 +285,7 @@ def test_rotary_embeddings(engines, book, separator_ids, tmp_path, kind):
 
     name, options = MODELS[kind]
     bound = 12 if list(MODELS).index(kind) % 2 else None
-    model = save(getattr(transformers, name)(**{**SIZES, **options}), tmp_path)
+    model = save_random_model(getattr(transformers, name)(**{**SIZES, **options}), tmp_path)
     sepllm = cache_positions(window_size=48, max_separator_tokens=bound)
     engine = engines(sepllm=sepllm, model=str(tmp_path), max_model_len=512)
     is_neox = "interleaved" not in kind
@@ -309,29 +298,3 @@ def test_rotary_embeddings(engines, book, separator_ids, tmp_path, kind):
     original = Reference(model, separator_ids, SINKS, 48)
     with pytest.raises(AssertionError, match="step"):
         original.check(prompts[0], engine.tokens(prompts[:1], max_tokens=30)[0])
-
-
-def test_transformers_backend(engines, book, separator_ids, tmp_path):
-    """The architecture of Pythia: a quarter is rotated, here with YaRN.
-
-    The reference goes first: that backend changes the classes of transformers themselves.
-    """
-    from transformers import GPTNeoXConfig
-
-    scaled = rope("yarn", factor=4.0, original_max_position_embeddings=128)
-    scaled["rope_parameters"]["partial_rotary_factor"] = 0.25
-    sizes = {**SIZES, "hidden_size": 256, "num_key_value_heads": 4}
-    model = save(GPTNeoXConfig(**sizes, **scaled), tmp_path)
-    reference = CacheReference(model, separator_ids, SINKS, 48, 12)
-    prompts = [book[:450], book[900:930]]
-    expected = []
-    for prompt in prompts:
-        ids = list(prompt)
-        for _ in range(30):
-            ids.append(int(reference.logits(ids)[-1].argmax()))
-        expected.append(ids[len(prompt) :])
-    with pytest.raises(AssertionError, match="step"):
-        Reference(model, separator_ids, SINKS, 48).check(prompts[0], expected[0])
-    sepllm = cache_positions(window_size=48, max_separator_tokens=12)
-    engine = engines(sepllm=sepllm, model=str(tmp_path), max_model_len=512)
-    assert engine.tokens(prompts, max_tokens=30) == expected

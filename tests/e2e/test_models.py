@@ -1,10 +1,8 @@
 """Models with random weights: mixed layer kinds, logit caps, grouped and single KV heads."""
 
-import shutil
-
 import pytest
 import torch
-from helpers import MODEL
+from helpers import CacheReference, save_random_model
 
 from vllm_sepllm.config import ConfigError
 from vllm_sepllm.reference import sepllm_mask
@@ -20,22 +18,6 @@ SIZES = {
     "bos_token_id": 0,
     "eos_token_id": 1,
 }
-
-
-def save(config, path):
-    """A model with weights large enough for clear maxima, and the demo model's tokenizer."""
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=0.15)
-    model.save_pretrained(path)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(f"{MODEL}/{name}", path)
-    return model.eval()
 
 
 @torch.no_grad()
@@ -63,7 +45,7 @@ def test_only_full_attention_layers_of_a_mixed_model(
     extra = {"num_key_value_heads": 2, "head_dim": 32, "sliding_window": sliding}
     extra |= {"num_hidden_layers": 4, "layer_types": kinds, "query_pre_attn_scalar": 32}
     cls = {"gemma3": Gemma3TextConfig, "gemma2": Gemma2Config}[family]
-    model = save(cls(**SIZES, **extra), tmp_path)
+    model = save_random_model(cls(**SIZES, **extra), tmp_path)
     engine = engines(sepllm={"window_size": window}, model=str(tmp_path), max_model_len=1024)
     kept_layers = [
         type(g.kv_cache_spec).__name__ for g in engine.scheduler.kv_cache_config.kv_cache_groups
@@ -89,7 +71,9 @@ def test_a_dense_layer_with_a_sliding_window(engines, tmp_path):
 
     kinds = ["sliding_attention", "full_attention"]
     extra = {"num_key_value_heads": 2, "head_dim": 32, "sliding_window": 64}
-    save(Gemma3TextConfig(**SIZES, **extra, num_hidden_layers=2, layer_types=kinds), tmp_path)
+    save_random_model(
+        Gemma3TextConfig(**SIZES, **extra, num_hidden_layers=2, layer_types=kinds), tmp_path
+    )
     with pytest.raises(ConfigError, match="holds 0, a layer with a sliding window of 64 tokens"):
         engines(sepllm={"dense_layers": [0]}, model=str(tmp_path), max_model_len=1024)
 
@@ -101,7 +85,7 @@ def test_head_counts_and_sizes(engines, book, separator_ids, tmp_path, num_kv_he
     from transformers import LlamaConfig
 
     extra = {"num_key_value_heads": num_kv_heads, "head_dim": head_dim, "num_hidden_layers": 2}
-    model = save(LlamaConfig(**SIZES, **extra), tmp_path)
+    model = save_random_model(LlamaConfig(**SIZES, **extra), tmp_path)
     engine = engines(sepllm={"window_size": 48}, model=str(tmp_path), max_model_len=1024)
     prompts = [book[:500], book[900:930]]
     for prompt, tokens in zip(prompts, engine.tokens(prompts, max_tokens=30), strict=True):
@@ -120,18 +104,33 @@ def greedy(model, prompt, separator_ids, sinks, window):
 
 
 def test_pythia(engines, book, separator_ids, tmp_path):
-    """The architecture of Pythia, through vLLM's Transformers backend: a quarter is rotated.
+    """The architecture of Pythia, through vLLM's Transformers backend: a quarter is rotated, here
+    with YaRN, in positions of the text and in cache positions.
 
-    The reference goes first: that backend changes the classes of transformers themselves.
+    The references go first: that backend changes the classes of transformers themselves.
     """
     from transformers import GPTNeoXConfig
 
-    sizes = {**SIZES, "hidden_size": 256}
-    config = GPTNeoXConfig(**sizes, num_hidden_layers=2, rotary_pct=0.25)
+    rope = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}
+    rope |= {"original_max_position_embeddings": 256, "partial_rotary_factor": 0.25}
+    sizes = {**SIZES, "hidden_size": 256, "rope_parameters": rope}
+    config = GPTNeoXConfig(**sizes, num_hidden_layers=2)
     config.architectures = ["GPTNeoXForCausalLM"]
-    model = save(config, tmp_path)
+    model = save_random_model(config, tmp_path)
     prompts = [book[:500], book[900:930]]
     expected = [greedy(model, prompt, separator_ids, 4, 48) for prompt in prompts]
     assert greedy(model, prompts[0], (), 0, 1024) != expected[0], "any mask would pass"
-    engine = engines(sepllm={"window_size": 48}, model=str(tmp_path), max_model_len=1024)
+    reference = CacheReference(model, separator_ids, 4, 48, 12)
+    in_cache_positions = []
+    for prompt in prompts:
+        ids = list(prompt)
+        for _ in range(30):
+            ids.append(int(reference.logits(ids)[-1].argmax()))
+        in_cache_positions.append(ids[len(prompt) :])
+    assert in_cache_positions[0] != expected[0], "any positions would pass"
+    options = {"model": str(tmp_path), "max_model_len": 1024}
+    engine = engines(sepllm={"window_size": 48}, **options)
     assert engine.tokens(prompts, max_tokens=30) == expected
+    sepllm = {"window_size": 48, "max_separator_tokens": 12, "position_mode": "cache"}
+    engine = engines(sepllm=sepllm, **options)
+    assert engine.tokens(prompts, max_tokens=30) == in_cache_positions

@@ -22,8 +22,9 @@ class InterpretedWorker(DeviceTokenWorker, CPUWorker):
 def select_gpu_path() -> None:
     """Have engines of this process run the GPU backend."""
     # An operation on a tile takes the interpreter about as long whatever its size.
-    decode.TILE = prefill.TILE = prefill.ROWS = 512
-    decode.INTERPRETED_PROCESSORS = 2
+    decode.tile_entries = prefill.tile_entries = lambda head_size, element_size: 512
+    prefill.ROWS = 512
+    decode.PROGRAMS = 2
     platform.CPU_BACKEND_PATH = BACKEND_PATH
     platform.CPU_PREFILL_KERNELS = PREFILL_KERNELS
     platform.CPU_WORKER_PATH = "gpu_path.InterpretedWorker"

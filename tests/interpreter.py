@@ -23,16 +23,22 @@ def mend() -> None:
 
 
 def _take_masks_of_integers(interpreter: Any) -> None:
-    """``&`` of a scalar and a vector of booleans is one of integers, which loads then refuse.
-    vLLM's ngram kernel has such a mask."""
+    """``&`` of a scalar and a vector of booleans is one of integers, which loads and stores then
+    refuse. vLLM's ngram kernel has such a mask."""
     builder = interpreter.InterpreterBuilder
-    load = builder.create_masked_load
+    load, store = builder.create_masked_load, builder.create_masked_store
+
+    def as_bool(mask: Any) -> Any:
+        return interpreter.TensorHandle(mask.data.astype(bool), mask.dtype)
 
     def create_masked_load(self: Any, pointers: Any, mask: Any, *args: Any) -> Any:
-        as_bool = interpreter.TensorHandle(mask.data.astype(bool), mask.dtype)
-        return load(self, pointers, as_bool, *args)
+        return load(self, pointers, as_bool(mask), *args)
+
+    def create_masked_store(self: Any, pointers: Any, value: Any, mask: Any, *args: Any) -> Any:
+        return store(self, pointers, value, as_bool(mask), *args)
 
     builder.create_masked_load = create_masked_load
+    builder.create_masked_store = create_masked_store
 
 
 def _multiply_bfloat16(interpreter: Any) -> None:

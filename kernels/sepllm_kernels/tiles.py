@@ -11,6 +11,16 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+MIN_TILES = tl.constexpr(2)  # of a split, where there are as many
+# Of the loop over tiles. Table entries are loaded an iteration before what they point to, which the
+# compiler counts, so that with five there is room for two tiles of keys and values.
+STAGES = 5
+
+
+def tile_entries(head_size: int, element_size: int) -> int:
+    """Entries of a tile: its keys, as its values, take 16 KiB of shared memory at most."""
+    entry_bytes = triton.next_power_of_2(head_size) * element_size
+    return int(max(16, min(64, 16384 // entry_bytes)))
 
 
 @triton.jit
@@ -22,11 +32,47 @@ def _tanh(x):
 
 
 @triton.jit
+def load_rows(
+    query,
+    token_stride,
+    token,
+    head,
+    row_valid,
+    scale,
+    HEAD_SIZE: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """Queries of packed rows, ``[ROWS, head size rounded up]``, and what their logits are
+    multiplied by.
+
+    FP8 keys widen to float16 in one instruction and to bfloat16 in several, so bfloat16 queries
+    become float16 beside them. Each row is divided by a power of two, after which its largest
+    element is between 1 and 2 and none leaves float16's range.
+    """
+    dim = tl.arange(0, triton.next_power_of_2(HEAD_SIZE))
+    at = (token.to(tl.int64) * token_stride + head * HEAD_SIZE)[:, None] + dim[None, :]
+    rows = tl.load(query + at, mask=row_valid[:, None] & (dim[None, :] < HEAD_SIZE), other=0.0)
+    power = tl.zeros_like(token).to(tl.float32) + 1
+    if (rows.dtype == tl.bfloat16) & (KEYS.primitive_bitwidth == 8):
+        largest = tl.max(tl.abs(rows.to(tl.float32)), 1)
+        exponent = largest.to(tl.int32, bitcast=True) & 0x7F800000
+        power = tl.where(exponent == 0, 1.0, exponent.to(tl.float32, bitcast=True))
+        rows = (rows.to(tl.float32) / power[:, None]).to(tl.float16)
+    return rows, power * scale
+
+
+@triton.jit
 def attend_tiles(
     acc,
+    acc_odd,  # of odd dimensions, where PAIRED
     weight_sum,
     maximum,
-    query,
+    queries,
+    token_stride,
+    token,
+    head,
+    row_valid,
+    scale,
     key_pages,
     value_pages,
     page_stride,
@@ -36,47 +82,68 @@ def attend_tiles(
     row_high,  # entries [low, high) are visible to a row
     low,
     high,  # entries that any row sees
+    full_low,
+    full_high,  # entries that all rows see
     first_tile,
     stop_tile,
-    scale,
     SOFT_CAP: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     PAGE: tl.constexpr,
     TILE: tl.constexpr,
+    PAIRED: tl.constexpr,
 ):
-    """Take tiles ``[first_tile, stop_tile)`` into the running softmax."""
+    """Take tiles ``[first_tile, stop_tile)`` into the running softmax.
+
+    With ``PAIRED``, values are read as pairs of bytes: the hardware transposes matrices of 16-bit
+    elements while it reads them from shared memory, and of bytes one by one.
+    """
     dim = tl.arange(0, triton.next_power_of_2(HEAD_SIZE))
     is_element = dim[None, :] < HEAD_SIZE
+    query, scale = load_rows(
+        queries, token_stride, token, head, row_valid, scale, HEAD_SIZE, key_pages.dtype.element_ty
+    )
+    factor = (tl.zeros_like(scale) + 1 if SOFT_CAP > 0 else scale) * LOG2_E
+    in_tile = tl.arange(0, TILE)
+    in_page = in_tile % PAGE * entry_stride
     for tile in range(first_tile, stop_tile):
-        entry = tile * TILE + tl.arange(0, TILE)
+        entry = tile * TILE + in_tile
         present = (entry >= low) & (entry < high)
-        page = tl.load(table + entry // PAGE, mask=present, other=0).to(tl.int64)
-        at = (page * page_stride + entry % PAGE * entry_stride)[:, None] + dim[None, :]
+        if PAGE < TILE:
+            pages = table + tile * (TILE // PAGE) + in_tile // PAGE
+            at = tl.load(pages, mask=present, other=0).to(tl.int64) * page_stride + in_page
+        else:
+            page = tl.load(table + tile // (PAGE // TILE)).to(tl.int64)
+            at = page * page_stride + tile % (PAGE // TILE) * TILE * entry_stride + in_page
         loaded = present[:, None] & is_element  # pages hold anything where nothing was written
-        key = tl.load(key_pages + at, mask=loaded, other=0.0).to(query.dtype)
-        logits = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+        key = tl.load(key_pages + (at[:, None] + dim[None, :]), mask=loaded, other=0.0)
+        logits = tl.dot(query, tl.trans(key.to(query.dtype)), input_precision="ieee")
         if SOFT_CAP > 0:
-            logits = SOFT_CAP * _tanh(logits / SOFT_CAP)
-        visible = (entry[None, :] >= row_low[:, None]) & (entry[None, :] < row_high[:, None])
-        logits = tl.where(visible, logits * LOG2_E, float("-inf"))
-        new_maximum = tl.maximum(maximum, tl.max(logits, 1))
+            logits = SOFT_CAP * _tanh(logits * (scale / SOFT_CAP)[:, None])
+        if (tile * TILE < full_low) | (tile * TILE + TILE > full_high):
+            visible = (entry[None, :] >= row_low[:, None]) & (entry[None, :] < row_high[:, None])
+            logits = tl.where(visible, logits, float("-inf"))
+        new_maximum = tl.maximum(maximum, tl.max(logits, 1) * factor)
         base = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-        weights = tl.exp2(logits - base[:, None])
+        weights = tl.exp2(logits * factor[:, None] - base[:, None])
         shrink = tl.exp2(maximum - base)
-        value = tl.load(value_pages + at, mask=loaded, other=0.0).to(query.dtype)
-        acc = acc * shrink[:, None]
-        acc += tl.dot(weights.to(query.dtype), value, input_precision="ieee")
         weight_sum = weight_sum * shrink + tl.sum(weights, 1)
+        weights = weights.to(query.dtype)
+        acc = acc * shrink[:, None]
+        if PAIRED:
+            pair = tl.arange(0, triton.next_power_of_2(HEAD_SIZE) // 2)
+            words = value_pages.to(tl.pointer_type(tl.uint16)) + (at // 2)[:, None] + pair[None, :]
+            is_pair = present[:, None] & (pair[None, :] < HEAD_SIZE // 2)
+            word = tl.load(words, mask=is_pair, other=0)
+            element: tl.constexpr = value_pages.dtype.element_ty
+            even = (word & 255).to(tl.uint8).to(element, bitcast=True).to(query.dtype)
+            odd = (word >> 8).to(tl.uint8).to(element, bitcast=True).to(query.dtype)
+            acc += tl.dot(weights, even, input_precision="ieee")
+            acc_odd = acc_odd * shrink[:, None] + tl.dot(weights, odd, input_precision="ieee")
+        else:
+            value = tl.load(value_pages + (at[:, None] + dim[None, :]), mask=loaded, other=0.0)
+            acc += tl.dot(weights, value.to(query.dtype), input_precision="ieee")
         maximum = new_maximum
-    return acc, weight_sum, maximum
-
-
-@triton.jit
-def load_rows(query, token_stride, token, head, row_valid, HEAD_SIZE: tl.constexpr):
-    """Queries of packed rows, ``[ROWS, head size rounded up]``."""
-    dim = tl.arange(0, triton.next_power_of_2(HEAD_SIZE))
-    at = (token.to(tl.int64) * token_stride + head * HEAD_SIZE)[:, None] + dim[None, :]
-    return tl.load(query + at, mask=row_valid[:, None] & (dim[None, :] < HEAD_SIZE), other=0.0)
+    return acc, acc_odd, weight_sum, maximum
 
 
 @triton.jit
@@ -104,6 +171,7 @@ def attend_span(
     HEAD_SIZE: tl.constexpr,
     PAGE: tl.constexpr,
     TILE: tl.constexpr,
+    PAIRED: tl.constexpr = False,
 ):
     """One split's share of all tiles that packed rows of one request see.
 
@@ -126,18 +194,27 @@ def attend_span(
     first_window = window_low // TILE
     window_tiles = tl.where(window_size > 0, tl.cdiv(window_high, TILE) - first_window, 0)
     share = tl.cdiv(sink_tiles + stream_tiles + window_tiles, num_splits)
+    share = tl.maximum(share, MIN_TILES)
     start, stop = split * share, (split + 1) * share
 
-    dim = tl.arange(0, triton.next_power_of_2(HEAD_SIZE))
-    acc = tl.zeros_like(position)[:, None].to(tl.float32) + tl.zeros_like(dim)[None, :]
+    size: tl.constexpr = triton.next_power_of_2(HEAD_SIZE)
+    dim = tl.arange(0, size // 2 if PAIRED else size)
     weight_sum = tl.zeros_like(position).to(tl.float32)
+    acc = weight_sum[:, None] + tl.zeros_like(dim)[None, :]
+    acc_odd = acc if PAIRED else weight_sum
     maximum = weight_sum + float("-inf")
     if (num_sinks > 0) & (start < sink_tiles):
-        acc, weight_sum, maximum = attend_tiles(
+        acc, acc_odd, weight_sum, maximum = attend_tiles(
             acc,
+            acc_odd,
             weight_sum,
             maximum,
-            load_rows(queries + 2 * part_stride, token_stride, token, head, row_valid, HEAD_SIZE),
+            queries + 2 * part_stride,
+            token_stride,
+            token,
+            head,
+            row_valid,
+            scale,
             key_pages,
             value_pages,
             page_stride,
@@ -147,21 +224,29 @@ def attend_span(
             sinks,
             0,
             sink_high,
+            0,
+            tl.min(tl.where(row_valid, sinks, far), 0),
             start,
             tl.minimum(stop, sink_tiles),
-            scale,
             SOFT_CAP,
             HEAD_SIZE,
             PAGE,
             TILE,
+            PAIRED,
         )
     start, stop = start - sink_tiles, stop - sink_tiles
     if (start < stream_tiles) & (stop > 0):
-        acc, weight_sum, maximum = attend_tiles(
+        acc, acc_odd, weight_sum, maximum = attend_tiles(
             acc,
+            acc_odd,
             weight_sum,
             maximum,
-            load_rows(queries + part_stride, token_stride, token, head, row_valid, HEAD_SIZE),
+            queries + part_stride,
+            token_stride,
+            token,
+            head,
+            row_valid,
+            scale,
             key_pages,
             value_pages,
             page_stride,
@@ -171,21 +256,29 @@ def attend_span(
             limit,
             stream_low,
             stream_high,
+            tl.max(tl.where(row_valid, begin, 0), 0),
+            tl.min(tl.where(row_valid, limit, far), 0),
             first_stream + tl.maximum(start, 0),
             first_stream + tl.minimum(stop, stream_tiles),
-            scale,
             SOFT_CAP,
             HEAD_SIZE,
             PAGE,
             TILE,
+            PAIRED,
         )
     start, stop = start - stream_tiles, stop - stream_tiles
     if (start < window_tiles) & (stop > 0):
-        acc, weight_sum, maximum = attend_tiles(
+        acc, acc_odd, weight_sum, maximum = attend_tiles(
             acc,
+            acc_odd,
             weight_sum,
             maximum,
-            load_rows(queries, token_stride, token, head, row_valid, HEAD_SIZE),
+            queries,
+            token_stride,
+            token,
+            head,
+            row_valid,
+            scale,
             key_pages,
             value_pages,
             page_stride,
@@ -195,12 +288,16 @@ def attend_span(
             tl.where(row_valid, position + 1, 0),
             window_low,
             window_high,
+            tl.max(tl.where(row_valid, window_begin, 0), 0),
+            tl.min(tl.where(row_valid, position, far), 0) + 1,
             first_window + tl.maximum(start, 0),
             first_window + tl.minimum(stop, window_tiles),
-            scale,
             SOFT_CAP,
             HEAD_SIZE,
             PAGE,
             TILE,
+            PAIRED,
         )
+    if PAIRED:
+        acc = tl.join(acc, acc_odd).reshape(acc.shape[0], size)
     return acc, weight_sum, maximum

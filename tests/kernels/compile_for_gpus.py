@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from sepllm_kernels.kept_decode.triton import TILE, _decode, _merge
+from sepllm_kernels.kept_decode.triton import _decode, _merge, decode_launch
 from sepllm_kernels.kept_metadata.triton import TILE as TOKENS
 from sepllm_kernels.kept_metadata.triton import _kept_metadata
-from sepllm_kernels.kept_prefill.triton import NUM_WARPS, ROWS, _prefill
+from sepllm_kernels.kept_prefill.triton import LAUNCH, ROWS, _prefill
+from sepllm_kernels.tiles import tile_entries
 from sepllm_kernels.turn_queries.triton import _turn_queries
 from sepllm_kernels.write_kv.triton import _write_kv
 from triton.backends.compiler import GPUTarget
@@ -33,6 +34,8 @@ INDEX |= {"token_ids": "*i32", "kept_prefix": "*i32", "is_chosen": "*i1", "lags"
 FLOATS = {"partial": "*fp32", "log_sums": "*fp32", "stream_turns": "*fp32", "scale": "fp32"}
 FLOATS |= {"turns": "*fp32"}
 FLOATS |= dict.fromkeys(("value_scale", "inverse_key_scale", "inverse_value_scale"), "fp32")
+SIZES = {"bf16": 2, "fp8e4nv": 1, "fp32": 4}  # bytes of an element
+TILES = re.compile(r"memdesc<(\d+)x\d+x\d+x\w+, #shared")  # of keys and values at a time
 HEADS = [(32, 8, 128), (32, 32, 80), (16, 16, 256), (12, 12, 64)]
 
 
@@ -40,24 +43,31 @@ def cases() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict[str, int
     """Kernel, element types by argument, constants, launch options, compute capability."""
     for num_heads, num_kv_heads, head_size in HEADS:
         group = num_heads // num_kv_heads
-        layer = {"GROUP": group, "NUM_HEADS": num_heads, "HEAD_SIZE": head_size, "TILE": TILE}
+        layer = {"GROUP": group, "NUM_HEADS": num_heads, "HEAD_SIZE": head_size}
         for page, pages, cap, capability in (
             (16, "bf16", 0.0, H200),
             (32, "fp8e4nv", 0.0, H200),
             (128, "bf16", 30.0, H200),
             (16, "bf16", 0.0, A100),
+            (16, "fp32", 0.0, H200),
         ):
-            if capability == A100 and head_size != 128:
+            usual, wide = head_size == 128, pages == "fp32" and head_size >= 128
+            if not (usual or wide or (capability == H200 and not cap and pages != "fp32")):
                 continue
             types = dict.fromkeys(("key_pages", "value_pages"), f"*{pages}")
-            types |= dict.fromkeys(("queries", "output"), "*bf16")
+            size, computed = SIZES[pages], pages if pages == "fp32" else "bf16"
+            types |= dict.fromkeys(("queries", "output"), f"*{computed}")
             constants = {**layer, "PAGE": page, "SOFT_CAP": cap}
-            decode = {**constants, "ROWS": max(16, triton.next_power_of_2(group))}
-            yield _decode, types, decode, {}, capability
-            launch = {"num_warps": NUM_WARPS}
-            prefill = {**constants, "ROWS": ROWS}
-            yield _prefill, types, {**prefill, "log_sums": None}, launch, capability
-            yield _prefill, {**types, "output": "*fp32"}, prefill, launch, capability
+            for rows in (16, 64):
+                if rows == 64 and not usual:
+                    continue
+                launch = decode_launch(rows, head_size, size)
+                tiles = {"TILE": launch.pop("TILE"), "PAIRED": size == 1}
+                yield _decode, types, {**constants, **tiles, "ROWS": rows}, launch, capability
+            prefill = {**constants, "ROWS": ROWS, "TILE": tile_entries(head_size, max(2, size))}
+            yield _prefill, types, {**prefill, "log_sums": None}, LAUNCH, capability
+            if usual and pages == "bf16":
+                yield _prefill, {**types, "output": "*fp32"}, prefill, LAUNCH, capability
     yield _merge, {"output": "*bf16"}, {"NUM_SPLITS": 9, "HEAD_SIZE": 128}, {}, H200
     for bounded in (False, True):
         constants = {"PAGE": 16, "TILE": TOKENS, "BOUNDED": bounded}
@@ -92,9 +102,8 @@ def compile_one(
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        command = [str(tool), "-res-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        usage = show("cuobjdump", "-res-usage", file.name)
+        code = show("nvdisasm", "-c", file.name)
     found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
     return {
         "kernel": kernel.__name__,
@@ -104,8 +113,40 @@ def compile_one(
         "registers": int(found["REG"]),
         "spilled": int(found["STACK"]) + int(found["LOCAL"]),  # bytes per thread
         "shared": compiled.metadata.shared,  # bytes
-        "copies": compiled.asm["ptx"].count("cp.async"),
+        "warps": compiled.metadata.num_warps,
+        "instructions": instructions_per_tile(code),
+        "tiles": max((int(x) for x in TILES.findall(compiled.asm["ttgir"])), default=0),
     }
+
+
+def show(tool: str, *arguments: str) -> str:
+    """What a tool that comes with Triton prints."""
+    command = [str(Path(triton.__file__).parent / "backends/nvidia/bin" / tool), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def instructions_per_tile(code: str) -> int:
+    """Instructions of the longest innermost loop, that over tiles, where all rows see the whole
+    tile: branches inside of it, which lead around the comparison of positions, are taken. 0 without
+    a loop."""
+    labels: dict[str, int] = {}
+    branches: list[tuple[int, str]] = []
+    count = 0
+    for line in code.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = count
+        elif instruction := re.match(r"\s+/\*[0-9a-f]+\*/\s+(.*);", line):
+            if branch := re.search(r"BRA.*`\((\.L_x_\d+)\)", instruction[1]):
+                branches.append((count, branch[1]))
+            count += 1
+    jumps = [(at, labels[label]) for at, label in branches]
+    loops = [(begin, end) for end, begin in jumps if begin < end]
+    longest = 0
+    for begin, end in loops:
+        if not any(begin <= a and b < end for a, b in loops if (a, b) != (begin, end)):
+            skipped = sum(to - at - 1 for at, to in jumps if begin <= at < to <= end)
+            longest = max(longest, end - begin + 1 - skipped)
+    return longest
 
 
 if __name__ == "__main__":

@@ -12,11 +12,13 @@ import triton
 import triton.language as tl
 
 from sepllm_kernels.batch import KeptBatch, PagedKV
-from sepllm_kernels.tiles import attend_span
+from sepllm_kernels.tiles import STAGES, attend_span, tile_entries
 
-TILE = 64  # entries
-MAX_SPLITS = 32
-INTERPRETED_PROCESSORS = 6  # in Triton's interpreter, enough for some splits
+# More than run at once (2 to 6): the last programs, which leave processors idle, then take little
+# of the time.
+PROGRAMS = 10  # per processor
+MAX_SPLITS = 64
+INTERPRETED_PROCESSORS = 1  # in Triton's interpreter, enough for some splits
 MAX_ROWS = 64  # of one program: query tokens times heads per KV head
 
 
@@ -26,7 +28,7 @@ def _decode(
     key_pages,
     value_pages,
     partial,  # [num_tokens, num_heads, num_splits, head_size]
-    log_sums,  # [num_tokens, num_heads, num_splits]
+    log_sums,  # [num_tokens, num_heads, num_splits]; -inf: nothing was taken or stored
     query_start,
     seq_lens,
     window_table,
@@ -50,6 +52,7 @@ def _decode(
     HEAD_SIZE: tl.constexpr,
     PAGE: tl.constexpr,
     TILE: tl.constexpr,
+    PAIRED: tl.constexpr,
 ):
     req, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     num_splits = tl.num_programs(2)
@@ -85,12 +88,14 @@ def _decode(
         HEAD_SIZE,
         PAGE,
         TILE,
+        PAIRED,
     )
     some = tl.where(weight_sum > 0, weight_sum, 1.0)
     result = acc / some[:, None] * value_scale
     out = (token.to(tl.int64) * NUM_HEADS + head) * num_splits + split
     dim = tl.arange(0, triton.next_power_of_2(HEAD_SIZE))
-    stored = row_valid[:, None] & (dim[None, :] < HEAD_SIZE)
+    taken = row_valid & ((weight_sum > 0) | (num_splits == 1))
+    stored = taken[:, None] & (dim[None, :] < HEAD_SIZE)
     at = out[:, None] * HEAD_SIZE + dim[None, :]
     tl.store(partial + at, result.to(partial.dtype.element_ty), mask=stored)
     if num_splits > 1:
@@ -128,8 +133,8 @@ def _merge(
 
 
 def num_splits(num_reqs: int, num_kv_heads: int, num_processors: int) -> int:
-    """Splits that give every processor two programs, where the batch alone does not."""
-    wanted = triton.cdiv(2 * num_processors, max(1, num_reqs * num_kv_heads))
+    """Splits that give every processor enough programs, where the batch alone does not."""
+    wanted = triton.cdiv(PROGRAMS * num_processors, max(1, num_reqs * num_kv_heads))
     return int(min(MAX_SPLITS, wanted))
 
 
@@ -153,11 +158,20 @@ class DecodeBuffers:
         device: torch.device | str,
     ) -> None:
         self.num_processors = num_processors
-        # A batch is split while it has fewer requests than this, and then into this many at most.
-        requests = triton.cdiv(2 * num_processors, num_kv_heads)
+        # A batch is split while it has fewer requests than this, and then into so many that twice
+        # as many remain, rounding up.
+        requests = triton.cdiv(PROGRAMS * num_processors, num_kv_heads)
         rows = max_query_len * 2 * requests * num_heads
         self.partial = torch.empty(rows * head_size, device=device)
         self.log_sums = torch.empty(rows, device=device)
+
+
+def decode_launch(rows: int, head_size: int, element_size: int) -> dict[str, int]:
+    """How the kernel is compiled: entries of a tile, warps, stages of the loop."""
+    tile = tile_entries(head_size, element_size)
+    nbytes = tile * head_size * element_size
+    warps = 8 if rows >= 64 else 4 if rows > 16 or nbytes > 8192 else 2
+    return {"TILE": tile, "num_warps": warps, "num_stages": STAGES}
 
 
 def kept_decode(
@@ -190,6 +204,7 @@ def kept_decode(
         sizes = batch.max_query_len, num_heads, num_kv_heads, head_size
         buffers = DecodeBuffers(*sizes, processors(queries.device), queries.device)
     splits = num_splits(num_reqs, num_kv_heads, buffers.num_processors)
+    rows = max(16, triton.next_power_of_2(batch.max_query_len * group))
     page_stride, head_stride, entry_stride, _ = pages.key.stride()
     _decode[(num_reqs, num_kv_heads, splits)](
         queries,
@@ -214,12 +229,13 @@ def kept_decode(
         scale * pages.key_scale,
         pages.value_scale,
         SOFT_CAP=float(logits_soft_cap),
-        ROWS=max(16, triton.next_power_of_2(batch.max_query_len * group)),
+        ROWS=rows,
         GROUP=group,
         NUM_HEADS=num_heads,
         HEAD_SIZE=head_size,
         PAGE=pages.page_size,
-        TILE=TILE,
+        PAIRED=pages.key.element_size() == 1,
+        **decode_launch(rows, head_size, pages.key.element_size()),
     )
     if splits > 1:
         _merge[(output.shape[0], num_heads)](

@@ -11,11 +11,11 @@ import triton
 import triton.language as tl
 
 from sepllm_kernels.batch import KeptBatch, PagedKV
-from sepllm_kernels.tiles import LOG2_E, attend_span
+from sepllm_kernels.tiles import LOG2_E, STAGES, attend_span, tile_entries
 
-TILE = 64  # entries
 ROWS = 128  # query tokens times heads per KV head
-NUM_WARPS = 8  # with 4, registers spill
+# With 4 warps, registers spill; the stages are those of decode.
+LAUNCH = {"num_warps": 8, "num_stages": STAGES}
 
 
 @triton.jit
@@ -68,7 +68,7 @@ def _prefill(
     BLOCK: tl.constexpr = ROWS // GROUP
     kv_head = tl.program_id(1)
     base = tl.load(query_start)  # of the batch's tokens, the first that is prefilled
-    block = tl.program_id(0)
+    block = tl.num_programs(0) - 1 - tl.program_id(0)  # the last see most, and begin
     req = _find_request(query_start, block + base // BLOCK, num_reqs, BLOCK).to(tl.int64)
     first = tl.load(query_start + req)
     num_tokens = tl.load(query_start + req + 1) - first
@@ -170,6 +170,6 @@ def kept_prefill_paged(
         NUM_HEADS=num_heads,
         HEAD_SIZE=head_size,
         PAGE=pages.page_size,
-        TILE=TILE,
-        num_warps=NUM_WARPS,
+        TILE=tile_entries(head_size, max(2, pages.key.element_size())),  # FP8 widens first
+        **LAUNCH,
     )

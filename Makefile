@@ -2,7 +2,7 @@ PY := .venv/bin/python
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench stream gpu-bench soak clean
+.PHONY: help setup demo test lint bench stream gpu-bench gpu-tune soak clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## /make \1\t/p' $(MAKEFILE_LIST)
@@ -26,6 +26,9 @@ bench: setup  ## CPU benchmark; writes benchmarks/results
 
 stream: setup  ## a million tokens of books; writes benchmarks/results/stream.* (TOKENS=4000000)
 	@$(PY) benchmarks/stream.py --tokens $(or $(TOKENS),1000000)
+
+gpu-tune:  ## which launch of a kernel is fastest on this GPU
+	@PYTHONPATH=kernels:.:build/gpu-site $(or $(PYTHON),python3) benchmarks/gpu_tune.py
 
 gpu-bench:  ## kernels on a GPU, with the python that has torch and Triton for it (PYTHON=python3)
 	@PYTHONPATH=kernels:.:build/gpu-site $(or $(PYTHON),python3) benchmarks/gpu.py

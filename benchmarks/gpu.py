@@ -50,9 +50,9 @@ class Shape:
     head_size: int
 
     @property
-    def entry_bytes(self) -> int:
-        """Key and value of one token, bfloat16."""
-        return 4 * self.num_kv_heads * self.head_size
+    def entry_elements(self) -> int:
+        """Of the key and the value of one token."""
+        return 2 * self.num_kv_heads * self.head_size
 
 
 SHAPES = (Shape("Llama-3-8B", 32, 8, 128), Shape("Llama-3-70B, 1 of 8 GPUs", 8, 1, 128))
@@ -72,24 +72,36 @@ class Case:
     batch: KeptBatch
 
     @property
-    def bytes_seen(self) -> int:
+    def entries_seen(self) -> int:
         """Keys and values that the last token of each request must read, and those alone."""
         seen = self.batch.stream_ranges[self.batch.query_start[1:].long() - 1, 1].sum()
-        window = self.batch.seq_lens.clamp(max=WINDOW).sum()
-        return int(seen + window) * self.shape.entry_bytes
+        return int(seen + self.batch.seq_lens.clamp(max=WINDOW).sum())
+
+    @property
+    def bytes_seen(self) -> int:
+        """What they take."""
+        per_element = self.pages.key.element_size()
+        return self.entries_seen * self.shape.entry_elements * per_element
 
 
 def make_case(
-    shape: Shape, context: int, num_reqs: int, tokens: int, device: str, everything: bool = False
+    shape: Shape,
+    context: int,
+    num_reqs: int,
+    tokens: int,
+    device: str,
+    everything: bool = False,
+    page_dtype: torch.dtype = torch.bfloat16,
 ) -> Case:
     """``num_reqs`` requests of ``context`` tokens, the last ``tokens`` of each in the batch.
 
-    What is kept is what is in a book, or ``everything``.
+    What is kept is what is in a book, or ``everything``. Dense keys and values are what pages of
+    ``page_dtype`` hold of them.
     """
     rng = torch.Generator(device).manual_seed(0)
     sizes = (num_reqs, context, shape.num_kv_heads, shape.head_size)
     dtype = {"dtype": torch.bfloat16, "device": device, "generator": rng}
-    key, value = torch.randn(sizes, **dtype), torch.randn(sizes, **dtype)
+    key, value = (torch.randn(sizes, **dtype).to(page_dtype).bfloat16() for _ in range(2))
     query = torch.randn(num_reqs * tokens, shape.num_heads, shape.head_size, **dtype)
     kept = torch.from_numpy(texts.kept_flags(num_reqs, context, SINKS)).to(device) | everything
     prefix = torch.nn.functional.pad(kept.cumsum(1), (1, 0)).int()
@@ -129,7 +141,8 @@ def make_case(
         num_sinks=0,
         max_query_len=tokens,
     )
-    return Case(shape, query, key, value, kept, PagedKV(*stored.tensor_split(2, -1)), batch)
+    pages = PagedKV(*stored.to(page_dtype).tensor_split(2, -1))
+    return Case(shape, query, key, value, kept, pages, batch)
 
 
 def fill_pages(stored: torch.Tensor, table: torch.Tensor, content: torch.Tensor) -> None:
@@ -200,12 +213,15 @@ def turns(case: Case) -> list[Case]:
     """The same case over copies of its pages, so that together they do not fit the L2 cache."""
     nbytes = max(case.bytes_seen, 1)
     count = min(16, max(1, -(-L2_BYTES // nbytes)))
-    stored = torch.cat([case.pages.key, case.pages.value], -1)
+    key, value = (x.view(torch.uint8) for x in (case.pages.key, case.pages.value))
+    stored = torch.cat([key, value], -1).view(case.pages.key.dtype)
     halves = [stored.clone().tensor_split(2, -1) for _ in range(count)]
     return [replace(case, pages=PagedKV(*pair)) for pair in halves]
 
 
-def run_decode(case: Case, time: Callable[..., float]) -> dict[str, Any]:
+def run_decode(
+    case: Case, time: Callable[..., float], beside_others: bool = True
+) -> dict[str, Any]:
     """One decode row: ours, its error, and dense kernels on the same tokens."""
     shape, scale = case.shape, case.shape.head_size**-0.5
     output = torch.empty_like(case.query)
@@ -220,8 +236,9 @@ def run_decode(case: Case, time: Callable[..., float]) -> dict[str, Any]:
     ]
     row = {"ms": time(calls), "bytes": case.bytes_seen}
     row["relative_error"] = relative_error(case, output)
-    row["kept_share"] = row["bytes"] / (case.key.shape[0] * case.key.shape[1] * shape.entry_bytes)
-    row["dense_ms"] = run_dense(case, time)
+    row["kept_share"] = case.entries_seen / (case.key.shape[0] * case.key.shape[1])
+    if beside_others:
+        row["dense_ms"] = run_dense(case, time)
     return row
 
 
@@ -238,7 +255,9 @@ def run_dense(case: Case, time: Callable[..., float]) -> dict[str, float]:
     return found
 
 
-def run_prefill(case: Case, time: Callable[..., float]) -> dict[str, Any]:
+def run_prefill(
+    case: Case, time: Callable[..., float], beside_others: bool = True
+) -> dict[str, Any]:
     """One prompt computed as a single chunk."""
     output = torch.empty_like(case.query)
     scale = case.shape.head_size**-0.5
@@ -247,8 +266,9 @@ def run_prefill(case: Case, time: Callable[..., float]) -> dict[str, Any]:
         kept_prefill_paged(case.query, case.pages, case.batch, output, scale)
 
     row: dict[str, Any] = {"ms": time([call]), "relative_error": relative_error(case, output)}
-    row["dense_ms"] = run_dense(case, time)
-    row["xformers"] = run_xformers(case, time)
+    if beside_others:
+        row["dense_ms"] = run_dense(case, time)
+        row["xformers"] = run_xformers(case, time)
     return row
 
 
@@ -376,6 +396,10 @@ def main() -> None:
             if context == EVERYTHING_CONTEXT or args.smoke:
                 case = make_case(shape, context, args.batches[-1], 1, device, everything=True)
                 add(run_decode(case, time), "all kept", shape, context, args.batches[-1])
+                del case
+                fp8 = torch.float8_e4m3fn
+                case = make_case(shape, context, args.batches[-1], 1, device, page_dtype=fp8)
+                add(run_decode(case, time, False), "FP8 pages", shape, context, args.batches[-1])
                 del case
             if context <= 32768:
                 case = make_case(shape, context, 1, context, device)

@@ -46,7 +46,7 @@ class KeptBatch:
         window_table: ``[num_reqs, *]`` int32, page of each ``page_size`` positions; pages behind
             the window may be anything.
         kept_table: ``[num_reqs, *]`` int32, page of each ``page_size`` stream entries.
-        stream_ranges: ``[num_tokens, 2]`` int32, entries.
+        stream_ranges: ``[num_tokens, 2]`` int32, entries; neither decreases within a request.
         window_size: tokens, the query's own included.
         num_sinks: entries; 0 where separators are not bounded, sinks then being part of the range.
         max_query_len: no request has more tokens in the batch.

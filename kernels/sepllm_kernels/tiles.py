@@ -158,6 +158,9 @@ def attend_span(
     head,
     row_valid,
     position,  # of each row
+    first_token,
+    last_token,  # of the valid rows
+    last_position,
     key_pages,
     value_pages,
     page_stride,
@@ -179,17 +182,19 @@ def attend_span(
     """One split's share of all tiles that packed rows of one request see.
 
     Tiles are numbered through: those of the sinks (with a bound on separators), then the stream's,
-    then the window's. At least one row is valid, and positions of valid rows never decrease.
+    then the window's. Valid rows are of successive tokens, which see nothing that begins or ends
+    before what those before them see.
     """
-    far: tl.constexpr = 2**30
+    begin = tl.load(stream_ranges + 2 * token, mask=row_valid, other=0)
     limit = tl.load(stream_ranges + 2 * token + 1, mask=row_valid, other=0)
-    begin = tl.load(stream_ranges + 2 * token, mask=row_valid, other=far)
-    stream_low, stream_high = tl.min(begin, 0), tl.max(limit, 0)
-    sinks = tl.minimum(limit, num_sinks)
+    stream_low = tl.load(stream_ranges + 2 * first_token)
+    first_limit = tl.load(stream_ranges + 2 * first_token + 1)
+    last_begin = tl.load(stream_ranges + 2 * last_token)
+    stream_high = tl.load(stream_ranges + 2 * last_token + 1)
     sink_high = tl.minimum(stream_high, num_sinks)
-    window_begin = tl.maximum(position - window_size + 1, 0)
-    window_low = tl.min(tl.where(row_valid, window_begin, far), 0)
-    window_high = tl.max(tl.where(row_valid, position, 0), 0) + 1
+    first_position = last_position - (last_token - first_token)
+    window_low = tl.maximum(first_position - window_size + 1, 0)
+    window_high = last_position + 1
 
     sink_tiles = tl.cdiv(sink_high, TILE)
     first_stream = stream_low // TILE
@@ -223,12 +228,12 @@ def attend_span(
             page_stride,
             entry_stride,
             kept_table,
-            tl.zeros_like(sinks),
-            sinks,
+            tl.zeros_like(limit),
+            tl.minimum(limit, num_sinks),
             0,
             sink_high,
             0,
-            tl.min(tl.where(row_valid, sinks, far), 0),
+            tl.minimum(first_limit, num_sinks),
             start,
             tl.minimum(stop, sink_tiles),
             SOFT_CAP,
@@ -259,8 +264,8 @@ def attend_span(
             limit,
             stream_low,
             stream_high,
-            tl.max(tl.where(row_valid, begin, 0), 0),
-            tl.min(tl.where(row_valid, limit, far), 0),
+            last_begin,
+            first_limit,
             first_stream + tl.maximum(start, 0),
             first_stream + tl.minimum(stop, stream_tiles),
             SOFT_CAP,
@@ -287,12 +292,12 @@ def attend_span(
             page_stride,
             entry_stride,
             window_table,
-            window_begin,
+            tl.maximum(position - window_size + 1, 0),
             tl.where(row_valid, position + 1, 0),
             window_low,
             window_high,
-            tl.max(tl.where(row_valid, window_begin, 0), 0),
-            tl.min(tl.where(row_valid, position, far), 0) + 1,
+            tl.maximum(last_position - window_size + 1, 0),
+            first_position + 1,
             first_window + tl.maximum(start, 0),
             first_window + tl.minimum(stop, window_tiles),
             SOFT_CAP,

@@ -63,7 +63,7 @@ def _decode(
     row = tl.arange(0, ROWS)
     token, head = first + row // GROUP, kv_head * GROUP + row % GROUP
     row_valid = row < num_tokens * GROUP
-    position = tl.load(seq_lens + req) - num_tokens + row // GROUP
+    seq_len = tl.load(seq_lens + req)
     acc, weight_sum, maximum = attend_span(
         queries,
         part_stride,
@@ -71,7 +71,10 @@ def _decode(
         token,
         head,
         row_valid,
-        position,
+        seq_len - num_tokens + row // GROUP,
+        first,
+        first + num_tokens - 1,
+        seq_len - 1,
         key_pages + kv_head * head_stride,
         value_pages + kv_head * head_stride,
         page_stride,

@@ -79,7 +79,8 @@ def _prefill(
     offset = done + row // GROUP
     token, head = first + offset, kv_head * GROUP + row % GROUP
     row_valid = (row < BLOCK * GROUP) & (offset < num_tokens)
-    position = tl.load(seq_lens + req) - num_tokens + offset
+    position = tl.load(seq_lens + req) - num_tokens  # of the chunk's first token
+    last = tl.minimum(done + BLOCK, num_tokens) - 1
     acc, weight_sum, maximum = attend_span(
         queries,
         part_stride,
@@ -87,7 +88,10 @@ def _prefill(
         token,
         head,
         row_valid,
-        position,
+        position + offset,
+        first + done,
+        first + last,
+        position + last,
         key_pages + kv_head * head_stride,
         value_pages + kv_head * head_stride,
         page_stride,

@@ -246,16 +246,25 @@ def check_integrity(managers: Any, pool: Any) -> None:
 class Reference:
     """A Hugging Face model under the explicit mask, and comparisons with it."""
 
-    def __init__(self, model: Any, separator_ids: Sequence[int], sinks: int, window: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        separator_ids: Sequence[int],
+        sinks: int,
+        window: int,
+        bound: int | None = None,
+        interval: int | None = None,
+    ) -> None:
         self.model = model
         self._mask_options = separator_ids, sinks, window
+        self._options: dict[str, Any] = {"max_separators": bound, "interval": interval}
         self._double: Any = None
 
     def logits(self, token_ids: Sequence[int], model: Any = None) -> Any:
         """``[len(token_ids), vocab_size]``, in the model's dtype."""
         from vllm_sepllm.reference import masked_logits, sepllm_mask
 
-        mask = sepllm_mask(token_ids, *self._mask_options)
+        mask = sepllm_mask(token_ids, *self._mask_options, **self._options)
         return masked_logits(model or self.model, token_ids, mask)
 
     def rows(self, prompt: Sequence[int], generated: Sequence[int]) -> Any:
@@ -278,6 +287,14 @@ class Reference:
             rule(row, list(generated[:step]))
             best = int(row.argmax())
             assert generated[step] == best, f"step {step}: {generated[step]} instead of {best}"
+
+    def check_output(self, output: Any) -> None:
+        """Tokens of a greedy answer and their log-probabilities (``logprobs=0``)."""
+        prompt, answer = list(output.prompt_token_ids), output.outputs[0]
+        tokens = list(answer.token_ids)
+        self.check(prompt, tokens)
+        entries = dict(enumerate(answer.logprobs, len(prompt)))
+        self.check_log_probs([*prompt, *tokens], entries)
 
     def check_log_probs(
         self, token_ids: Sequence[int], entries: Mapping[int, Mapping[int, Any]], top: int = 0
@@ -323,8 +340,8 @@ class CacheReference(Reference):
         is_neox: bool = True,
         interval: int | None = None,
     ) -> None:
-        super().__init__(model, separator_ids, sinks, window)
-        self._options = {"max_separators": bound, "is_neox": is_neox, "interval": interval}
+        super().__init__(model, separator_ids, sinks, window, bound, interval)
+        self._options["is_neox"] = is_neox
 
     def logits(self, token_ids: Sequence[int], model: Any = None) -> Any:
         from vllm_sepllm.stream_reference import cache_position_logits

@@ -1,16 +1,21 @@
 """The GPU backend in an engine on a CPU, run by ``e2e/test_gpu_path.py`` for each model runner.
 
-Short prompts: Triton's interpreter takes about 10 ms per prompt token of the demo model.
+Triton's interpreter takes milliseconds for each program of a kernel: so prompts are short, and the
+model is the first half of the demo model's layers.
 """
 
 import os
+import shutil
+from pathlib import Path
 
 import pytest
-from helpers import NGRAM, CacheReference
+import torch
+from helpers import MODEL, NGRAM, CacheReference, Reference
+from transformers import AutoModelForCausalLM
 from xformers_masks import attend_under_bias
 
 from vllm_sepllm.engine.gpu_backend import SepLLMGPUImpl
-from vllm_sepllm.reference import first_difference, masked_logits, sepllm_mask
+from vllm_sepllm.reference import first_difference
 
 pytestmark = pytest.mark.e2e
 
@@ -27,6 +32,31 @@ OPTIONS = {
     "scheduler_reserve_full_isl": False,
     "scheduling_policy": "priority",
 }
+FIXED_INTERVAL = {"policy": "fixed_interval", "interval": 5}
+
+
+def options_with(**sepllm):
+    """``OPTIONS`` with other SepLLM options beside its own."""
+    return {**OPTIONS, "sepllm": {**OPTIONS["sepllm"], **sepllm}}
+
+
+LAYERS = 3
+
+
+@pytest.fixture(scope="session")
+def reference_model():
+    return AutoModelForCausalLM.from_pretrained(
+        MODEL, num_hidden_layers=LAYERS, dtype=torch.float32
+    )
+
+
+@pytest.fixture(scope="session")
+def engines(engines, reference_model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    reference_model.save_pretrained(path)
+    for file in Path(MODEL).glob("tokenizer*"):
+        shutil.copy(file, path)
+    return lambda **options: engines(model=str(path), **options)
 
 
 @pytest.fixture
@@ -42,89 +72,89 @@ def engine(engines):
 
 
 @pytest.fixture
-def check_bounded(reference_model, separator_ids):
-    def check(prompt, tokens, bound):
-        arguments = reference_model, prompt, tokens, separator_ids, SINKS, WINDOW
-        difference = first_difference(*arguments, max_separators=bound)
-        assert difference is None, f"prompt of {len(prompt)} tokens, {difference}"
+def make_reference(reference_model, separator_ids):
+    """A reference with other options than its window and sinks."""
 
-    return check
+    def make(kind=Reference, *, separators=separator_ids, **options):
+        return kind(reference_model, separators, SINKS, WINDOW, **options)
+
+    return make
 
 
 @pytest.fixture
-def check(check_bounded):
-    return lambda prompt, tokens: check_bounded(prompt, tokens, None)
+def reference(make_reference):
+    return make_reference()
 
 
-def test_chunks_and_mixed_batches(engine, book, separator_ids, check):
+def run(engine, prompts, max_tokens):
+    """Greedy answers, each token with its log-probability."""
+    outputs = engine.generate(prompts, max_tokens=max_tokens, logprobs=0)
+    assert all(len(output.outputs[0].token_ids) == max_tokens for output in outputs)
+    return outputs
+
+
+def test_chunks_and_mixed_batches(engine, book, separator_ids, reference):
     """Prompts of several chunks and of less than one, computed while others decode."""
     prompts = [book[:150], book[100:102], book[300:340], list(separator_ids[:2]) * 40]
-    for prompt, tokens in zip(prompts, engine.tokens(prompts, max_tokens=20), strict=True):
-        assert len(tokens) == 20
-        check(prompt, tokens)
+    for output in run(engine, prompts, max_tokens=18):
+        reference.check_output(output)
 
 
-def test_prefix_hits(engine, book, check):
+def test_prefix_hits(engine, book, reference):
     """A conversation that goes on, and another that parts inside a page."""
     first = book[:120]
-    answer = engine.tokens([first], max_tokens=8)[0]
+    answer = list(run(engine, [first], max_tokens=8)[0].outputs[0].token_ids)
     for prompt in (first + answer + book[500:530], first[:77] + book[600:640]):
-        output = engine.generate([prompt], max_tokens=8)[0]
+        output = run(engine, [prompt], max_tokens=8)[0]
         assert output.num_cached_tokens >= 64
-        check(prompt, list(output.outputs[0].token_ids))
+        reference.check_output(output)
 
 
-def test_preemption(engine, book, separator_ids, check):
+def test_preemption(engine, book, separator_ids, reference):
     requests = {
-        "prose": {"prompt": book[:130], "max_tokens": 20},
-        "short": {"prompt": book[200:220], "max_tokens": 20},
+        "prose": {"prompt": book[:130], "max_tokens": 18, "logprobs": 0},
+        "short": {"prompt": book[200:220], "max_tokens": 18, "logprobs": 0},
     }
-    outputs = engine.serve(requests, [separator_ids[0]] * 511)
-    for name, output in outputs.items():
-        check(requests[name]["prompt"], list(output.outputs[0].token_ids))
+    for output in engine.serve(requests, [separator_ids[0]] * 511).values():
+        reference.check_output(output)
 
 
-def test_drafts(engines, book, check):
+def test_drafts(engines, book, reference):
     """Some are accepted, some rejected."""
     engine = engines(**OPTIONS, speculative_config=NGRAM)
     prompts = [book[:60] + book[:40], book[300:330]]
     counts = engine.count_drafts()
-    for prompt, tokens in zip(prompts, engine.tokens(prompts, max_tokens=30), strict=True):
-        check(prompt, tokens)
+    for output in run(engine, prompts, max_tokens=30):
+        reference.check_output(output)
     assert counts["drafted"] > counts["accepted"] > 0, "nothing was drafted, accepted or rejected"
     engine.check_empty()
 
 
-def test_bounded_separators(engines, book, check_bounded):
+def test_bounded_separators(engines, book, make_reference):
     """Chunks and decoding, while pages of the stream leave."""
-    sepllm = {**OPTIONS["sepllm"], "max_separator_tokens": 5}
-    engine = engines(**{**OPTIONS, "sepllm": sepllm})
-    prompts = [book[:200], book[300:340]]
-    for prompt, tokens in zip(prompts, engine.tokens(prompts, max_tokens=16), strict=True):
-        check_bounded(prompt, tokens, 5)
+    engine = engines(**options_with(max_separator_tokens=5))
+    for output in run(engine, [book[:200], book[300:340]], max_tokens=16):
+        make_reference(bound=5).check_output(output)
     engine.check_empty()
 
 
 @pytest.mark.parametrize("bound", [None, 5])
-def test_cache_positions(engines, book, separator_ids, reference_model, bound):
+def test_cache_positions(engines, book, make_reference, bound):
     """Chunks, decoding beside a prompt, and a prefix found in the cache."""
-    sepllm = {**OPTIONS["sepllm"], "max_separator_tokens": bound, "position_mode": "cache"}
-    engine = engines(**{**OPTIONS, "sepllm": sepllm})
-    reference = CacheReference(reference_model, separator_ids, SINKS, WINDOW, bound)
+    engine = engines(**options_with(max_separator_tokens=bound, position_mode="cache"))
+    reference = make_reference(CacheReference, bound=bound)
     for prompts in ([book[:100], book[300:320]], [book[:80] + book[600:612]]):
-        for prompt, output in zip(prompts, engine.generate(prompts, max_tokens=12), strict=True):
-            reference.check(prompt, list(output.outputs[0].token_ids))
+        for output in run(engine, prompts, max_tokens=12):
+            reference.check_output(output)
     assert output.num_cached_tokens >= 64
     engine.check_empty()
 
 
-@pytest.mark.parametrize(("policy", "interval"), [("streaming", None), ("fixed_interval", 5)])
-def test_other_policies(engines, book, reference_model, policy, interval):
-    options = {"policy": policy} if interval is None else {"policy": policy, "interval": interval}
-    engine = engines(**{**OPTIONS, "sepllm": {**OPTIONS["sepllm"], **options}})
-    ids = book[:90] + engine.tokens([book[:90]], max_tokens=8)[0]
-    logits = masked_logits(reference_model, ids, sepllm_mask(ids, (), SINKS, WINDOW, interval))
-    assert logits[89:-1].argmax(-1).tolist() == ids[90:]
+@pytest.mark.parametrize("options", [{"policy": "streaming"}, FIXED_INTERVAL])
+def test_other_policies(engines, book, make_reference, options):
+    engine = engines(**options_with(**options))
+    reference = make_reference(separators=(), interval=options.get("interval"))
+    reference.check_output(run(engine, [book[:90]], max_tokens=8)[0])
     engine.check_empty()
 
 
@@ -143,18 +173,14 @@ def xformers_calls(monkeypatch):
 
 
 @pytest.mark.parametrize("position_mode", ["original", "cache"])
-def test_prompts_with_xformers(
-    engines, book, reference_model, separator_ids, check, xformers_calls, position_mode
-):
+def test_prompts_with_xformers(engines, book, make_reference, xformers_calls, position_mode):
     """Chunks, a short prompt, and chunks of one while another decodes."""
-    sepllm = {"prefill_kernel": "xformers", "position_mode": position_mode}
-    engine = engines(**{**OPTIONS, "sepllm": {**OPTIONS["sepllm"], **sepllm}})
-    prompts = [book[:150], book[100:102], book[300:340]]
+    engine = engines(**options_with(prefill_kernel="xformers", position_mode=position_mode))
+    prompts, reference = [book[:150], book[100:102], book[300:340]], make_reference()
     if position_mode == "cache":
-        prompts = [book[:90], book[100:102]]
-        check = CacheReference(reference_model, separator_ids, SINKS, WINDOW).check
-    for prompt, tokens in zip(prompts, engine.tokens(prompts, max_tokens=12), strict=True):
-        check(prompt, tokens)
+        prompts, reference = [book[:90], book[100:102]], make_reference(CacheReference)
+    for output in run(engine, prompts, max_tokens=12):
+        reference.check_output(output)
     assert xformers_calls, "xformers was not called"
     engine.check_empty()
 
@@ -166,9 +192,8 @@ def test_prompts_with_xformers(
 def test_dense_layers(engines, book, reference_model, separator_ids, monkeypatch):
     # Which vLLM asks for when it launches its kernel.
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda *_: (9, 0))
-    sepllm = {**OPTIONS["sepllm"], "dense_layers": [0, -1]}
-    engine = engines(**{**OPTIONS, "sepllm": sepllm, "block_size": 32})
+    engine = engines(**{**options_with(dense_layers=[0, -1]), "block_size": 32})
     tokens = engine.tokens([book[:90]], max_tokens=8)[0]
     arguments = reference_model, book[:90], tokens, separator_ids, SINKS, WINDOW
-    assert first_difference(*arguments, dense_layers=[0, 5]) is None
+    assert first_difference(*arguments, dense_layers=[0, LAYERS - 1]) is None
     engine.check_empty()

@@ -27,7 +27,13 @@ import torch
 import triton
 from gpu_dense import DENSE_KERNELS
 from sepllm_kernels.batch import KeptBatch, PagedKV
-from sepllm_kernels.kept_decode.triton import DecodeBuffers, kept_decode, processors
+from sepllm_kernels.kept_decode.triton import (
+    DecodeBuffers,
+    kept_decode,
+    make_plan,
+    plan_for,
+    processors,
+)
 from sepllm_kernels.kept_metadata import kept_metadata
 from sepllm_kernels.kept_prefill.triton import kept_prefill_paged
 from sepllm_kernels.write_kv import write_kv
@@ -228,9 +234,14 @@ def run_decode(
     device = case.query.device
     sizes = shape.num_heads, shape.num_kv_heads, shape.head_size
     buffers = DecodeBuffers(1, *sizes, processors(device), device)
+    key, batch = case.pages.key, case.batch
+    heads = shape.num_kv_heads, shape.head_size, key.element_size()
+    plan = plan_for(len(batch.seq_lens), *heads, device)
+    lengths = batch.query_start, batch.seq_lens, batch.stream_ranges
+    make_plan(*lengths, batch.window_size, batch.num_sinks, plan)
     calls = [
         lambda turn=turn: kept_decode(
-            turn.query, turn.pages, turn.batch, output, scale, 0.0, buffers
+            turn.query, turn.pages, turn.batch, output, scale, 0.0, buffers, plan
         )
         for turn in turns(case)
     ]

@@ -35,7 +35,7 @@ from sepllm_kernels.kept_decode import triton as decode
 from sepllm_kernels.kept_prefill import triton as prefill
 
 CONTEXT, BATCH = 32768, 64
-TILES, WARPS, STAGES, PROGRAMS = (32, 64, 128), (2, 4, 8), (3, 5, 7), (4, 10, 20)
+TILES, WARPS, STAGES, PROGRAMS = (32, 64, 128), (2, 4, 8), (3, 5, 7), (2, 4, 6, 10)
 ROWS = (64, 128)
 WRONG = 0.01  # relative error, as in gpu.py
 
@@ -68,11 +68,16 @@ def tune_decode(case: Case, time: Callable[..., float]) -> Iterator[dict[str, An
     """Every launch with the programs there are now, then other numbers of programs."""
     size = case.pages.key.element_size()
     group = case.shape.num_heads // case.shape.num_kv_heads
-    own = decode.decode_launch(max(16, group), case.shape.head_size, size)
+    tile = decode.tile_entries(case.shape.head_size, size)
+    own = {"TILE": tile}
+    own |= decode.decode_launch(max(16, group), case.shape.head_size, size, tile)
     for tile, warps, stages in product(TILES, WARPS, STAGES):
-        launch = {"TILE": tile, "num_warps": warps, "num_stages": stages}
-        with replaced(decode, decode_launch=lambda *_, launch=launch: dict(launch)):
-            yield {**launch, "own": launch == own, **measure(lambda: run_decode(case, time, False))}
+        launch = {"num_warps": warps, "num_stages": stages}
+        chosen = {"TILE": tile, **launch}
+        given = {"decode_launch": lambda *_, launch=launch: launch}
+        with replaced(decode, tile_entries=lambda *_, tile=tile: tile, **given):
+            row = measure(lambda: run_decode(case, time, False))
+        yield {**chosen, "own": chosen == own, **row}
     for programs in PROGRAMS:
         with replaced(decode, PROGRAMS=programs):
             row = measure(lambda: run_decode(case, time, False))

@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-MIN_TILES = tl.constexpr(2)  # of a split, where there are as many
 # Of the loop over tiles. Table entries are loaded an iteration before what they point to, which the
 # compiler counts, so that with five there is room for two tiles of keys and values.
 STAGES = 5
@@ -150,6 +149,26 @@ def attend_tiles(
 
 
 @triton.jit
+def count_tiles(
+    stream_low,
+    stream_high,  # stream entries that tokens see
+    first_position,
+    last_position,
+    window_size,
+    num_sinks,
+    TILE: tl.constexpr,
+):
+    """Tiles of the sinks (with a bound on separators), the stream's first and how many, and the
+    window's, of successive tokens of a request."""
+    sinks = tl.cdiv(tl.minimum(stream_high, num_sinks), TILE)
+    first_stream = stream_low // TILE
+    stream = tl.maximum(tl.cdiv(stream_high, TILE) - first_stream, 0)
+    first_window = tl.maximum(first_position - window_size + 1, 0) // TILE
+    window = tl.where(window_size > 0, last_position // TILE + 1 - first_window, 0)
+    return sinks, first_stream, stream, first_window, window
+
+
+@triton.jit
 def attend_span(
     queries,  # window, stream and sink queries, part_stride apart
     part_stride,
@@ -170,8 +189,8 @@ def attend_span(
     stream_ranges,
     window_size,
     num_sinks,
-    split,
-    num_splits,
+    start,
+    stop,
     scale,
     SOFT_CAP: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
@@ -179,9 +198,9 @@ def attend_span(
     TILE: tl.constexpr,
     PAIRED: tl.constexpr = False,
 ):
-    """One split's share of all tiles that packed rows of one request see.
+    """Tiles ``[start, stop)`` of all that packed rows of one request see.
 
-    Tiles are numbered through: those of the sinks (with a bound on separators), then the stream's,
+    They are numbered through: those of the sinks (with a bound on separators), then the stream's,
     then the window's. Valid rows are of successive tokens, which see nothing that begins or ends
     before what those before them see.
     """
@@ -193,17 +212,9 @@ def attend_span(
     stream_high = tl.load(stream_ranges + 2 * last_token + 1)
     sink_high = tl.minimum(stream_high, num_sinks)
     first_position = last_position - (last_token - first_token)
-    window_low = tl.maximum(first_position - window_size + 1, 0)
-    window_high = last_position + 1
-
-    sink_tiles = tl.cdiv(sink_high, TILE)
-    first_stream = stream_low // TILE
-    stream_tiles = tl.maximum(tl.cdiv(stream_high, TILE) - first_stream, 0)
-    first_window = window_low // TILE
-    window_tiles = tl.where(window_size > 0, tl.cdiv(window_high, TILE) - first_window, 0)
-    share = tl.cdiv(sink_tiles + stream_tiles + window_tiles, num_splits)
-    share = tl.maximum(share, MIN_TILES)
-    start, stop = split * share, (split + 1) * share
+    sink_tiles, first_stream, stream_tiles, first_window, window_tiles = count_tiles(
+        stream_low, stream_high, first_position, last_position, window_size, num_sinks, TILE
+    )
 
     size: tl.constexpr = triton.next_power_of_2(HEAD_SIZE)
     dim = tl.arange(0, size // 2 if PAIRED else size)
@@ -294,8 +305,8 @@ def attend_span(
             window_table,
             tl.maximum(position - window_size + 1, 0),
             tl.where(row_valid, position + 1, 0),
-            window_low,
-            window_high,
+            tl.maximum(first_position - window_size + 1, 0),
+            last_position + 1,
             tl.maximum(last_position - window_size + 1, 0),
             first_position + 1,
             first_window + tl.maximum(start, 0),

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from sepllm_kernels.kept_decode.triton import _decode, _merge, decode_launch
+from sepllm_kernels.decode_plan.triton import _decode_plan
+from sepllm_kernels.kept_decode.triton import MERGED, MIN_TILES, _decode, _merge, decode_launch
 from sepllm_kernels.kept_metadata.triton import TILE as TOKENS
 from sepllm_kernels.kept_metadata.triton import _kept_metadata
 from sepllm_kernels.kept_prefill.triton import LAUNCH, ROWS, _prefill
@@ -30,6 +31,8 @@ from triton.compiler import ASTSource
 H200, A100 = 90, 80
 INDEX = {"query_start": "*i32", "seq_lens": "*i32", "window_table": "*i32", "kept_table": "*i32"}
 INDEX |= {"stream_ranges": "*i32", "stream_slots": "*i64", "window_slots": "*i64", "rows": "*i64"}
+INDEX |= dict.fromkeys(("most", "starts", "slots", "requests"), "*i32")
+INDEX |= dict.fromkeys(("plan_most", "plan_starts", "plan_slots", "plan_requests"), "*i32")
 INDEX |= {"token_ids": "*i32", "kept_prefix": "*i32", "is_chosen": "*i1", "lags": "*i32"}
 FLOATS = {"partial": "*fp32", "log_sums": "*fp32", "stream_turns": "*fp32", "scale": "fp32"}
 FLOATS |= {"turns": "*fp32"}
@@ -61,14 +64,19 @@ def cases() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict[str, int
             for rows in (16, 64):
                 if rows == 64 and not usual:
                     continue
-                launch = decode_launch(rows, head_size, size)
-                tiles = {"TILE": launch.pop("TILE"), "PAIRED": size == 1}
-                yield _decode, types, {**constants, **tiles, "ROWS": rows}, launch, capability
+                tile = tile_entries(head_size, size)
+                tiles = {"TILE": tile, "PAIRED": size == 1, "ROWS": rows, "MAX_TOKENS": rows // 16}
+                launch = decode_launch(rows, head_size, size, tile)
+                yield _decode, types, {**constants, **tiles}, launch, capability
             prefill = {**constants, "ROWS": ROWS, "TILE": tile_entries(head_size, max(2, size))}
             yield _prefill, types, {**prefill, "log_sums": None}, LAUNCH, capability
             if usual and pages == "bf16":
                 yield _prefill, {**types, "output": "*fp32"}, prefill, LAUNCH, capability
-    yield _merge, {"output": "*bf16"}, {"NUM_SPLITS": 9, "HEAD_SIZE": 128}, {}, H200
+    merge = {"MAX_TOKENS": 1, "NUM_HEADS": 32, "HEAD_SIZE": 128, "MERGED": MERGED}
+    yield _merge, {"output": "*bf16"}, merge, {}, H200
+    for requests in (16, 1024):
+        plan = {"MIN_TILES": MIN_TILES, "TILE": 64, "REQUESTS": requests}
+        yield _decode_plan, {}, plan, {}, H200
     for bounded in (False, True):
         constants = {"PAGE": 16, "TILE": TOKENS, "BOUNDED": bounded}
         yield _kept_metadata, {}, {**constants, "lags": None}, {}, H200

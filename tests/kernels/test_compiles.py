@@ -28,6 +28,7 @@ def test_all_kernels_compile(compiled):
     names = {kernel["kernel"] for kernel in compiled}
     assert names == {
         "_decode",
+        "_decode_plan",
         "_merge",
         "_prefill",
         "_kept_metadata",

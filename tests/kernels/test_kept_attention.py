@@ -5,7 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 from batches import Case, Request, Shape, check_close, dense_attention, make_case
-from sepllm_kernels.kept_decode import kept_attention_reference, kept_decode
+from sepllm_kernels.kept_decode import (
+    kept_attention_reference,
+    kept_decode,
+    make_plan,
+    plan_for,
+)
+from sepllm_kernels.kept_decode.triton import MERGED
 from sepllm_kernels.kept_prefill.triton import kept_prefill_paged
 
 pytestmark = pytest.mark.kernels
@@ -50,6 +56,21 @@ def test_reference(soft_cap, bound):
         request.kept[:2] = True
     case = make_case(requests, window_size=20, max_separators=bound, num_sinks=2)
     run_and_check(kept_attention_reference, case, soft_cap)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3])
+def test_one_long_request_among_short_ones(monkeypatch, num_tokens):
+    """It is cut into more pieces than are merged at a time."""
+    monkeypatch.setattr("sepllm_kernels.kept_decode.triton.PROGRAMS", 200)
+    requests = mixed_requests(num_tokens)
+    requests.insert(2, Request.random(5000, num_tokens, 1.0, rng(3)))
+    case = make_case(requests, window_size=70)
+    run_and_check(kept_decode, case)
+    heads = case.shape.num_kv_heads, case.shape.head_size, case.pages.key.element_size()
+    plan = plan_for(len(requests), *heads, case.queries.device)
+    lengths = case.batch.query_start, case.batch.seq_lens, case.batch.stream_ranges
+    make_plan(*lengths, case.batch.window_size, case.batch.num_sinks, plan)
+    assert int(plan.starts[3] - plan.starts[2]) > MERGED
 
 
 @pytest.mark.parametrize("share", [0.0, 0.18, 1.0])

@@ -171,7 +171,7 @@ class SepLLMGPUImpl(SepLLMImpl):
         if first:
             batch = kept.part(attn_metadata, 0, first, kept.max_decode_query_len)
             few = output[: kept.num_decode_tokens]
-            kept_decode(query, pages, batch, few, *options, self._buffers)
+            kept_decode(query, pages, batch, few, *options, self._buffers, kept.plan)
         if first < kept.num_reqs:
             batch = kept.part(attn_metadata, first, kept.num_reqs, kept.max_query_len)
             self._prefill(query, pages, batch, output[:num_tokens], kept)

@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 
 import torch
 from sepllm_kernels.batch import KeptBatch
+from sepllm_kernels.decode_plan import DecodePlan
+from sepllm_kernels.kept_decode import make_plan, plan_for
 from vllm.v1.attention.backend import (
     AttentionCGSupport,
     AttentionMetadata,
@@ -23,6 +25,7 @@ from vllm_sepllm.engine.backend import KEPT_SUFFIX
 from vllm_sepllm.engine.device_rows import DeviceTokens
 from vllm_sepllm.engine.metadata import WindowMetadata, WindowMetadataBuilder
 from vllm_sepllm.engine.rotary import Rotation
+from vllm_sepllm.engine.spec import KeptSpec
 
 
 @dataclass
@@ -43,6 +46,7 @@ class GPUKeptMetadata(AttentionMetadata):
         turns: in cache positions, ``[3, num_tokens, rotary_dim]`` float32 for each rotation of
             layers: how it turns the keys and queries of tokens back by the lags of
             ``kept_metadata``.
+        plan: pieces of the requests with few tokens.
         window_spans: of the prompts, made by the first layer for all, if xformers computes them.
     """
 
@@ -58,6 +62,7 @@ class GPUKeptMetadata(AttentionMetadata):
     max_decode_query_len: int
     max_query_len: int
     turns: dict[Rotation, torch.Tensor]
+    plan: DecodePlan
     window_spans: Any = None
 
     @property
@@ -109,6 +114,10 @@ class GPUKeptMetadataBuilder(ReplayedBuilder):
         most = self.vllm_config.scheduler_config.max_num_batched_tokens
         self._slots = torch.full((most,), -1, dtype=torch.int64, device=self.device)
         self._ranges = torch.zeros(most, 2, dtype=torch.int32, device=self.device)
+        spec = self.kv_cache_spec
+        assert isinstance(spec, KeptSpec)
+        heads = spec.num_kv_heads, spec.head_size, spec.dtype.itemsize
+        self._plan = plan_for(most, *heads, self.device)
         self._lags: torch.Tensor | None = None
         self._turns: dict[Rotation, torch.Tensor] = {}
         if options.position_mode == "cache":
@@ -166,6 +175,10 @@ class GPUKeptMetadataBuilder(ReplayedBuilder):
         longest = self.reorder_batch_threshold
         assert longest is not None
         split = split_decodes_and_prefills(common, decode_threshold=longest)
+        plan = self._plan.part(split[0])
+        if split[0]:
+            few = query_start[: split[0] + 1], seq_lens[: split[0]], ranges
+            make_plan(*few, self._window_size, self._num_sinks, plan)
         return GPUKeptMetadata(
             query_start=query_start,
             seq_lens=seq_lens,
@@ -179,6 +192,7 @@ class GPUKeptMetadataBuilder(ReplayedBuilder):
             max_decode_query_len=longest,
             max_query_len=common.max_query_len,
             turns=self._turn_back(lags),
+            plan=plan,
         )
 
     def _turn_back(self, lags: torch.Tensor | None) -> dict[Rotation, torch.Tensor]:

@@ -1,7 +1,8 @@
 """``kept_decode`` in Triton: split-KV flash decoding (https://pytorch.org/blog/flash-decoding/).
 
-A program takes one split of what one request's few query tokens see, for the query heads of one KV
-head. Splits are merged by their log-sum-exp. The number of splits depends on the shape of the batch
+A program takes one piece of what one request's few query tokens see, for the query heads of one KV
+head. Pieces are of about the same size, whatever the requests' lengths (``decode_plan``); those of
+a request are merged by their log-sum-exp. The number of programs depends on the shape of the batch
 alone, so a captured CUDA graph serves any lengths.
 """
 
@@ -12,13 +13,15 @@ import triton
 import triton.language as tl
 
 from sepllm_kernels.batch import KeptBatch, PagedKV
+from sepllm_kernels.decode_plan.triton import DecodePlan, decode_plan
 from sepllm_kernels.tiles import STAGES, attend_span, tile_entries
 
-# More than run at once (2 to 6): the last programs, which leave processors idle, then take little
+# More than run at once (2 to 5): the last programs, which leave processors idle, then take little
 # of the time.
-PROGRAMS = 10  # per processor
-MAX_SPLITS = 64
-INTERPRETED_PROCESSORS = 1  # in Triton's interpreter, enough for some splits
+PROGRAMS = 6  # per processor
+MIN_TILES = 2  # of a piece, where there are as many
+MERGED = 32  # pieces at a time
+INTERPRETED_PROCESSORS = 1  # in Triton's interpreter, enough for some pieces
 MAX_ROWS = 64  # of one program: query tokens times heads per KV head
 
 
@@ -27,8 +30,13 @@ def _decode(
     queries,
     key_pages,
     value_pages,
-    partial,  # [num_tokens, num_heads, num_splits, head_size]
-    log_sums,  # [num_tokens, num_heads, num_splits]; -inf: nothing was taken or stored
+    output,
+    partial,  # [pieces of split requests, MAX_TOKENS, num_heads, head_size]
+    log_sums,  # [the same, but head_size]; -inf: nothing was taken or stored
+    plan_most,
+    plan_starts,
+    plan_slots,
+    plan_requests,
     query_start,
     seq_lens,
     window_table,
@@ -46,6 +54,7 @@ def _decode(
     scale,
     value_scale,
     SOFT_CAP: tl.constexpr,
+    MAX_TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     GROUP: tl.constexpr,
     NUM_HEADS: tl.constexpr,
@@ -54,16 +63,20 @@ def _decode(
     TILE: tl.constexpr,
     PAIRED: tl.constexpr,
 ):
-    req, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    num_splits = tl.num_programs(2)
+    piece, kv_head = tl.program_id(0), tl.program_id(1)
+    req = tl.load(plan_requests + piece).to(tl.int64)
+    if req < 0:
+        return
     first = tl.load(query_start + req)
     num_tokens = tl.load(query_start + req + 1) - first
-    if num_tokens == 0:
-        return
+    first_piece = tl.load(plan_starts + req)
+    num_pieces = tl.load(plan_starts + req + 1) - first_piece
+    most = tl.load(plan_most)
+    seq_len = tl.load(seq_lens + req)
+    piece -= first_piece
     row = tl.arange(0, ROWS)
     token, head = first + row // GROUP, kv_head * GROUP + row % GROUP
     row_valid = row < num_tokens * GROUP
-    seq_len = tl.load(seq_lens + req)
     acc, weight_sum, maximum = attend_span(
         queries,
         part_stride,
@@ -84,8 +97,8 @@ def _decode(
         stream_ranges,
         window_size,
         num_sinks,
-        split,
-        num_splits,
+        piece * most,
+        piece * most + most,
         scale,
         SOFT_CAP,
         HEAD_SIZE,
@@ -95,15 +108,18 @@ def _decode(
     )
     some = tl.where(weight_sum > 0, weight_sum, 1.0)
     result = acc / some[:, None] * value_scale
-    out = (token.to(tl.int64) * NUM_HEADS + head) * num_splits + split
     dim = tl.arange(0, triton.next_power_of_2(HEAD_SIZE))
-    taken = row_valid & ((weight_sum > 0) | (num_splits == 1))
-    stored = taken[:, None] & (dim[None, :] < HEAD_SIZE)
-    at = out[:, None] * HEAD_SIZE + dim[None, :]
-    tl.store(partial + at, result.to(partial.dtype.element_ty), mask=stored)
-    if num_splits > 1:
+    stored = row_valid[:, None] & (dim[None, :] < HEAD_SIZE)
+    if num_pieces == 1:
+        out = (token.to(tl.int64) * NUM_HEADS + head)[:, None] * HEAD_SIZE + dim[None, :]
+        tl.store(output + out, result.to(output.dtype.element_ty), mask=stored)
+    else:
+        slot = (tl.load(plan_slots + req) + piece).to(tl.int64)
+        at = (slot * MAX_TOKENS + row // GROUP) * NUM_HEADS + head
+        taken = stored & (weight_sum > 0)[:, None]
+        tl.store(partial + at[:, None] * HEAD_SIZE + dim[None, :], result, mask=taken)
         log_sum = tl.where(weight_sum > 0, maximum + tl.log2(some), float("-inf"))
-        tl.store(log_sums + out, log_sum, mask=row_valid)
+        tl.store(log_sums + at, log_sum, mask=row_valid)
 
 
 @triton.jit
@@ -111,38 +127,49 @@ def _merge(
     partial,
     log_sums,
     output,
+    plan_starts,
+    plan_slots,
     query_start,
-    num_reqs,
-    NUM_SPLITS: tl.constexpr,
+    MAX_TOKENS: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
+    MERGED: tl.constexpr,
 ):
-    token, row = tl.program_id(0), tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-    if token >= tl.load(query_start + num_reqs):
-        return  # padding, of which nothing was computed
-    split = tl.arange(0, triton.next_power_of_2(NUM_SPLITS))
+    req, offset, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    num_pieces = tl.load(plan_starts + req + 1) - tl.load(plan_starts + req)
+    if num_pieces <= 1:
+        return
+    token = tl.load(query_start + req) + offset
+    if token >= tl.load(query_start + req + 1):
+        return
+    slot = tl.load(plan_slots + req)
     dim = tl.arange(0, triton.next_power_of_2(HEAD_SIZE))
-    present = split < NUM_SPLITS
-    at = row.to(tl.int64) * NUM_SPLITS + split
-    log_sum = tl.load(log_sums + at, mask=present, other=float("-inf"))
-    weight = tl.exp2(log_sum - tl.max(log_sum, 0))
-    taken = (weight > 0)[:, None] & (dim[None, :] < HEAD_SIZE)
-    parts = tl.load(partial + at[:, None] * HEAD_SIZE + dim[None, :], mask=taken, other=0.0)
-    result = tl.sum(parts * weight[:, None], 0) / tl.sum(weight, 0)
-    tl.store(
-        output + row.to(tl.int64) * HEAD_SIZE + dim,
-        result.to(output.dtype.element_ty),
-        mask=dim < HEAD_SIZE,
-    )
+    acc = tl.zeros_like(dim).to(tl.float32)
+    weight_sum, maximum = 0.0, float("-inf")
+    for piece in range(0, num_pieces, MERGED):
+        taken = piece + tl.arange(0, MERGED)
+        at = ((slot + taken).to(tl.int64) * MAX_TOKENS + offset) * NUM_HEADS + head
+        log_sum = tl.load(log_sums + at, mask=taken < num_pieces, other=float("-inf"))
+        new_maximum = tl.maximum(maximum, tl.max(log_sum, 0))
+        base = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+        weight, shrink = tl.exp2(log_sum - base), tl.exp2(maximum - base)
+        loaded = (weight > 0)[:, None] & (dim[None, :] < HEAD_SIZE)
+        parts = tl.load(partial + at[:, None] * HEAD_SIZE + dim[None, :], mask=loaded, other=0.0)
+        acc = acc * shrink + tl.sum(parts * weight[:, None], 0)
+        weight_sum = weight_sum * shrink + tl.sum(weight, 0)
+        maximum = new_maximum
+    place = (token.to(tl.int64) * NUM_HEADS + head) * HEAD_SIZE + dim
+    result = (acc / weight_sum).to(output.dtype.element_ty)
+    tl.store(output + place, result, mask=dim < HEAD_SIZE)
 
 
-def num_splits(num_reqs: int, num_kv_heads: int, num_processors: int) -> int:
-    """Splits that give every processor enough programs, where the batch alone does not."""
-    wanted = triton.cdiv(PROGRAMS * num_processors, max(1, num_reqs * num_kv_heads))
-    return int(min(MAX_SPLITS, wanted))
+def extra_pieces(num_kv_heads: int, num_processors: int) -> int:
+    """Pieces beside one for each request, so that every processor has enough programs."""
+    return int(triton.cdiv(PROGRAMS * num_processors, num_kv_heads))
 
 
 class DecodeBuffers:
-    """Partial results of splits, allocated once so that CUDA graphs can refer to them.
+    """Partial results of pieces, allocated once so that CUDA graphs can refer to them.
 
     Args:
         max_query_len: tokens of one request in a batch.
@@ -160,21 +187,43 @@ class DecodeBuffers:
         num_processors: int,
         device: torch.device | str,
     ) -> None:
-        self.num_processors = num_processors
-        # A batch is split while it has fewer requests than this, and then into so many that twice
-        # as many remain, rounding up.
-        requests = triton.cdiv(PROGRAMS * num_processors, num_kv_heads)
-        rows = max_query_len * 2 * requests * num_heads
+        # A request of more tiles than a piece has less than twice the pieces that those tiles fill.
+        pieces = 2 * extra_pieces(num_kv_heads, num_processors)
+        rows = pieces * max_query_len * num_heads
+        self.max_query_len = max_query_len
         self.partial = torch.empty(rows * head_size, device=device)
         self.log_sums = torch.empty(rows, device=device)
 
 
-def decode_launch(rows: int, head_size: int, element_size: int) -> dict[str, int]:
-    """How the kernel is compiled: entries of a tile, warps, stages of the loop."""
-    tile = tile_entries(head_size, element_size)
+def plan_for(
+    max_num_reqs: int,
+    num_kv_heads: int,
+    head_size: int,
+    element_size: int,
+    device: torch.device,
+) -> DecodePlan:
+    """What :func:`make_plan` fills, for layers of these heads and bytes per stored element."""
+    extra = extra_pieces(num_kv_heads, processors(device))
+    return DecodePlan.allocate(max_num_reqs, extra, tile_entries(head_size, element_size), device)
+
+
+def make_plan(
+    query_start: torch.Tensor,
+    seq_lens: torch.Tensor,
+    stream_ranges: torch.Tensor,
+    window_size: int,
+    num_sinks: int,
+    plan: DecodePlan,
+) -> None:
+    """Cut a batch into pieces, once for all layers. Arguments are those of :class:`KeptBatch`."""
+    decode_plan(query_start, seq_lens, stream_ranges, window_size, num_sinks, plan, MIN_TILES)
+
+
+def decode_launch(rows: int, head_size: int, element_size: int, tile: int) -> dict[str, int]:
+    """How the kernel is compiled: warps, and stages of the loop."""
     nbytes = tile * head_size * element_size
     warps = 8 if rows >= 64 else 4 if rows > 16 or nbytes > 8192 else 2
-    return {"TILE": tile, "num_warps": warps, "num_stages": STAGES}
+    return {"num_warps": warps, "num_stages": STAGES}
 
 
 def kept_decode(
@@ -185,19 +234,20 @@ def kept_decode(
     scale: float,
     logits_soft_cap: float = 0.0,
     buffers: DecodeBuffers | None = None,
+    plan: DecodePlan | None = None,
 ) -> None:
     """Attend the few tokens of each request to what they see.
 
     Arguments as :func:`kept_attention_reference`. Elements of a token's queries follow each other,
     those of the output altogether, and tables have rows of consecutive elements. ``buffers`` are
-    shared by all layers of one shape.
+    shared by all layers of one shape, and the batch's ``plan`` by all layers.
 
     Raises:
         ValueError: a request may have more tokens than one program takes; use ``kept_prefill``.
     """
     num_heads, head_size = queries.shape[-2:]
     num_reqs, num_kv_heads = batch.seq_lens.shape[0], pages.key.shape[1]
-    group = num_heads // num_kv_heads
+    group, element_size = num_heads // num_kv_heads, pages.key.element_size()
     if batch.max_query_len > 1 and batch.max_query_len * group > MAX_ROWS:
         raise ValueError(
             f"{batch.max_query_len} tokens of {group} heads per KV head: at most {MAX_ROWS} rows; "
@@ -206,15 +256,23 @@ def kept_decode(
     if buffers is None:
         sizes = batch.max_query_len, num_heads, num_kv_heads, head_size
         buffers = DecodeBuffers(*sizes, processors(queries.device), queries.device)
-    splits = num_splits(num_reqs, num_kv_heads, buffers.num_processors)
+    if plan is None:
+        plan = plan_for(num_reqs, num_kv_heads, head_size, element_size, queries.device)
+        lengths = batch.query_start, batch.seq_lens, batch.stream_ranges
+        make_plan(*lengths, batch.window_size, batch.num_sinks, plan)
     rows = max(16, triton.next_power_of_2(batch.max_query_len * group))
     page_stride, head_stride, entry_stride, _ = pages.key.stride()
-    _decode[(num_reqs, num_kv_heads, splits)](
+    _decode[(plan.requests.shape[0], num_kv_heads)](
         queries,
         pages.key,
         pages.value,
-        output if splits == 1 else buffers.partial,
+        output,
+        buffers.partial,
         buffers.log_sums,
+        plan.most,
+        plan.starts,
+        plan.slots,
+        plan.requests,
         batch.query_start,
         batch.seq_lens,
         batch.window_table,
@@ -232,24 +290,28 @@ def kept_decode(
         scale * pages.key_scale,
         pages.value_scale,
         SOFT_CAP=float(logits_soft_cap),
+        MAX_TOKENS=buffers.max_query_len,
         ROWS=rows,
         GROUP=group,
         NUM_HEADS=num_heads,
         HEAD_SIZE=head_size,
         PAGE=pages.page_size,
-        PAIRED=pages.key.element_size() == 1,
-        **decode_launch(rows, head_size, pages.key.element_size()),
+        TILE=plan.tile,
+        PAIRED=element_size == 1,
+        **decode_launch(rows, head_size, element_size, plan.tile),
     )
-    if splits > 1:
-        _merge[(output.shape[0], num_heads)](
-            buffers.partial,
-            buffers.log_sums,
-            output,
-            batch.query_start,
-            num_reqs,
-            NUM_SPLITS=splits,
-            HEAD_SIZE=head_size,
-        )
+    _merge[(num_reqs, batch.max_query_len, num_heads)](
+        buffers.partial,
+        buffers.log_sums,
+        output,
+        plan.starts,
+        plan.slots,
+        batch.query_start,
+        MAX_TOKENS=buffers.max_query_len,
+        NUM_HEADS=num_heads,
+        HEAD_SIZE=head_size,
+        MERGED=MERGED,
+    )
 
 
 def processors(device: torch.device) -> int:

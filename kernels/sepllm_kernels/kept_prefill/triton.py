@@ -102,7 +102,7 @@ def _prefill(
         window_size,
         num_sinks,
         0,
-        1,
+        2**30,
         scale,
         SOFT_CAP,
         HEAD_SIZE,

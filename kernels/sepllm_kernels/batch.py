@@ -7,6 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
+# Arguments of kernels that change from step to step. Triton compiles a kernel anew, which takes
+# seconds, for a size of 1 and of a multiple of 16, and for a pointer to 16 bytes: not for these.
+STEP_SIZES = ("num_reqs", "num_tokens")
+STEP_INDEX = ("query_start", "seq_lens", "window_table", "kept_table")
+
 
 @dataclass(frozen=True)
 class PagedKV:

@@ -186,6 +186,25 @@ def test_prompts_with_xformers(engines, book, make_reference, xformers_calls, po
 
 
 @pytest.mark.skipif(
+    os.environ.get("VLLM_USE_V2_MODEL_RUNNER") != "1", reason="vLLM's warm-up of the V2 runner"
+)
+def test_after_the_warm_up(engine, book, reference, monkeypatch):
+    """On a GPU, steps of made-up requests run before graphs are captured."""
+    from vllm import SamplingParams
+    from vllm.v1.worker.gpu.warmup import run_mixed_prefill_decode_warmup, warmup_kernels
+
+    # The interpreter cannot run vLLM's kernel of top-k and top-p.
+    greedy = SamplingParams(temperature=0)
+    monkeypatch.setattr(SamplingParams, "for_sampler_warmup", lambda: greedy)
+    worker = engine.core.model_executor.driver_worker.worker
+    steps = worker.model_runner, worker.execute_model, worker.sample_tokens
+    warmup_kernels(*steps)
+    assert run_mixed_prefill_decode_warmup(*steps, num_tokens=40)
+    for output in run(engine, [book[:100]], max_tokens=4):
+        reference.check_output(output)
+
+
+@pytest.mark.skipif(
     os.environ.get("VLLM_USE_V2_MODEL_RUNNER") != "1",
     reason="dense layers run vLLM's Triton backend, which a CPU engine loads with the V2 runner",
 )

@@ -103,7 +103,8 @@ def compile_one(
     aligned = {
         (index,): [["tt.divisibility", 16]]
         for index, (name, kind) in enumerate(signature.items())
-        if kind.startswith("*") or (name.endswith("_stride") and "table" not in name)
+        if (kind.startswith("*") or (name.endswith("_stride") and "table" not in name))
+        and not kernel.params[index].do_not_specialize_on_alignment
     }
     source = ASTSource(kernel, signature, constants, aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
@@ -118,6 +119,11 @@ def compile_one(
         "capability": capability,
         "constants": constants,
         "pages": types.get("key_pages", ""),
+        "specialized": [
+            parameter.name
+            for parameter in kernel.params
+            if not parameter.do_not_specialize and not parameter.do_not_specialize_on_alignment
+        ],
         "registers": int(found["REG"]),
         "spilled": int(found["STACK"]) + int(found["LOCAL"]),  # bytes per thread
         "shared": compiled.metadata.shared,  # bytes

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from sepllm_kernels.batch import STEP_INDEX, STEP_SIZES
 
 pytestmark = pytest.mark.kernels
 
@@ -37,6 +38,13 @@ def test_all_kernels_compile(compiled):
     }
     for kernel in compiled:
         assert kernel["shared"] <= SHARED_MEMORY[kernel["capability"]], kernel
+
+
+def test_no_step_compiles_a_kernel_anew(compiled):
+    """Sizes are 1 or a multiple of 16 in some steps, and prompts begin anywhere in a batch."""
+    for kernel in compiled:
+        varying = {*STEP_SIZES, *(STEP_INDEX if kernel["kernel"] == "_prefill" else ())}
+        assert not varying & {*kernel["specialized"]}, kernel
 
 
 def test_attention_loads_ahead(compiled):

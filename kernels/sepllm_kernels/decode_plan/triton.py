@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from sepllm_kernels.batch import STEP_SIZES
 from sepllm_kernels.tiles import count_tiles
 
 
@@ -56,7 +57,7 @@ class DecodePlan:
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=STEP_SIZES)
 def _decode_plan(
     query_start,
     seq_lens,

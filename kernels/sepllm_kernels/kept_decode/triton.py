@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sepllm_kernels.batch import KeptBatch, PagedKV
+from sepllm_kernels.batch import STEP_INDEX, KeptBatch, PagedKV
 from sepllm_kernels.decode_plan.triton import DecodePlan, decode_plan
 from sepllm_kernels.tiles import STAGES, attend_span, tile_entries
 
@@ -25,7 +25,7 @@ INTERPRETED_PROCESSORS = 1  # in Triton's interpreter, enough for some pieces
 MAX_ROWS = 64  # of one program: query tokens times heads per KV head
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=STEP_INDEX)
 def _decode(
     queries,
     key_pages,

@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from sepllm_kernels.batch import STEP_SIZES
+
 TILE = 512  # tokens looked at at once
 
 
@@ -41,7 +43,7 @@ def _count_tokens(
         below += tl.sum(kept, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=STEP_SIZES)
 def _kept_metadata(
     token_ids,
     query_start,

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sepllm_kernels.batch import KeptBatch, PagedKV
+from sepllm_kernels.batch import STEP_INDEX, STEP_SIZES, KeptBatch, PagedKV
 from sepllm_kernels.tiles import LOG2_E, STAGES, attend_span, tile_entries
 
 ROWS = 128  # query tokens times heads per KV head
@@ -33,7 +33,7 @@ def _find_request(query_start, block, num_reqs, BLOCK: tl.constexpr):
     return low
 
 
-@triton.jit
+@triton.jit(do_not_specialize=STEP_SIZES, do_not_specialize_on_alignment=STEP_INDEX)
 def _prefill(
     queries,
     key_pages,

@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from sepllm_kernels.batch import STEP_SIZES
+
 
 @triton.jit
 def rotated(vectors, turn, offsets, dim, valid, HALF: tl.constexpr, NEOX: tl.constexpr):
@@ -28,7 +30,7 @@ def rotated(vectors, turn, offsets, dim, valid, HALF: tl.constexpr, NEOX: tl.con
     return own * cos + tl.where(is_first, -other, other) * sin
 
 
-@triton.jit
+@triton.jit(do_not_specialize=STEP_SIZES)
 def _turn_queries(
     query,
     turns,

@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import MODEL, NGRAM, CacheReference, Reference
 from transformers import AutoModelForCausalLM
+from triton.runtime.interpreter import InterpretedFunction
 from xformers_masks import attend_under_bias
 
 from vllm_sepllm.engine.gpu_backend import SepLLMGPUImpl
@@ -185,9 +186,75 @@ def test_prompts_with_xformers(engines, book, make_reference, xformers_calls, po
     engine.check_empty()
 
 
-@pytest.mark.skipif(
-    os.environ.get("VLLM_USE_V2_MODEL_RUNNER") != "1", reason="vLLM's warm-up of the V2 runner"
+NEEDS_V2 = pytest.mark.skipif(
+    os.environ.get("VLLM_USE_V2_MODEL_RUNNER") != "1", reason="vLLM's V2 model runner"
 )
+OF_THE_STEP = {"queries", "query", "key", "value", "output"}  # in a graph's own memory
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Our kernels' launches: name, grid, and what it was given, tensors by address and strides."""
+    found = []
+    run = InterpretedFunction.run
+
+    def record(self, *args, grid, warmup, **kwargs):
+        if self.fn.__module__.startswith("sepllm_kernels"):
+            given = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
+            if given.get("HALF") == 0:
+                del given["stream_turns"]  # not read
+            shown = {
+                name: (x.data_ptr(), x.stride()) if torch.is_tensor(x) else x
+                for name, x in given.items()
+                if name not in OF_THE_STEP
+            }
+            found.append((self.fn.__name__, grid, shown))
+        return run(self, *args, grid=grid, warmup=warmup, **kwargs)
+
+    monkeypatch.setattr(InterpretedFunction, "run", record)
+    return found
+
+
+@NEEDS_V2
+@pytest.mark.parametrize("options", [{}, {"max_separator_tokens": 5, "position_mode": "cache"}])
+def test_a_captured_graph_would_do_the_same(engines, book, launches, options):
+    """A CUDA graph launches again what was launched when it was captured, of requests vLLM made up:
+    as many, and reading and writing the same memory, as a step of as many requests needs."""
+    from vllm.forward_context import set_forward_context
+    from vllm.v1.worker.gpu.cudagraph_utils import prepare_inputs_to_capture
+
+    engine = engines(**options_with(**options))
+    for name, prompt in enumerate((book[:30], book[100:103], book[200:220])):
+        engine.add(str(name), prompt, max_tokens=6)
+    for _ in range(4):
+        launches.clear()
+        engine.step()
+    step = list(launches)
+
+    runner = engine.core.model_executor.driver_worker.worker.model_runner
+    state = runner.model_state, runner.input_buffers, runner.block_tables
+    launches.clear()
+    metadata, slots = prepare_inputs_to_capture(
+        3, 3, *state, runner.attn_groups, runner.kv_cache_config, True, max_query_len=1
+    )
+    assert [name for name, _, _ in launches] == ["_decode_plan"], "tokens nobody sent were counted"
+    ids, positions = runner.input_buffers.input_ids[:3], runner.input_buffers.positions[:3]
+    config = runner.vllm_config
+    with (
+        torch.inference_mode(),
+        set_forward_context(metadata, config, num_tokens=3, slot_mapping=slots),
+    ):
+        launches.clear()
+        runner.model(input_ids=ids, positions=positions)
+    names = [name for name, _, _ in launches]
+    assert names.count("_decode") == names.count("_merge") == LAYERS
+    assert [x for x in step if x[0] not in ("_kept_metadata", "_decode_plan")] == launches
+    while engine.llm.llm_engine.has_unfinished_requests():
+        engine.step()
+    engine.check_empty()
+
+
+@NEEDS_V2
 def test_after_the_warm_up(engine, book, reference, monkeypatch):
     """On a GPU, steps of made-up requests run before graphs are captured."""
     from vllm import SamplingParams
@@ -204,11 +271,9 @@ def test_after_the_warm_up(engine, book, reference, monkeypatch):
         reference.check_output(output)
 
 
-@pytest.mark.skipif(
-    os.environ.get("VLLM_USE_V2_MODEL_RUNNER") != "1",
-    reason="dense layers run vLLM's Triton backend, which a CPU engine loads with the V2 runner",
-)
+@NEEDS_V2
 def test_dense_layers(engines, book, reference_model, separator_ids, monkeypatch):
+    """They run vLLM's Triton backend, which a CPU engine loads with the V2 runner."""
     # Which vLLM asks for when it launches its kernel.
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda *_: (9, 0))
     engine = engines(**{**options_with(dense_layers=[0, -1]), "block_size": 32})

@@ -12,8 +12,8 @@ TESTS = "interpreted/test_gpu_path.py"
 
 
 def test_v1_runner():
-    names = "chunks or preemption or (cache_positions and 5)"
-    rerun(3, TESTS, names, SEPLLM_TEST_GPU_PATH="1")
+    names = "chunks or preemption or captured or (cache_positions and 5)"
+    rerun(5, TESTS, names, SEPLLM_TEST_GPU_PATH="1")
 
 
 def test_v2_runner():

@@ -13,6 +13,8 @@ import torch
 from helpers import MODEL, NGRAM, CacheReference, Reference
 from transformers import AutoModelForCausalLM
 from triton.runtime.interpreter import InterpretedFunction
+from vllm.config import CUDAGraphMode
+from vllm.forward_context import set_forward_context
 from xformers_masks import attend_under_bias
 
 from vllm_sepllm.engine.gpu_backend import SepLLMGPUImpl
@@ -215,40 +217,48 @@ def launches(monkeypatch):
     return found
 
 
-@NEEDS_V2
+def run_as_for_capture(runner, num_reqs):
+    """What vLLM captures for as many requests with a token each."""
+    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") != "1":
+        runner._dummy_run(
+            num_reqs,
+            cudagraph_runtime_mode=CUDAGraphMode.NONE,  # that of the run before
+            force_attention=True,
+            uniform_decode=True,
+        )
+        return
+    from vllm.v1.worker.gpu.cudagraph_utils import prepare_inputs_to_capture
+
+    state = runner.model_state, runner.input_buffers, runner.block_tables
+    groups = runner.attn_groups, runner.kv_cache_config
+    metadata, slots = prepare_inputs_to_capture(
+        num_reqs, num_reqs, *state, *groups, full_cudagraph=True, max_query_len=1
+    )
+    inputs = {name: getattr(state[1], name)[:num_reqs] for name in ("input_ids", "positions")}
+    sizes = {"num_tokens": num_reqs, "slot_mapping": slots}
+    with torch.inference_mode(), set_forward_context(metadata, runner.vllm_config, **sizes):
+        runner.model(**inputs)
+
+
 @pytest.mark.parametrize("options", [{}, {"max_separator_tokens": 5, "position_mode": "cache"}])
 def test_a_captured_graph_would_do_the_same(engines, book, launches, options):
     """A CUDA graph launches again what was launched when it was captured, of requests vLLM made up:
     as many, and reading and writing the same memory, as a step of as many requests needs."""
-    from vllm.forward_context import set_forward_context
-    from vllm.v1.worker.gpu.cudagraph_utils import prepare_inputs_to_capture
-
     engine = engines(**options_with(**options))
+    runner = engine.core.model_executor.driver_worker.worker.model_runner
+    launches.clear()
+    run_as_for_capture(runner, 3)
+    captured = list(launches)
     for name, prompt in enumerate((book[:30], book[100:103], book[200:220])):
         engine.add(str(name), prompt, max_tokens=6)
     for _ in range(4):
         launches.clear()
         engine.step()
-    step = list(launches)
-
-    runner = engine.core.model_executor.driver_worker.worker.model_runner
-    state = runner.model_state, runner.input_buffers, runner.block_tables
-    launches.clear()
-    metadata, slots = prepare_inputs_to_capture(
-        3, 3, *state, runner.attn_groups, runner.kv_cache_config, True, max_query_len=1
-    )
-    assert [name for name, _, _ in launches] == ["_decode_plan"], "tokens nobody sent were counted"
-    ids, positions = runner.input_buffers.input_ids[:3], runner.input_buffers.positions[:3]
-    config = runner.vllm_config
-    with (
-        torch.inference_mode(),
-        set_forward_context(metadata, config, num_tokens=3, slot_mapping=slots),
-    ):
-        launches.clear()
-        runner.model(input_ids=ids, positions=positions)
-    names = [name for name, _, _ in launches]
+    assert [name for name, _, _ in launches[:2]] == ["_kept_metadata", "_decode_plan"]
+    assert captured[0][0] == "_decode_plan", "tokens that nobody sent were counted"
+    assert captured[1:] == launches[2:]
+    names = [name for name, _, _ in captured]
     assert names.count("_decode") == names.count("_merge") == LAYERS
-    assert [x for x in step if x[0] not in ("_kept_metadata", "_decode_plan")] == launches
     while engine.llm.llm_engine.has_unfinished_requests():
         engine.step()
     engine.check_empty()

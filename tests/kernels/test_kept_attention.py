@@ -153,6 +153,17 @@ def test_fp8_pages(operation, dtype):
     run_and_check(operation, case)
 
 
+@pytest.mark.parametrize("power", [-40, 0, 20])
+def test_fp8_pages_take_queries_of_any_size(operation, power):
+    """Also of elements that float16 has no room for: a power of two changes no bit."""
+    case = make_case(mixed_requests(2), 40, Shape(dtype=BF16, kv_dtype=FP8))
+    expected = run_and_check(operation, case)
+    output, factor = case.empty_output(), 2.0**power
+    pages, batch, scale = case.pages, case.batch, case.shape.scale / factor
+    operation(case.queries * factor, pages, batch, output, scale, 0.0)
+    assert torch.equal(output[: case.num_tokens], expected[: case.num_tokens])
+
+
 @pytest.mark.parametrize("soft_cap", [0.5, 30.0])
 def test_soft_cap(operation, soft_cap):
     run_and_check(operation, make_case(mixed_requests(2), 40), soft_cap)

@@ -89,3 +89,23 @@ def kept_flags(num_texts: int, num_tokens: int, num_sinks: int) -> npt.NDArray[n
     flags = np.stack([policy().kept_flags(piece) for piece in longer])
     flags[:, :num_sinks] = True
     return flags
+
+
+def print_shares() -> None:
+    """What ``kernels/README.md`` says must move and be computed, of the book alone."""
+    for context in (4096, 16384, 32768, 131072):
+        flags = kept_flags(64, context, num_sinks=4)
+        prefix = np.concatenate([np.zeros((64, 1), dtype=np.int64), flags.cumsum(1)], axis=1)
+        positions = np.arange(context)
+        behind = np.maximum(positions - WINDOW + 1, 0)  # the window
+        seen = prefix[:, behind] + positions + 1 - behind
+        entries, pairs = seen[:, -1].mean(), int(seen[0].sum())
+        print(
+            f"{context:7,} tokens: the last sees {entries:,.0f} ({entries / context:.1%}); "
+            f"a prompt computes {pairs / 1e6:,.1f} million pairs "
+            f"({pairs / (context * (context + 1) / 2):.1%})"
+        )
+
+
+if __name__ == "__main__":
+    print_shares()

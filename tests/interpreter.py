@@ -18,6 +18,7 @@ def mend() -> None:
         _take_masks_of_integers(interpreter)
         _multiply_bfloat16(interpreter)
         _round_to_nearest(interpreter)
+        _find_overflows(interpreter)
         _adapt_language_once(interpreter)
         _make_room_on_the_stack(interpreter)
 
@@ -82,6 +83,22 @@ def _round_to_nearest(interpreter: Any) -> None:
         return result.view(bits[result.element_size()]).numpy()
 
     interpreter._convert_float = _convert_float
+
+
+def _find_overflows(interpreter: Any) -> None:
+    """Whether a sum or product of integers fits its type is worked out at length, which takes a
+    third of the time, and not looked at."""
+    functions = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
+
+    def check(lhs: Any, rhs: Any, binary_op: Any) -> None:
+        kind = lhs.type.scalar
+        if kind.int_bitwidth < 64:
+            numbers = (x.handle.data.astype(np.int64) for x in (lhs, rhs))
+            result = functions[binary_op.__name__](*numbers)
+            if result.min() < kind.get_int_min_value() or result.max() > kind.get_int_max_value():
+                raise OverflowError(f"{binary_op.__name__} of {kind} in {result}")
+
+    interpreter.interpreter_semantic.binary_op_sanitize_overflow_impl = check
 
 
 def _adapt_language_once(interpreter: Any) -> None:

@@ -6,7 +6,7 @@ full, positions that left the window, stream entries behind the last limit.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from sepllm_kernels.batch import KeptBatch, PagedKV
@@ -14,6 +14,7 @@ from sepllm_kernels.batch import KeptBatch, PagedKV
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAN = float("nan")
 SLACK_PAGES = 5
+DISTANCE = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,18 @@ def make_pages(stored: torch.Tensor, shape: Shape, heads_first: bool = True) -> 
         packed = packed.transpose(1, 2).contiguous().transpose(1, 2)
     key, value = packed.to(DEVICE).split(shape.head_size, -1)
     return PagedKV(key, value)
+
+
+def far_apart(pages: PagedKV) -> PagedKV:
+    """The same pages with ``DISTANCE`` elements from one to the next, as in a cache of all layers:
+    32 bits do not hold where the last ones lie. What is between them is never touched."""
+    buffer = pages.key.new_empty(len(pages.key) * DISTANCE)
+    strides = DISTANCE, *pages.key.stride()[1:]
+    key = buffer.as_strided(pages.key.shape, strides)
+    value = buffer.as_strided(pages.key.shape, strides, DISTANCE // 2)
+    key.copy_(pages.key)
+    value.copy_(pages.value)
+    return replace(pages, key=key, value=value)
 
 
 def explicit_mask(case: Case, request: Request) -> torch.Tensor:

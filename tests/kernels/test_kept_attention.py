@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from batches import Case, Request, Shape, check_close, dense_attention, make_case
+from batches import Case, Request, Shape, check_close, dense_attention, far_apart, make_case
 from sepllm_kernels.kept_decode import (
     kept_attention_reference,
     kept_decode,
@@ -162,6 +162,16 @@ def test_fp8_pages_take_queries_of_any_size(operation, power):
     pages, batch, scale = case.pages, case.batch, case.shape.scale / factor
     operation(case.queries * factor, pages, batch, output, scale, 0.0)
     assert torch.equal(output[: case.num_tokens], expected[: case.num_tokens])
+
+
+@pytest.mark.parametrize("sizes", [(16, 110), (128, 600)])
+def test_pages_far_apart(operation, sizes):
+    shape = Shape(page_size=sizes[0], dtype=BF16, kv_dtype=FP8)
+    case = make_case([Request.random(sizes[1], 2, 0.4, rng())], 40, shape)
+    expected = run_and_check(operation, case)
+    assert max(int(case.batch.window_table.max()), int(case.batch.kept_table.max())) >= 8
+    pages = far_apart(case.pages)
+    assert torch.equal(run_and_check(operation, replace(case, pages=pages)), expected)
 
 
 @pytest.mark.parametrize("soft_cap", [0.5, 30.0])

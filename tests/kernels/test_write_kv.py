@@ -1,6 +1,6 @@
 import pytest
 import torch
-from batches import DEVICE, NAN, Shape, make_pages
+from batches import DEVICE, NAN, Shape, far_apart, make_pages
 from sepllm_kernels.batch import PagedKV
 from sepllm_kernels.turn_queries import turn_queries, turn_queries_reference
 from sepllm_kernels.write_kv import write_kv, write_kv_reference
@@ -84,6 +84,16 @@ def test_values_between_two_tokens_of_a_projection():
     found, expected = write_both(shape, inputs=(*parts, *slots))
     assert_same(found, expected)
     assert_same(found, write_both(shape)[1])
+
+
+def test_pages_far_apart():
+    shape = Shape(dtype=BF16, kv_dtype=FP8)
+    inputs = random_inputs(shape)
+    assert max(int(slots.max()) for slots in inputs[2:]) >= 8 * shape.page_size
+    pages = far_apart(empty_pages(shape))
+    write_kv(*inputs[:2], pages, *inputs[2:])
+    found = torch.stack([pages.key.float(), pages.value.float()]).cpu()
+    assert_same(found, write_both(shape, inputs=inputs)[1])
 
 
 def turns_of(angles: torch.Tensor) -> torch.Tensor:

@@ -17,13 +17,13 @@ def test_v1_runner():
 
 
 def test_v2_runner():
-    rerun(15, TESTS, "test", SEPLLM_TEST_GPU_PATH="1", VLLM_USE_V2_MODEL_RUNNER="1")
+    rerun(18, TESTS, "test", SEPLLM_TEST_GPU_PATH="1", VLLM_USE_V2_MODEL_RUNNER="1")
 
 
 def test_v2_runner_asynchronous():
     """Steps are scheduled before the tokens of the one before are known, as on CUDA by default."""
     rerun(
-        4,
+        5,
         TESTS,
         "chunks or preemption or hits or drafts",
         SEPLLM_TEST_GPU_PATH="1",

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from triton.runtime.interpreter import InterpretedFunction
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import set_forward_context
+from vllm.platforms import current_platform
 from xformers_masks import attend_under_bias
 
 from vllm_sepllm.engine.gpu_backend import SepLLMGPUImpl
@@ -261,6 +262,86 @@ def test_a_captured_graph_would_do_the_same(engines, book, launches, options):
     assert names.count("_decode") == names.count("_merge") == LAYERS
     while engine.llm.llm_engine.has_unfinished_requests():
         engine.step()
+    engine.check_empty()
+
+
+@pytest.fixture
+def replay_graphs(monkeypatch):
+    """vLLM's manager of CUDA graphs, with the metadata of the capture kept instead of a graph.
+
+    A replay runs the model with what its capture was given: the sizes and addresses of requests
+    that vLLM made up, while a step fills the buffers behind them. What runs is noted by its size.
+    """
+    from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager, ModelCudaGraphManager
+
+    class Graph:
+        def __init__(self, desc, forward):
+            self.desc, self.forward = desc, forward
+
+        def replay(self):
+            replayed.append((self.desc.num_reqs, self.desc.uniform_token_count))
+            self.forward(CUDAGraphMode.NONE)
+
+    def capture(self, create_forward_fn, progress_bar_desc=""):
+        for desc in self._capture_descs[CUDAGraphMode.FULL]:
+            for warmup in (True, False):
+                forward = create_forward_fn(desc, warmup=warmup)
+                forward(CUDAGraphMode.NONE)
+            self.graphs[desc] = Graph(desc, forward)
+        self._graphs_captured = True
+
+    def replay_graphs(engine, sizes):
+        runner = engine.core.model_executor.driver_worker.worker.model_runner
+        config = runner.compilation_config
+        monkeypatch.setattr(config, "cudagraph_capture_sizes", sizes)
+        monkeypatch.setattr(config, "max_cudagraph_capture_size", max(sizes))
+        mode = CUDAGraphMode.FULL_DECODE_ONLY
+        manager = ModelCudaGraphManager(
+            runner.vllm_config, runner.device, mode, decode_query_len=runner.decode_query_len
+        )
+        names = "model", "model_state", "input_buffers", "intermediate_tensors", "block_tables"
+        names += "attn_groups", "kv_cache_config"
+        manager.capture(*(getattr(runner, name) for name in names))
+        monkeypatch.setattr(runner, "cudagraph_manager", manager)
+        replayed.clear()
+        return replayed
+
+    replayed = []
+    monkeypatch.setattr(CudaGraphManager, "capture", capture)
+    monkeypatch.setattr(type(current_platform), "get_global_graph_pool", lambda self: None)
+    return replay_graphs
+
+
+@NEEDS_V2
+@pytest.mark.parametrize("sepllm", [{}, {"max_separator_tokens": 5, "position_mode": "cache"}])
+def test_replayed_graphs(engines, book, make_reference, replay_graphs, sepllm):
+    """Requests decode in graphs that were captured for more of them, beside prompts without."""
+    engine = engines(**options_with(**sepllm))
+    kind = CacheReference if sepllm else Reference
+    reference = make_reference(kind, bound=sepllm.get("max_separator_tokens"))
+    replayed = replay_graphs(engine, sizes=[2, 4])
+    prompts = [book[:80], book[100:102], book[300:318]]
+    for output in run(engine, prompts, max_tokens=14):
+        reference.check_output(output)
+    assert (4, 1) in replayed
+    for output in run(engine, [book[500:530]], max_tokens=10):
+        reference.check_output(output)
+    assert replayed[-1] == (2, 1)
+    engine.check_empty()
+
+
+@NEEDS_V2
+def test_replayed_graphs_of_drafts(engines, book, reference, replay_graphs):
+    """Of steps in which each request has all drafts it may have; others run without a graph."""
+    engine = engines(**OPTIONS, speculative_config=NGRAM)
+    length = 1 + NGRAM["num_speculative_tokens"]
+    replayed = replay_graphs(engine, sizes=[4 * length])
+    counts = engine.count_drafts()
+    prompts = [book[:60] + book[:40], book[300:330], book[700:720] * 2]
+    for output in run(engine, prompts, max_tokens=24):
+        reference.check_output(output)
+    assert set(replayed) == {(4, length)}
+    assert counts["drafted"] > counts["accepted"] > 0
     engine.check_empty()
 
 

@@ -21,12 +21,19 @@ class PagedKV:
         key, value: ``[num_pages, num_kv_heads, page_size, head_size]``, two views of one shape and
             one set of strides; the last dimension is contiguous.
         key_scale, value_scale: what stored elements are multiplied by; other than 1 only for FP8.
+
+    Raises:
+        ValueError: pages are of a size that does not divide tiles, nor tiles it.
     """
 
     key: torch.Tensor
     value: torch.Tensor
     key_scale: float = 1.0
     value_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.page_size & (self.page_size - 1):
+            raise ValueError(f"pages of {self.page_size} entries: must be a power of two")
 
     @property
     def page_size(self) -> int:

@@ -63,6 +63,10 @@ def test_refusals(platform):
     for changes, message in (
         ({"cache_config__cache_dtype": "fp8_e5m2"}, "kv_cache_dtype='fp8_e5m2' is not supported"),
         ({"parallel_config__enable_dbo": True}, "enable_dbo=True"),
+        (
+            {"cache_config__block_size": 48, "cache_config__user_specified_block_size": True},
+            "block_size=48: must be a power of two on CUDA, e.g. 32",
+        ),
         ({"parallel_config__worker_cls": "mine.Worker"}, "worker_cls='mine.Worker'"),
     ):
         with pytest.raises(ConfigError, match=message):

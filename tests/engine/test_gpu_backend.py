@@ -5,21 +5,35 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from vllm_sepllm.config import ConfigError
 from vllm_sepllm.engine import gpu_backend
 
 pytestmark = pytest.mark.engine
 
 
 @pytest.mark.parametrize(
-    ("soft_cap", "dtype", "said"),
+    ("soft_cap", "dtype", "num_drafts", "said"),
     [
-        (30.0, torch.bfloat16, "no soft cap of logits, and this model's is 30.0"),
-        (0.0, torch.float32, "no kernel for float32"),
-        (0.0, torch.bfloat16, None),
+        (30.0, torch.bfloat16, 0, "no soft cap of logits, and this model's is 30.0"),
+        (0.0, torch.float32, 0, "no kernel for float32"),
+        (0.0, torch.bfloat16, 16, "no way to verify 16 draft tokens, at most 15 with this model"),
+        (0.0, torch.bfloat16, 15, None),
     ],
 )
-def test_layers_xformers_does_not_take(monkeypatch, soft_cap, dtype, said):
+def test_layers_xformers_does_not_take(monkeypatch, soft_cap, dtype, num_drafts, said):
     cuda = SimpleNamespace(is_cuda=lambda: True)
     monkeypatch.setattr(gpu_backend, "current_platform", cuda)
-    layer = SimpleNamespace(logits_soft_cap=soft_cap)
-    assert gpu_backend.SepLLMGPUImpl._xformers_refusal(layer, dtype) == said
+    monkeypatch.setattr(gpu_backend, "max_decode_query_len", lambda config: num_drafts + 1)
+    options = SimpleNamespace(prefill_kernel="xformers")
+    monkeypatch.setattr(gpu_backend.settings, "options", lambda config: options)
+    config = SimpleNamespace(model_config=SimpleNamespace(dtype=dtype))
+    layer = SimpleNamespace(_k_scale=torch.ones(()))
+    impl = gpu_backend.SepLLMGPUImpl.__new__(gpu_backend.SepLLMGPUImpl)
+    impl.num_heads, impl.num_kv_heads, impl.head_size = 32, 8, 128
+    impl.logits_soft_cap, impl._buffers = soft_cap, None
+    if said:
+        with pytest.raises(ConfigError, match=f"prefill_kernel='xformers' has {said}: leave it"):
+            impl.prepare(config, layer)
+    else:
+        impl.prepare(config, layer)
+        assert impl._uses_xformers

@@ -14,7 +14,6 @@ from sepllm_kernels.batch import KeptBatch, PagedKV
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAN = float("nan")
 SLACK_PAGES = 5
-DISTANCE = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -157,13 +156,15 @@ def make_pages(stored: torch.Tensor, shape: Shape, heads_first: bool = True) -> 
     return PagedKV(key, value)
 
 
-def far_apart(pages: PagedKV) -> PagedKV:
-    """The same pages with ``DISTANCE`` elements from one to the next, as in a cache of all layers:
-    32 bits do not hold where the last ones lie. What is between them is never touched."""
-    buffer = pages.key.new_empty(len(pages.key) * DISTANCE)
-    strides = DISTANCE, *pages.key.stride()[1:]
+def far_apart(pages: PagedKV, dim: int = 0) -> PagedKV:
+    """The same pages in a cache so large that 32 bits do not hold where the last page, or with a
+    ``dim`` of 1 the last head, lies. What is between them is never touched."""
+    distance = (1 << 32) // (pages.key.shape[dim] - 1) // 32 * 32
+    buffer = pages.key.new_empty(pages.key.shape[dim] * distance)
+    strides = list(pages.key.stride())
+    strides[dim] = distance
     key = buffer.as_strided(pages.key.shape, strides)
-    value = buffer.as_strided(pages.key.shape, strides, DISTANCE // 2)
+    value = buffer.as_strided(pages.key.shape, strides, distance // 2)
     key.copy_(pages.key)
     value.copy_(pages.value)
     return replace(pages, key=key, value=value)

@@ -34,6 +34,7 @@ class Hardware:
         quantized_cache_dtypes: ``kv_cache_dtype`` beside the model's own type.
         prefill_kernels: choices of the option of that name.
         dense_block_multiple: of the block size with layers that keep full attention.
+        blocks_are_powers: block sizes must be powers of two.
         stages_need_compilation: vLLM runs pipeline stages on it only with compilation.
     """
 
@@ -43,6 +44,7 @@ class Hardware:
     quantized_cache_dtypes: tuple[str, ...] = ()
     prefill_kernels: tuple[str, ...] = ("triton",)
     dense_block_multiple: int = BLOCK_MULTIPLE
+    blocks_are_powers: bool = False
     stages_need_compilation: bool = False
 
 
@@ -174,10 +176,10 @@ def _cache_refusals(
             f"kv_cache_dtype={cache.cache_dtype!r} is not supported on {hardware.name} with "
             f"dtype={dtype}: leave it at 'auto'"
         )
-    multiple = hardware.dense_block_multiple if options.dense_layers else BLOCK_MULTIPLE
-    if cache.user_specified_block_size and cache.block_size % multiple:
-        because = " with dense_layers" if options.dense_layers else ""
-        yield f"block_size={cache.block_size}: must be a multiple of {multiple}{because}, e.g. 32"
+    if cache.user_specified_block_size:
+        rule = _block_size_rule(cache.block_size, bool(options.dense_layers), hardware)
+        if rule:
+            yield f"block_size={cache.block_size}: must be {rule}, e.g. 32"
     if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
         yield (
             "disable_hybrid_kv_cache_manager=True merges the two KV-cache groups SepLLM needs: "
@@ -197,6 +199,16 @@ def _cache_refusals(
             f"kv_offloading_size={cache.kv_offloading_size} moves pages it takes for dense ones: "
             "leave it out"
         )
+
+
+def _block_size_rule(block_size: int, has_dense_layers: bool, hardware: Hardware) -> str | None:
+    """The rule it breaks, if it does."""
+    multiple = hardware.dense_block_multiple if has_dense_layers else BLOCK_MULTIPLE
+    if block_size % multiple:
+        return f"a multiple of {multiple}" + (" with dense_layers" if has_dense_layers else "")
+    if hardware.blocks_are_powers and block_size & (block_size - 1):
+        return f"a power of two on {hardware.name}"
+    return None
 
 
 def _parallel_refusals(vllm_config: VllmConfig, hardware: Hardware) -> Iterator[str]:

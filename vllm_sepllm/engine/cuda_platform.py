@@ -32,6 +32,7 @@ def _gpu() -> Hardware:
         head_sizes=HEAD_SIZES,
         quantized_cache_dtypes=("fp8", "fp8_e4m3"),
         prefill_kernels=PREFILL_KERNELS,
+        blocks_are_powers=True,
     )
 
 

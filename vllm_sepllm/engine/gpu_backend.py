@@ -119,15 +119,15 @@ class SepLLMGPUImpl(SepLLMImpl):
 
     def prepare(self, vllm_config: VllmConfig, layer: Attention) -> None:
         """Allocate the decode kernel's buffers, if it takes this layer's heads and drafts."""
-        if settings.options(vllm_config).prefill_kernel == "xformers":
-            problem = self._xformers_refusal(vllm_config.model_config.dtype)
-            if problem:
-                raise ConfigError(f"prefill_kernel='xformers' has {problem}: leave it out")
-            self._uses_xformers = True
         longest = max_decode_query_len(vllm_config)
         if longest == 1 or longest * self.num_heads // self.num_kv_heads <= MAX_ROWS:
             sizes = self.num_heads, self.num_kv_heads, self.head_size
             self._buffers = shared_buffers(longest, *sizes, layer._k_scale.device)
+        if settings.options(vllm_config).prefill_kernel == "xformers":
+            problem = self._xformers_refusal(vllm_config.model_config.dtype, longest - 1)
+            if problem:
+                raise ConfigError(f"prefill_kernel='xformers' has {problem}: leave it out")
+            self._uses_xformers = True
 
     def forward(
         self,
@@ -177,11 +177,15 @@ class SepLLMGPUImpl(SepLLMImpl):
             self._prefill(query, pages, batch, output[:num_tokens], kept)
         return output
 
-    def _xformers_refusal(self, dtype: torch.dtype) -> str | None:
+    def _xformers_refusal(self, dtype: torch.dtype, num_drafts: int) -> str | None:
         if self.logits_soft_cap:
             return f"no soft cap of logits, and this model's is {self.logits_soft_cap}"
         if dtype == torch.float32 and current_platform.is_cuda():
             return "no kernel for float32"
+        if self._buffers is None:  # it reads lengths on the host, which a CUDA graph cannot
+            group = self.num_heads // self.num_kv_heads
+            most = MAX_ROWS // group - 1
+            return f"no way to verify {num_drafts} draft tokens, at most {most} with this model"
         return None
 
     def _prefill(

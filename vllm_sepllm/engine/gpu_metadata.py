@@ -117,14 +117,15 @@ class GPUKeptMetadataBuilder(ReplayedBuilder):
         spec = self.kv_cache_spec
         assert isinstance(spec, KeptSpec)
         heads = spec.num_kv_heads, spec.head_size, spec.dtype.itemsize
-        self._plan = plan_for(most, *heads, self.device)
+        self._plan = plan_for(self.vllm_config.scheduler_config.max_num_seqs, *heads, self.device)
         self._lags: torch.Tensor | None = None
         self._turns: dict[Rotation, torch.Tensor] = {}
         if options.position_mode == "cache":
             self._lags = torch.zeros(3 * most, dtype=torch.int32, device=self.device)
             for rotation in self._rotations():
                 sizes = 3 * most, 2 * len(rotation.inv_freq)
-                self._turns[rotation] = torch.zeros(sizes, device=self.device)
+                zeros = torch.zeros(sizes, dtype=torch.float32, device=self.device)
+                self._turns[rotation] = zeros
 
     def _rotations(self) -> set[Rotation]:
         """Of the group's layers."""

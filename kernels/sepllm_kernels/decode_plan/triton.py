@@ -18,6 +18,7 @@ class DecodePlan:
 
     Attributes:
         tile: entries of a tile.
+        max_num_reqs: of any batch; the kernel is compiled for it.
         most: ``[1]`` int32, tiles of a piece at most.
         starts: ``[num_reqs + 1]`` int32, pieces of the requests before each.
         slots: ``[num_reqs]`` int32, of them those of requests with several pieces, whose results
@@ -26,6 +27,7 @@ class DecodePlan:
     """
 
     tile: int
+    max_num_reqs: int
     most: torch.Tensor
     starts: torch.Tensor
     slots: torch.Tensor
@@ -38,7 +40,7 @@ class DecodePlan:
         """For batches of up to so many requests; CUDA graphs may refer to it."""
         sizes = (1, max_num_reqs + 1, max_num_reqs, max_num_reqs + extra_pieces)
         whole = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
-        return DecodePlan(tile, *whole.split(sizes))
+        return DecodePlan(tile, max_num_reqs, *whole.split(sizes))
 
     @property
     def extra_pieces(self) -> int:
@@ -50,6 +52,7 @@ class DecodePlan:
         pieces = num_reqs + self.extra_pieces
         return DecodePlan(
             self.tile,
+            self.max_num_reqs,
             self.most,
             self.starts[: num_reqs + 1],
             self.slots[:num_reqs],
@@ -129,5 +132,5 @@ def decode_plan(
         num_sinks,
         MIN_TILES=min_tiles,
         TILE=plan.tile,
-        REQUESTS=max(16, triton.next_power_of_2(num_reqs)),
+        REQUESTS=max(16, triton.next_power_of_2(plan.max_num_reqs)),
     )

@@ -15,7 +15,7 @@ def read_entries(
     page_size = pages.shape[2]
     found = [pages[int(table[e // page_size]), :, e % page_size] for e in entries.tolist()]
     if not found:
-        return torch.zeros(0, pages.shape[1], pages.shape[3])
+        return torch.zeros(0, pages.shape[1], pages.shape[3], device=pages.device)
     return torch.stack([x.float() for x in found]) * scale
 
 

@@ -64,6 +64,7 @@ def _decode(
     PAIRED: tl.constexpr,
 ):
     piece, kv_head = tl.program_id(0), tl.program_id(1)
+    head_start = kv_head.to(tl.int64) * head_stride
     req = tl.load(plan_requests + piece).to(tl.int64)
     if req < 0:
         return
@@ -88,8 +89,8 @@ def _decode(
         first,
         first + num_tokens - 1,
         seq_len - 1,
-        key_pages + kv_head * head_stride,
-        value_pages + kv_head * head_stride,
+        key_pages + head_start,
+        value_pages + head_start,
         page_stride,
         entry_stride,
         window_table + req * window_table_stride,
@@ -191,8 +192,9 @@ class DecodeBuffers:
         pieces = 2 * extra_pieces(num_kv_heads, num_processors)
         rows = pieces * max_query_len * num_heads
         self.max_query_len = max_query_len
-        self.partial = torch.empty(rows * head_size, device=device)
-        self.log_sums = torch.empty(rows, device=device)
+        # vLLM makes the model's type the default one while it loads a model.
+        self.partial = torch.empty(rows * head_size, dtype=torch.float32, device=device)
+        self.log_sums = torch.empty(rows, dtype=torch.float32, device=device)
 
 
 def plan_for(

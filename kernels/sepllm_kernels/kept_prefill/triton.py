@@ -67,6 +67,7 @@ def _prefill(
 ):
     BLOCK: tl.constexpr = ROWS // GROUP
     kv_head = tl.program_id(1)
+    head_start = kv_head.to(tl.int64) * head_stride
     base = tl.load(query_start)  # of the batch's tokens, the first that is prefilled
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # the last see most, and begin
     req = _find_request(query_start, block + base // BLOCK, num_reqs, BLOCK).to(tl.int64)
@@ -92,8 +93,8 @@ def _prefill(
         first + done,
         first + last,
         position + last,
-        key_pages + kv_head * head_stride,
-        value_pages + kv_head * head_stride,
+        key_pages + head_start,
+        value_pages + head_start,
         page_stride,
         entry_stride,
         window_table + req * window_table_stride,

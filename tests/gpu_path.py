@@ -5,12 +5,15 @@ Everything but the device is what runs on CUDA: backend, builders, rows on the d
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from sepllm_kernels.kept_decode import triton as decode
 from sepllm_kernels.kept_prefill import triton as prefill
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_sepllm.config import PREFILL_KERNELS
-from vllm_sepllm.engine import platform
+from vllm_sepllm.engine import cpu_backend, platform
+from vllm_sepllm.engine.gpu_backend import HEAD_SIZES, SepLLMGPUBackend
 from vllm_sepllm.engine.gpu_worker import DeviceTokenWorker
 from vllm_sepllm.engine.registration import BACKEND_PATH
 
@@ -26,5 +29,13 @@ def select_gpu_path() -> None:
     prefill.ROWS = 512
     decode.PROGRAMS = 2
     platform.CPU_BACKEND_PATH = BACKEND_PATH
-    platform.CPU_PREFILL_KERNELS = PREFILL_KERNELS
-    platform.CPU_WORKER_PATH = "gpu_path.InterpretedWorker"
+    cpu_backend.SepLLMCPUBackend = SepLLMGPUBackend
+    cpu = platform._cpu
+    platform._cpu = lambda: replace(
+        cpu(),
+        worker_path="gpu_path.InterpretedWorker",
+        head_sizes=HEAD_SIZES,
+        quantized_cache_dtypes=("fp8",),
+        prefill_kernels=PREFILL_KERNELS,
+        blocks_are_powers=True,
+    )

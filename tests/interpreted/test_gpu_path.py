@@ -13,6 +13,8 @@ import pytest
 import torch
 from helpers import MODEL, NGRAM, CacheReference, Reference
 from transformers import AutoModelForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from triton.runtime.interpreter import InterpretedFunction
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import set_forward_context
@@ -147,6 +149,33 @@ def test_bfloat16(engines, book, reference_model, make_reference):
         found, allowed = (given - exact)[part].abs(), 2 * (rounded - exact)[part].abs()
         assert found.mean() <= allowed.mean()
         assert found.max() <= allowed.max()
+    engine.check_empty()
+
+
+def attend_to_fp8(module, query, key, value, *args, **kwargs):
+    """Keys and values become FP8 (e4m3) before attention, as in pages without calibration."""
+    key, value = (x.to(torch.float8_e4m3fn).to(x.dtype) for x in (key, value))
+    return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
+
+
+def test_fp8_pages(engines, book, reference, monkeypatch):
+    """Greedy tokens are those of keys and values in FP8. What lies between two numbers of FP8 may
+    become either, where float32 rounds: less than a tenth of what FP8 does to log-probabilities."""
+    engine = engines(**OPTIONS, kv_cache_dtype="fp8")
+    outputs = run(engine, [book[:100], book[300:320]], max_tokens=20)
+    answers = [
+        (list(output.prompt_token_ids), list(output.outputs[0].token_ids)) for output in outputs
+    ]
+    unrounded = [reference.rows(*answer).log_softmax(-1) for answer in answers]
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", attend_to_fp8)
+    for output, answer, wide in zip(outputs, answers, unrounded, strict=True):
+        reference.check(*answer)
+        tokens = answer[1]
+        expected = reference.rows(*answer).log_softmax(-1)
+        entries = zip(output.outputs[0].logprobs, tokens, strict=True)
+        given = torch.tensor([entry[token].logprob for entry, token in entries])
+        error = (given - expected[range(len(tokens)), tokens]).abs().max()
+        assert error < (wide - expected).abs().max() / 10
     engine.check_empty()
 
 

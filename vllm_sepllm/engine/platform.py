@@ -25,7 +25,6 @@ logger = init_logger(f"vllm.{__name__}")
 
 CPU_BACKEND_PATH = "vllm_sepllm.engine.cpu_backend.SepLLMCPUBackend"
 CPU_WORKER_PATH = "vllm_sepllm.engine.cpu_worker.SepLLMCPUWorker"
-CPU_PREFILL_KERNELS = ("triton",)  # the default; on a CPU torch computes prompts
 SCHEDULER_PATH = "vllm_sepllm.engine.scheduler.SepLLMScheduler"
 ASYNC_SCHEDULER_PATH = "vllm_sepllm.engine.scheduler.SepLLMAsyncScheduler"
 # Finer pages than vLLM's 128 on CPU: a request holds part of a page at each end of its window
@@ -82,7 +81,6 @@ def _cpu() -> Hardware:
         name="CPU",
         worker_path=CPU_WORKER_PATH,
         head_sizes=tuple(CPUAttentionBackend.get_supported_head_sizes()),
-        prefill_kernels=CPU_PREFILL_KERNELS,
         dense_block_multiple=32,
         stages_need_compilation=True,
     )

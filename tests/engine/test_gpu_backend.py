@@ -1,4 +1,4 @@
-"""What the GPU backend refuses of a layer."""
+"""What the GPU backend asks for, and what it refuses of a layer."""
 
 from types import SimpleNamespace
 
@@ -9,6 +9,18 @@ from vllm_sepllm.config import ConfigError
 from vllm_sepllm.engine import gpu_backend
 
 pytestmark = pytest.mark.engine
+
+
+def test_layout_of_pages():
+    """Beside dense layers too, which run vLLM's Triton backend; others can be asked for."""
+    from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
+    from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts
+    from vllm.v1.kv_cache_layout import KVCacheLayout
+
+    ours = gpu_backend.SepLLMGPUBackend, gpu_backend.KeptGPUBackend
+    found = get_supported_kv_cache_layouts([*ours, TritonAttentionBackend])
+    assert found[0] is KVCacheLayout.LBHNC
+    assert set(found) == set(KVCacheLayout)
 
 
 @pytest.mark.parametrize(

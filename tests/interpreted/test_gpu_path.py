@@ -73,6 +73,7 @@ def engine(engines):
     worker = engine.core.model_executor.driver_worker.worker
     assert all(isinstance(x.impl, SepLLMGPUImpl) for x in worker.sepllm_layers().values())
     assert len(worker.sepllm_layers()) == worker.model_config.get_total_num_hidden_layers()
+    assert worker.cache_config.kv_cache_layout == "LBHNC"
     assert engine.llm.reset_prefix_cache()
     yield engine
     engine.check_empty()

@@ -18,6 +18,7 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf, max_decode_query_len
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 from vllm.v1.kv_cache_interface import AttentionSpec
+from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_sepllm.config import ConfigError
 from vllm_sepllm.engine import settings
@@ -65,6 +66,12 @@ class SepLLMGPUBackend(SepLLMBackend):
     def get_supported_head_sizes(cls) -> list[int]:
         """Those the kernels are tested with."""
         return list(HEAD_SIZES)
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        """Any, and first that in which a program reads what a page holds of its head in one run."""
+        first = KVCacheLayout.LBHNC
+        return (first, *(layout for layout in KVCacheLayout if layout is not first))
 
     @classmethod
     def supports_combination(cls, *args: Any, **kwargs: Any) -> str | None:

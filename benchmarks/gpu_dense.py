@@ -10,7 +10,7 @@ all layers of a step is prepared outside of the call.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -39,14 +39,26 @@ def torch_flex(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, page
     """PyTorch's FlexAttention, which splits keys for short queries."""
     if key.shape[1] != FLEX_CONTEXT or not key.is_cuda:
         return None
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
     q, k, v = (x.contiguous() for x in heads_first(query, key, value))
-    mask = None
-    if q.shape[2] > 1:
-        mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, q.shape[2], k.shape[2])
-    compiled = torch.compile(flex_attention, dynamic=False)
-    return lambda: compiled(q, k, v, block_mask=mask, enable_gqa=True).transpose(1, 2)
+    mask = causal_blocks(q.shape[2]) if q.shape[2] > 1 else None
+    attend = compiled_flex()
+    return lambda: attend(q, k, v, block_mask=mask, enable_gqa=True).transpose(1, 2)
+
+
+@cache
+def compiled_flex() -> Callable[..., torch.Tensor]:
+    """One for all inputs: each other one is compiled anew, and only a few are kept."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+@cache
+def causal_blocks(num_tokens: int) -> object:
+    """A prompt's mask."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    return create_block_mask(lambda b, h, i, j: i >= j, None, None, num_tokens, num_tokens)
 
 
 def paged(dense: torch.Tensor, page: int) -> torch.Tensor:

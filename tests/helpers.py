@@ -270,10 +270,12 @@ class Reference:
         window: int,
         bound: int | None = None,
         interval: int | None = None,
+        dense_layers: Sequence[int] = (),
     ) -> None:
         self.model = model
         self._mask_options = separator_ids, sinks, window
         self._options: dict[str, Any] = {"max_separators": bound, "interval": interval}
+        self._dense_layers = dense_layers
         self._double: Any = None
 
     def logits(self, token_ids: Sequence[int], model: Any = None) -> Any:
@@ -281,7 +283,7 @@ class Reference:
         from vllm_sepllm.reference import masked_logits, sepllm_mask
 
         mask = sepllm_mask(token_ids, *self._mask_options, **self._options)
-        return masked_logits(model or self.model, token_ids, mask)
+        return masked_logits(model or self.model, token_ids, mask, self._dense_layers)
 
     def rows(self, prompt: Sequence[int], generated: Sequence[int]) -> Any:
         """The logits each generated token is chosen from, ``[len(generated), vocab_size]``."""

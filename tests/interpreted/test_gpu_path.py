@@ -22,7 +22,6 @@ from vllm.platforms import current_platform
 from xformers_masks import attend_under_bias
 
 from vllm_sepllm.engine.gpu_backend import SepLLMGPUImpl
-from vllm_sepllm.reference import first_difference
 
 pytestmark = pytest.mark.e2e
 
@@ -420,12 +419,11 @@ def test_after_the_warm_up(engine, book, reference, monkeypatch):
 
 
 @NEEDS_V2
-def test_dense_layers(engines, book, reference_model, separator_ids, monkeypatch):
+def test_dense_layers(engines, book, make_reference, monkeypatch):
     """They run vLLM's Triton backend, which a CPU engine loads with the V2 runner."""
     # Which vLLM asks for when it launches its kernel.
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda *_: (9, 0))
     engine = engines(**{**options_with(dense_layers=[0, -1]), "block_size": 32})
-    tokens = engine.tokens([book[:90]], max_tokens=8)[0]
-    arguments = reference_model, book[:90], tokens, separator_ids, SINKS, WINDOW
-    assert first_difference(*arguments, dense_layers=[0, LAYERS - 1]) is None
+    reference = make_reference(dense_layers=[0, LAYERS - 1])
+    reference.check_output(run(engine, [book[:90]], max_tokens=8)[0])
     engine.check_empty()

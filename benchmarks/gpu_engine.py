@@ -273,11 +273,10 @@ def measure(args: argparse.Namespace) -> None:
     watch = Watch(llm)
     warm_up = Workload("warm-up", 300, 4, min(requests, 8))
     run_workload(llm, watch, warm_up, book[::-1])
-    found |= {**environment(), **about}
-    found["seconds_to_start"] = time.perf_counter() - start
-    found["blocks"] = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
+    about |= {**environment(), "seconds_to_start": time.perf_counter() - start}
+    about["blocks"] = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
     for load in left:
-        found["workloads"].append(run_workload(llm, watch, load, book))
+        found["workloads"].append({**about, **run_workload(llm, watch, load, book)})
         found["is_complete"] = load is left[-1]
         write(path, found)
 
@@ -299,9 +298,7 @@ def load_runs(results: Path) -> list[dict[str, Any]]:
     """
     rows = []
     for path in sorted(results.glob("run-*.json")):
-        run = json.loads(path.read_text(encoding="utf8"))
-        about = {key: run[key] for key in ("model", "backend", "kv", "mode", "blocks")}
-        rows += [{**about, **load} for load in run["workloads"]]
+        rows += json.loads(path.read_text(encoding="utf8"))["workloads"]
     ours = {case(row): row for row in rows if row["backend"] == SEPLLM}
     for row in rows:
         rate = ours.get(case(row), {}).get("output_tokens_per_second")

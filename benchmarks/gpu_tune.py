@@ -4,7 +4,7 @@
 
 Decode of a batch with pages of bfloat16 and FP8, and the prefill of one prompt, each with every
 launch that its kernel can be compiled to. A launch counts only if its result is right, and the one
-the kernel chooses by itself is marked. ``decode_launch`` and ``kept_prefill.triton.LAUNCH`` are
+the kernel chooses by itself is marked. ``decode_launches`` and ``kept_prefill.triton.LAUNCHES`` are
 where a better one goes.
 """
 
@@ -33,6 +33,7 @@ from gpu import (
 from record import ROOT, write
 from sepllm_kernels.kept_decode import triton as decode
 from sepllm_kernels.kept_prefill import triton as prefill
+from sepllm_kernels.launches import Launch
 
 CONTEXT, BATCH = 32768, 64
 TILES, WARPS, STAGES, PROGRAMS = (32, 64, 128), (2, 4, 8), (3, 5, 7), (2, 4, 6, 10)
@@ -68,12 +69,13 @@ def tune_decode(case: Case, time: Callable[..., float]) -> Iterator[dict[str, An
     size = case.pages.key.element_size()
     group = case.shape.num_heads // case.shape.num_kv_heads
     tile = decode.tile_entries(case.shape.head_size, size)
+    rows = max(16, group)
     own = {"TILE": tile}
-    own |= decode.decode_launch(max(16, group), case.shape.head_size, size, tile)
+    own |= decode.decode_launches(rows, case.shape.head_size, size, tile)[0].options
     for tile, warps, stages in product(TILES, WARPS, STAGES):
-        launch = {"num_warps": warps, "num_stages": stages}
-        chosen = {"TILE": tile, **launch}
-        given = {"decode_launch": lambda *_, launch=launch: launch}
+        launch = Launch(rows, warps, stages)
+        chosen = {"TILE": tile, **launch.options}
+        given = {"decode_launches": lambda *_, launch=launch: (launch,)}
         with replaced(decode, tile_entries=lambda *_, tile=tile: tile, **given):
             row = measure(lambda: run_decode(case, time, False))
         yield {**chosen, "own": chosen == own, **row}
@@ -86,12 +88,13 @@ def tune_decode(case: Case, time: Callable[..., float]) -> Iterator[dict[str, An
 def tune_prefill(case: Case, time: Callable[..., float]) -> Iterator[dict[str, Any]]:
     """Every launch and size of a block of rows."""
     size = max(2, case.pages.key.element_size())
-    own = {"TILE": prefill.tile_entries(case.shape.head_size, size), **prefill.LAUNCH}
-    own["rows"] = prefill.ROWS
+    own = {"TILE": prefill.tile_entries(case.shape.head_size, size)}
+    own |= {"rows": prefill.LAUNCHES[0].rows, **prefill.LAUNCHES[0].options}
     for rows, tile, warps, stages in product(ROWS, TILES[1:], WARPS[1:], STAGES[:2]):
-        launch = {"num_warps": warps, "num_stages": stages}
-        chosen = {"TILE": tile, **launch, "rows": rows}
-        with replaced(prefill, LAUNCH=launch, ROWS=rows, tile_entries=lambda *_, tile=tile: tile):
+        launch = Launch(rows, warps, stages)
+        chosen = {"TILE": tile, "rows": rows, **launch.options}
+        given = {"tile_entries": lambda *_, tile=tile: tile}
+        with replaced(prefill, LAUNCHES=(launch,), **given):
             row = measure(lambda: run_prefill(case, time, False))
         yield {**chosen, "own": chosen == own, **row}
 

@@ -25,15 +25,16 @@ SMALL=("smoke SEPLLM auto" "smoke dense auto")
 
 say() { printf 'gpu_e2e: %s\n' "$*"; }
 
-# A step gets the time that is left; 124 when there is none.
+out_of_time() { ((LIMIT > 0 && SECONDS >= LIMIT)); }
+
+# A step gets the time that is left.
 step() {
-  local left=$((LIMIT - SECONDS))
   if ((LIMIT == 0)); then
     "$PYTHON" benchmarks/gpu_engine.py "$@"
-  elif ((left <= 0)); then
+  elif out_of_time; then
     return 124
   else
-    timeout --kill-after=10 "$left" "$PYTHON" benchmarks/gpu_engine.py "$@"
+    timeout --kill-after=10 "$((LIMIT - SECONDS))" "$PYTHON" benchmarks/gpu_engine.py "$@"
   fi
 }
 
@@ -48,15 +49,21 @@ unpack() {
   export PYTHONPATH=kernels:.:$site
 }
 
-# The fullest mode in which greedy tokens equal the reference's.
+# The fullest mode in which greedy tokens equal the reference's; one that failed is not tried again.
 choose_mode() {
   local mode
   for mode in compiled graphs eager; do
-    if [[ -f $RESULTS/check-$mode.json ]] || step check "$RESULTS" --mode "$mode" >"$RESULTS/check-$mode.log" 2>&1; then
+    if [[ ! -f $RESULTS/check-$mode.json && ! -f $RESULTS/check-$mode.failed ]]; then
+      if ! step check "$RESULTS" --mode "$mode" >"$RESULTS/check-$mode.log" 2>&1; then
+        out_of_time && say "check, $mode: no time left" && exit 1
+        mv "$RESULTS/check-$mode.log" "$RESULTS/check-$mode.failed"
+      fi
+    fi
+    if [[ -f $RESULTS/check-$mode.json ]]; then
       MODE=$mode
       return
     fi
-    say "check, $mode: failed ($(tail -n 1 "$RESULTS/check-$mode.log"))"
+    say "check, $mode: failed ($(tail -n 1 "$RESULTS/check-$mode.failed"))"
   done
   say "no mode gives the reference's tokens: nothing is measured"
   exit 1
@@ -74,12 +81,13 @@ main() {
     set -- $run
     name=run-$1-$2-$3
     ! grep -qs '"is_complete": true' "$RESULTS/$name.json" || continue
-    step measure "$RESULTS" --mode "$MODE" --model "$1" --backend "$2" --kv "$3" >"$RESULTS/$name.log" 2>&1
-    case $? in
-      0) say "$run: measured after $SECONDS s" ;;
-      124 | 137) say "$run: no time left" && break ;;
-      *) say "$run: failed ($(tail -n 1 "$RESULTS/$name.log"))" && failed=1 ;;
-    esac
+    if step measure "$RESULTS" --mode "$MODE" --model "$1" --backend "$2" --kv "$3" >"$RESULTS/$name.log" 2>&1; then
+      say "$run: measured after $SECONDS s"
+    elif out_of_time; then
+      say "$run: no time left" && break
+    else
+      say "$run: failed ($(tail -n 1 "$RESULTS/$name.log"))" && failed=1
+    fi
   done
   "$PYTHON" benchmarks/gpu_engine.py table "$RESULTS"
   return "$failed"

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from sepllm_kernels.kept_decode import triton as decode
 from sepllm_kernels.kept_prefill import triton as prefill
+from sepllm_kernels.launches import Launch
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_sepllm.config import PREFILL_KERNELS
@@ -26,7 +27,7 @@ def select_gpu_path() -> None:
     """Have engines of this process run the GPU backend."""
     # An operation on a tile takes the interpreter about as long whatever its size.
     decode.tile_entries = prefill.tile_entries = lambda head_size, element_size: 512
-    prefill.ROWS = 512
+    prefill.LAUNCHES = (Launch(512, 1, 1),)
     decode.PROGRAMS = 2
     platform.CPU_BACKEND_PATH = BACKEND_PATH
     cpu_backend.SepLLMCPUBackend = SepLLMGPUBackend

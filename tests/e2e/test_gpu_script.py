@@ -21,12 +21,12 @@ def run(results, **env):
 
 def test_smoke(tmp_path):
     """The first of the two workloads of one engine was measured before time ran out."""
-    about = {"model": "smoke", "backend": "dense", "kv": "auto", "mode": "compiled", "blocks": 9}
+    about = {"model": "smoke", "backend": "dense", "kv": "auto", "commit": "of an earlier call"}
     names = "time_to_first_token", "inter_token_latency", "preemptions", "requests"
     first = {"name": "smoke", **dict.fromkeys(names, 0), "output_tokens_per_second": 123.0}
     first |= {"running_at_most": 0, "kv_usage_at_most": 0.5}
     earlier = tmp_path / "run-smoke-dense-auto.json"
-    earlier.write_text(json.dumps({**about, "is_complete": False, "workloads": [first]}))
+    earlier.write_text(json.dumps({"is_complete": False, "workloads": [{**about, **first}]}))
     done = run(tmp_path, SMOKE="1")
     logs = {path.name: path.read_text()[-1500:] for path in tmp_path.glob("*.log")}
     assert done.returncode == 0, (done.stdout, done.stderr, logs)
@@ -44,7 +44,9 @@ def test_smoke(tmp_path):
     assert len(rates) == 3
     for row in found["results"]:
         if (row["backend"], row["name"]) == ("dense", "smoke"):
+            assert row["commit"] == "of an earlier call"
             continue
+        assert row["commit"] != "of an earlier call"
         assert row["cached_tokens"] == 0
         assert row["running_at_most"] == row["requests"]
         assert 0 < row["kv_usage_at_most"] < 1
@@ -61,3 +63,32 @@ def test_wrong_tokens_stop_it(tmp_path):
     assert done.returncode == 1
     assert "nothing is measured" in done.stdout
     assert not list(tmp_path.glob("*.json"))
+
+
+# Stands for python: the second argument says what to do, the third where results are.
+STUB = """#!/bin/bash
+echo "$2 ${*: -1}" >>"$3/calls"
+case "$2 $*" in
+  "check "*compiled) exit 1 ;;
+  check*) touch "$3/check-${*: -1}.json" ;;
+  "measure "*SEPLLM*) kill -KILL $$ ;;
+  "measure "*) printf '"is_complete": true' >"$3/run-smoke-dense-auto.json" ;;
+esac
+"""
+
+
+def test_what_failed_is_said_and_not_tried_again(tmp_path):
+    """A mode that gave wrong tokens, and an engine that was killed with time to spare."""
+    stub = tmp_path / "stub"
+    stub.write_text(STUB)
+    stub.chmod(0o755)
+    for _ in range(2):
+        done = run(tmp_path, SMOKE="1", PYTHON=str(stub))
+        assert done.returncode == 1
+        assert "check, compiled: failed" in done.stdout
+        assert "check, graphs: greedy tokens equal" in done.stdout
+        assert "smoke SEPLLM auto: failed" in done.stdout
+        assert "no time left" not in done.stdout
+    calls = (tmp_path / "calls").read_text().split("\n")
+    assert [calls.count(f"check {mode}") for mode in ("compiled", "graphs", "eager")] == [1, 1, 0]
+    assert sum(call.startswith("measure") for call in calls) == 3  # one finished the first time

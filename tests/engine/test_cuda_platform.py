@@ -62,7 +62,8 @@ def test_refusals(platform):
 
     for changes, message in (
         ({"cache_config__cache_dtype": "fp8_e5m2"}, "kv_cache_dtype='fp8_e5m2' is not supported"),
-        ({"parallel_config__enable_dbo": True}, "enable_dbo=True"),
+        ({"parallel_config__enable_dbo": True}, "enable_dbo=True splits batches"),
+        ({"parallel_config__ubatch_size": 2}, "ubatch_size=2 splits batches"),
         (
             {"cache_config__block_size": 48, "cache_config__user_specified_block_size": True},
             "block_size=48: must be a power of two on CUDA, e.g. 32",
@@ -101,8 +102,9 @@ def test_another_backend_is_left_alone(platform):
     assert config.scheduler_config.scheduler_cls is None
 
 
-def test_backends_of_layers(platform):
+def test_backends_of_layers(platform, monkeypatch):
     """Ours for full attention, vLLM's choice for sliding windows."""
+    from vllm.platforms.interface import DeviceCapability
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
     from vllm.v1.attention.selector import AttentionSelectorConfig
 
@@ -117,6 +119,12 @@ def test_backends_of_layers(platform):
     for changed in ({"use_mla": True}, {"has_sink": True}, {"head_size": 72}, {"block_size": 24}):
         with pytest.raises(ValueError, match="not valid"):
             platform.get_attn_backend_cls(sepllm, full._replace(**changed))
+    for older, dtype in (((7, 5), "auto"), ((8, 0), "fp8")):
+        capability = classmethod(lambda cls, *args, found=older: DeviceCapability(*found))
+        monkeypatch.setattr(platform, "get_device_capability", capability)
+        said = f"needs compute capability 8.0, with FP8 pages 8.9, and this GPU has {older[0]}"
+        with pytest.raises(ValueError, match=said):
+            platform.get_attn_backend_cls(sepllm, full._replace(kv_cache_dtype=dtype))
 
 
 @pytest.mark.parametrize(

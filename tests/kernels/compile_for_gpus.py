@@ -12,23 +12,25 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import triton
 from sepllm_kernels.decode_plan.triton import _decode_plan
-from sepllm_kernels.kept_decode.triton import MERGED, MIN_TILES, _decode, _merge, decode_launch
+from sepllm_kernels.kept_decode.triton import MERGED, MIN_TILES, _decode, _merge, decode_launches
 from sepllm_kernels.kept_metadata.triton import TILE as TOKENS
 from sepllm_kernels.kept_metadata.triton import _kept_metadata
-from sepllm_kernels.kept_prefill.triton import LAUNCH, ROWS, _prefill
+from sepllm_kernels.kept_prefill.triton import LAUNCHES, _prefill
+from sepllm_kernels.launches import Launch
 from sepllm_kernels.tiles import tile_entries
 from sepllm_kernels.turn_queries.triton import _turn_queries
 from sepllm_kernels.write_kv.triton import _write_kv
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-H200, A100 = 90, 80
+H200, A100, L40 = 90, 80, 89
+SHARED_MEMORY = {H200: 227 << 10, A100: 163 << 10, L40: 99 << 10}  # bytes of a program
 INDEX = {"query_start": "*i32", "seq_lens": "*i32", "window_table": "*i32", "kept_table": "*i32"}
 INDEX |= {"stream_ranges": "*i32", "stream_slots": "*i64", "window_slots": "*i64", "rows": "*i64"}
 INDEX |= dict.fromkeys(("most", "starts", "slots", "requests"), "*i32")
@@ -42,8 +44,8 @@ TILES = re.compile(r"memdesc<(\d+)x\d+x\d+x\w+, #shared")  # of keys and values 
 HEADS = [(32, 8, 128), (32, 32, 80), (16, 16, 256), (12, 12, 64)]
 
 
-def cases() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict[str, int], int]]:
-    """Kernel, element types by argument, constants, launch options, compute capability."""
+def cases() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], Sequence[Launch], int]]:
+    """Kernel, element types by argument, constants, launches if there are several, capability."""
     for num_heads, num_kv_heads, head_size in HEADS:
         group = num_heads // num_kv_heads
         layer = {"GROUP": group, "NUM_HEADS": num_heads, "HEAD_SIZE": head_size}
@@ -52,10 +54,16 @@ def cases() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict[str, int
             (32, "fp8e4nv", 0.0, H200),
             (128, "bf16", 30.0, H200),
             (16, "bf16", 0.0, A100),
+            (16, "bf16", 0.0, L40),
             (16, "fp32", 0.0, H200),
+            (16, "fp32", 0.0, A100),
+            (16, "fp32", 0.0, L40),
         ):
-            usual, wide = head_size == 128, pages == "fp32" and head_size >= 128
-            if not (usual or wide or (capability == H200 and not cap and pages != "fp32")):
+            usual, widest = head_size == 128, head_size == 256
+            wanted = usual or (capability != A100 and not cap)
+            if pages == "fp32":
+                wanted = widest or (usual and capability == H200)
+            if not wanted:
                 continue
             types = dict.fromkeys(("key_pages", "value_pages"), f"*{pages}")
             size, computed = SIZES[pages], pages if pages == "fp32" else "bf16"
@@ -65,30 +73,49 @@ def cases() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict[str, int
                 if rows == 64 and not usual:
                     continue
                 tile = tile_entries(head_size, size)
-                tiles = {"TILE": tile, "PAIRED": size == 1, "ROWS": rows, "MAX_TOKENS": rows // 16}
-                launch = decode_launch(rows, head_size, size, tile)
-                yield _decode, types, {**constants, **tiles}, launch, capability
-            prefill = {**constants, "ROWS": ROWS, "TILE": tile_entries(head_size, max(2, size))}
-            yield _prefill, types, {**prefill, "log_sums": None}, LAUNCH, capability
+                tiles = {"TILE": tile, "PAIRED": size == 1, "MAX_TOKENS": rows // 16}
+                launches = decode_launches(rows, head_size, size, tile)
+                yield _decode, types, {**constants, **tiles}, launches, capability
+            prefill = {**constants, "TILE": tile_entries(head_size, max(2, size))}
+            yield _prefill, types, {**prefill, "log_sums": None}, LAUNCHES, capability
             if usual and pages == "bf16":
-                yield _prefill, {**types, "output": "*fp32"}, prefill, LAUNCH, capability
+                yield _prefill, {**types, "output": "*fp32"}, prefill, LAUNCHES, capability
     merge = {"MAX_TOKENS": 1, "NUM_HEADS": 32, "HEAD_SIZE": 128, "MERGED": MERGED}
-    yield _merge, {"output": "*bf16"}, merge, {}, H200
+    yield _merge, {"output": "*bf16"}, merge, (), H200
     for requests in (16, 1024):
         plan = {"MIN_TILES": MIN_TILES, "TILE": 64, "REQUESTS": requests}
-        yield _decode_plan, {}, plan, {}, H200
+        yield _decode_plan, {}, plan, (), H200
     for bounded in (False, True):
         constants = {"PAGE": 16, "TILE": TOKENS, "BOUNDED": bounded}
-        yield _kept_metadata, {}, {**constants, "lags": None}, {}, H200
-        yield _kept_metadata, {}, constants, {}, H200
+        yield _kept_metadata, {}, {**constants, "lags": None}, (), H200
+        yield _kept_metadata, {}, constants, (), H200
     for neox in (False, True):
         layer = {"NUM_HEADS": 32, "HEAD_SIZE": 128, "HALF": 64, "NEOX": neox}
-        yield _turn_queries, {"query": "*bf16", "output": "*bf16"}, layer, {}, H200
+        yield _turn_queries, {"query": "*bf16", "output": "*bf16"}, layer, (), H200
     for pages, half, limit in (("bf16", 0, 0.0), ("fp8e4nv", 0, 448.0), ("fp8e4nv", 64, 448.0)):
         types = {"key": "*bf16", "value": "*bf16"}
         types |= {"key_pages": f"*{pages}", "value_pages": f"*{pages}"}
         layer = {"NUM_HEADS": 8, "HEAD_SIZE": 128, "PAGE": 16, "HALF": half, "LIMIT": limit}
-        yield _write_kv, types, {**layer, "NEOX": True}, {}, H200
+        yield _write_kv, types, {**layer, "NEOX": True}, (), H200
+
+
+def compile_first_that_fits(
+    kernel: Any,
+    types: dict[str, str],
+    constants: dict[str, Any],
+    launches: Sequence[Launch],
+    capability: int,
+) -> dict[str, Any]:
+    """Sizes of the first launch whose shared memory the GPU has, or of the last one."""
+    if not launches:
+        return {**compile_one(kernel, types, constants, {}, capability), "launch": 0}
+    for index, launch in enumerate(launches):
+        chosen = {**constants, "ROWS": launch.rows}
+        found = compile_one(kernel, types, chosen, launch.options, capability)
+        found["launch"] = index
+        if found["shared"] <= SHARED_MEMORY[capability]:
+            break
+    return found
 
 
 def compile_one(
@@ -166,5 +193,5 @@ def instructions_per_tile(code: str) -> int:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     for case in cases():
-        json.dump(compile_one(*case), sys.stdout)
+        json.dump(compile_first_that_fits(*case), sys.stdout)
         print(flush=True)

@@ -11,8 +11,10 @@ from sepllm_kernels.kept_decode import (
     make_plan,
     plan_for,
 )
-from sepllm_kernels.kept_decode.triton import MERGED
+from sepllm_kernels.kept_decode.triton import MERGED, _decode
 from sepllm_kernels.kept_prefill.triton import kept_prefill_paged
+from sepllm_kernels.tiles import STAGES
+from triton.runtime.errors import OutOfResources
 
 pytestmark = pytest.mark.kernels
 
@@ -228,6 +230,34 @@ def test_queries_between_others(operation):
     queries = fused[:, : case.shape.num_heads]
     assert not queries.is_contiguous()
     run_and_check(operation, replace(case, queries=queries))
+
+
+def test_launches_that_do_not_fit(operation, monkeypatch):
+    """The next one is taken, and remembered; the last one must fit."""
+    limit, tried = 0, []
+
+    def run(kernel, *args, grid, warmup, **options):
+        if "num_stages" in options:
+            tried.append(options["num_stages"])
+            if options["num_stages"] > limit:
+                raise OutOfResources(200_000, 101_376, "shared memory")
+        return original(kernel, *args, grid=grid, warmup=warmup, **options)
+
+    owner = type(_decode)
+    original = owner.run
+    monkeypatch.setattr(owner, "run", run)
+    monkeypatch.setattr("sepllm_kernels.launches._found", {})
+    case = make_case(mixed_requests(2), 40)
+    with pytest.raises(OutOfResources):
+        run_and_check(operation, case)
+    limit = STAGES - 1
+    tried.clear()
+    run_and_check(operation, case)
+    assert tried[-1] == limit
+    assert set(tried[:-1]) == {STAGES}
+    tried.clear()
+    run_and_check(operation, case)
+    assert tried == [limit]
 
 
 def test_the_default_type_does_not_matter(operation, monkeypatch):

@@ -227,8 +227,9 @@ def _parallel_refusals(vllm_config: VllmConfig, hardware: Hardware) -> Iterator[
             f"pipeline_parallel_size={stages} without compilation fails in vLLM on CPU: leave out "
             "enforce_eager and LoRA, which switch it off, or use tensor_parallel_size"
         )
-    if parallel.enable_dbo:
-        yield "enable_dbo=True splits a batch in two, which is not supported: leave it out"
+    if parallel.use_ubatching:
+        how = "enable_dbo=True" if parallel.enable_dbo else f"ubatch_size={parallel.ubatch_size}"
+        yield f"{how} splits batches, which is not supported: leave it out"
     speculative = vllm_config.speculative_config
     if speculative is not None and speculative.method != "ngram":
         yield (

@@ -15,6 +15,7 @@ from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
+from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf, max_decode_query_len
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 from vllm.v1.kv_cache_interface import AttentionSpec
@@ -33,6 +34,8 @@ from vllm_sepllm.engine.metadata import WindowMetadata
 
 HEAD_SIZES = (32, 64, 80, 96, 128, 256)
 FP8 = torch.float8_e4m3fn
+CAPABILITY = DeviceCapability(8, 0)  # asynchronous copies, bfloat16
+FP8_CAPABILITY = DeviceCapability(8, 9)  # Triton converts e4m3 from there on
 
 
 class SepLLMGPUBackend(SepLLMBackend):
@@ -74,11 +77,31 @@ class SepLLMGPUBackend(SepLLMBackend):
         return (first, *(layout for layout in KVCacheLayout if layout is not first))
 
     @classmethod
-    def supports_combination(cls, *args: Any, **kwargs: Any) -> str | None:
-        """Refuse other hardware, where nothing has checked the configuration."""
-        if current_platform.is_cuda() or current_platform.is_cpu():
+    def supports_combination(
+        cls,
+        head_size: int,
+        dtype: torch.dtype,
+        kv_cache_dtype: Any,
+        block_size: int | None,
+        use_mla: bool,
+        has_sink: bool,
+        use_sparse: bool,
+        use_mm_prefix: bool,
+        device_capability: DeviceCapability | None,
+    ) -> str | None:
+        """Refuse other hardware, where nothing has checked the configuration, and older GPUs."""
+        if not (current_platform.is_cuda() or current_platform.is_cpu()):
+            return "vllm-sepllm runs on CPU and CUDA"
+        if device_capability is None:
             return None
-        return "vllm-sepllm runs on CPU and CUDA"
+        is_fp8 = str(kv_cache_dtype).startswith("fp8")
+        if device_capability >= (FP8_CAPABILITY if is_fp8 else CAPABILITY):
+            return None
+        return (
+            f"SepLLM attention needs compute capability {CAPABILITY.as_version_str()}, with FP8 "
+            f"pages {FP8_CAPABILITY.as_version_str()}, and this GPU has "
+            f"{device_capability.as_version_str()}"
+        )
 
     @classmethod
     def supports_device_cpu_query_lens_mismatch(cls) -> bool:

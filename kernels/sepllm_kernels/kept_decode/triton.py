@@ -14,6 +14,7 @@ import triton.language as tl
 
 from sepllm_kernels.batch import STEP_INDEX, KeptBatch, PagedKV
 from sepllm_kernels.decode_plan.triton import DecodePlan, decode_plan
+from sepllm_kernels.launches import Launch, launch_first_that_fits
 from sepllm_kernels.tiles import STAGES, attend_span, tile_entries
 
 # More than run at once (2 to 5): the last programs, which leave processors idle, then take little
@@ -221,11 +222,11 @@ def make_plan(
     decode_plan(query_start, seq_lens, stream_ranges, window_size, num_sinks, plan, MIN_TILES)
 
 
-def decode_launch(rows: int, head_size: int, element_size: int, tile: int) -> dict[str, int]:
-    """How the kernel is compiled: warps, and stages of the loop."""
+def decode_launches(rows: int, head_size: int, element_size: int, tile: int) -> tuple[Launch, ...]:
+    """How the kernel is compiled: as the first of these that fits."""
     nbytes = tile * head_size * element_size
     warps = 8 if rows >= 64 else 4 if rows > 16 or nbytes > 8192 else 2
-    return {"num_warps": warps, "num_stages": STAGES}
+    return tuple(Launch(rows, warps, stages) for stages in (STAGES, STAGES - 1, 1))
 
 
 def kept_decode(
@@ -264,7 +265,7 @@ def kept_decode(
         make_plan(*lengths, batch.window_size, batch.num_sinks, plan)
     rows = max(16, triton.next_power_of_2(batch.max_query_len * group))
     page_stride, head_stride, entry_stride, _ = pages.key.stride()
-    _decode[(plan.requests.shape[0], num_kv_heads)](
+    arguments = (
         queries,
         pages.key,
         pages.value,
@@ -291,17 +292,25 @@ def kept_decode(
         batch.num_sinks,
         scale * pages.key_scale,
         pages.value_scale,
-        SOFT_CAP=float(logits_soft_cap),
-        MAX_TOKENS=buffers.max_query_len,
-        ROWS=rows,
-        GROUP=group,
-        NUM_HEADS=num_heads,
-        HEAD_SIZE=head_size,
-        PAGE=pages.page_size,
-        TILE=plan.tile,
-        PAIRED=element_size == 1,
-        **decode_launch(rows, head_size, element_size, plan.tile),
     )
+    constants = {
+        "SOFT_CAP": float(logits_soft_cap),
+        "MAX_TOKENS": buffers.max_query_len,
+        "GROUP": group,
+        "NUM_HEADS": num_heads,
+        "HEAD_SIZE": head_size,
+        "PAGE": pages.page_size,
+        "TILE": plan.tile,
+        "PAIRED": element_size == 1,
+    }
+    grid = plan.requests.shape[0], num_kv_heads
+
+    def run(launch: Launch) -> None:
+        _decode[grid](*arguments, **constants, ROWS=launch.rows, **launch.options)
+
+    types = queries.dtype, pages.key.dtype, output.dtype
+    key = "decode", queries.device, *types, *constants.values()
+    launch_first_that_fits(key, decode_launches(rows, head_size, element_size, plan.tile), run)
     _merge[(num_reqs, batch.max_query_len, num_heads)](
         buffers.partial,
         buffers.log_sums,

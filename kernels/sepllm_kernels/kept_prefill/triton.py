@@ -11,11 +11,17 @@ import triton
 import triton.language as tl
 
 from sepllm_kernels.batch import STEP_INDEX, STEP_SIZES, KeptBatch, PagedKV
+from sepllm_kernels.launches import Launch, launch_first_that_fits
 from sepllm_kernels.tiles import LOG2_E, STAGES, attend_span, tile_entries
 
-ROWS = 128  # query tokens times heads per KV head
-# With 4 warps, registers spill; the stages are those of decode.
-LAUNCH = {"num_warps": 8, "num_stages": STAGES}
+# Rows are query tokens times heads per KV head. With 4 warps for 128, registers spill; stages are
+# those of decode.
+LAUNCHES = (
+    Launch(128, 8, STAGES),
+    Launch(64, 4, STAGES),
+    Launch(64, 4, STAGES - 1),
+    Launch(32, 4, STAGES - 1),
+)
 
 
 @triton.jit
@@ -143,10 +149,8 @@ def kept_prefill_paged(
     num_heads, head_size = queries.shape[-2:]
     num_reqs, num_kv_heads = batch.seq_lens.shape[0], pages.key.shape[1]
     group = num_heads // num_kv_heads
-    rows = max(ROWS, triton.next_power_of_2(group))
     page_stride, head_stride, entry_stride, _ = pages.key.stride()
-    num_blocks = output.shape[0] // (rows // group) + num_reqs + 1
-    _prefill[(num_blocks, num_kv_heads)](
+    arguments = (
         queries,
         pages.key,
         pages.value,
@@ -169,12 +173,22 @@ def kept_prefill_paged(
         batch.num_sinks,
         scale * pages.key_scale,
         pages.value_scale,
-        SOFT_CAP=float(logits_soft_cap),
-        ROWS=rows,
-        GROUP=group,
-        NUM_HEADS=num_heads,
-        HEAD_SIZE=head_size,
-        PAGE=pages.page_size,
-        TILE=tile_entries(head_size, max(2, pages.key.element_size())),  # FP8 widens first
-        **LAUNCH,
     )
+    constants = {
+        "SOFT_CAP": float(logits_soft_cap),
+        "GROUP": group,
+        "NUM_HEADS": num_heads,
+        "HEAD_SIZE": head_size,
+        "PAGE": pages.page_size,
+        "TILE": tile_entries(head_size, max(2, pages.key.element_size())),  # FP8 widens first
+    }
+
+    def run(launch: Launch) -> None:
+        rows = max(launch.rows, triton.next_power_of_2(group))
+        num_blocks = output.shape[0] // (rows // group) + num_reqs + 1
+        grid = num_blocks, num_kv_heads
+        _prefill[grid](*arguments, **constants, ROWS=rows, **launch.options)
+
+    types = queries.dtype, pages.key.dtype, output.dtype, log_sums is None
+    key = "prefill", queries.device, *types, *constants.values()
+    launch_first_that_fits(key, LAUNCHES, run)

@@ -33,6 +33,7 @@ from sepllm_kernels.kept_decode.triton import (
 )
 from sepllm_kernels.kept_metadata import kept_metadata
 from sepllm_kernels.kept_prefill.triton import kept_prefill_paged
+from sepllm_kernels.turn_queries import turn_queries
 from sepllm_kernels.write_kv import write_kv
 
 WINDOW, SINKS, PAGE = 256, 4, 16
@@ -349,9 +350,18 @@ def run_overhead(case: Case, time: Callable[..., float], decode_ms: float) -> di
     def write() -> None:
         write_kv(key, value, case.pages, window_slots, window_slots)
 
-    metadata_ms, write_ms = time([count] * 8), time([write] * 8)
-    share = (metadata_ms + LAYERS * write_ms) / (LAYERS * decode_ms)
-    return {"metadata_ms": metadata_ms, "write_ms": write_ms, "share_of_decode": share}
+    turns = torch.zeros(1, num_reqs, case.shape.head_size, device=device)
+
+    def turn() -> None:  # in cache positions only
+        turn_queries(case.query, turns)
+
+    metadata_ms, write_ms = time([count]), time([write])
+    return {
+        "metadata_ms": metadata_ms,
+        "write_ms": write_ms,
+        "share_of_decode": (metadata_ms + LAYERS * write_ms) / (LAYERS * decode_ms),
+        "turn_ms": time([turn]),
+    }
 
 
 def environment() -> dict[str, Any]:
@@ -371,6 +381,7 @@ def show(row: dict[str, Any]) -> None:
     if "ms" in row:
         parts.append(f"{row['ms']:8.4f} ms")
     if row.get("share_of_copy"):
+        parts.append(f"{row['bytes_per_second'] / 1e12:.2f} TB/s")
         parts.append(f"{row['share_of_copy']:5.1%} of copy bandwidth")
     if row.get("dense_ms"):
         best = min(row["dense_ms"], key=row["dense_ms"].get)
@@ -402,7 +413,8 @@ def main() -> None:
     def add(row: dict[str, Any], op: str, shape: Shape, context: int, batch: int) -> None:
         row = {"op": op, "shape": shape.name, "context": context, "batch": batch, **row}
         if bandwidth and "bytes" in row:
-            row["share_of_copy"] = row["bytes"] / (row["ms"] / 1000) / bandwidth
+            row["bytes_per_second"] = row["bytes"] / (row["ms"] / 1000)
+            row["share_of_copy"] = row["bytes_per_second"] / bandwidth
         parts = (row, row.get("xformers", {}))
         row["counts"] = all(part.get("relative_error", 0.0) < WRONG for part in parts)
         rows.append(row)

@@ -8,6 +8,8 @@ alone, so a captured CUDA graph serves any lengths.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -222,6 +224,7 @@ def make_plan(
     decode_plan(query_start, seq_lens, stream_ranges, window_size, num_sinks, plan, MIN_TILES)
 
 
+@cache
 def decode_launches(rows: int, head_size: int, element_size: int, tile: int) -> tuple[Launch, ...]:
     """How the kernel is compiled: as the first of these that fits."""
     nbytes = tile * head_size * element_size

@@ -376,11 +376,11 @@ def test_replayed_graphs(engines, book, make_reference, replay_graphs, sepllm):
     kind = CacheReference if sepllm else Reference
     reference = make_reference(kind, bound=sepllm.get("max_separator_tokens"))
     replayed = replay_graphs(engine, sizes=[2, 4])
-    prompts = [book[:80], book[100:102], book[300:318]]
-    for output in run(engine, prompts, max_tokens=14):
+    prompts = [book[:70], book[100:102], book[300:318]]
+    for output in run(engine, prompts, max_tokens=10):
         reference.check_output(output)
     assert (4, 1) in replayed
-    for output in run(engine, [book[500:530]], max_tokens=10):
+    for output in run(engine, [book[500:530]], max_tokens=4):
         reference.check_output(output)
     assert replayed[-1] == (2, 1)
     engine.check_empty()

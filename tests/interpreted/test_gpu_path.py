@@ -394,7 +394,7 @@ def test_replayed_graphs_of_drafts(engines, book, reference, replay_graphs):
     replayed = replay_graphs(engine, sizes=[4 * length])
     counts = engine.count_drafts()
     prompts = [book[:60] + book[:40], book[300:330], book[700:720] * 2]
-    for output in run(engine, prompts, max_tokens=24):
+    for output in run(engine, prompts, max_tokens=16):
         reference.check_output(output)
     assert set(replayed) == {(4, length)}
     assert counts["drafted"] > counts["accepted"] > 0

@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from compile_for_gpus import SHARED_MEMORY
 from sepllm_kernels.batch import STEP_INDEX, STEP_SIZES
 
 pytestmark = pytest.mark.kernels
 
 SCRIPT = Path(__file__).parent / "compile_for_gpus.py"
-SHARED_MEMORY = {90: 227 << 10, 80: 163 << 10, 89: 99 << 10}  # bytes that one program may have
 
 
 @pytest.fixture(scope="module")

@@ -108,7 +108,7 @@ class Worker:
             self.requests[name] = WorkerRequest(list(request.all_token_ids), blocks, computed)
             return
         request = self.requests[name]
-        for held, added in zip(request.blocks, new_blocks or ((),) * 2, strict=False):
+        for held, added in zip(request.blocks, new_blocks or (), strict=False):
             held.extend(added)
         if not self.simulation.asynchronous:
             assert request.computed == cached.num_computed_tokens[i]
@@ -149,45 +149,53 @@ class Worker:
         request.computed = known + len(sampled) - 1
         return sampled
 
-    def _layout(self, request: WorkerRequest) -> tuple[Any, list[int], list[int] | None]:
-        policy, blocks = self.simulation.policy, request.blocks
-        if policy is None:
-            return None, blocks[0], None
-        window, kept = self.simulation.group_ids
-        return policy, blocks[window], blocks[kept]
-
     def _write(self, request: WorkerRequest, start: int, stop: int) -> None:
-        size = self.simulation.block_size
-        policy, positional, stream = self._layout(request)
-        for position in range(start, stop):
-            page = self.pages.setdefault(positional[position // size], {})
-            page[position % size] = request.identities[position]
-        if policy is None or stream is None:
+        size, policy = self.simulation.block_size, self.simulation.policy
+        blocks, groups = request.blocks, self.simulation.groups
+        for group in groups[FullAttentionSpec] + groups[WindowSpec]:
+            for position in range(start, stop):
+                page = self.pages.setdefault(blocks[group][position // size], {})
+                page[position % size] = request.identities[position]
+        if policy is None:
             return
         flags = policy.kept_flags(request.token_ids[:stop])
-        entry = int(flags[:start].sum())
-        for position in range(start, stop):
-            if flags[position]:
-                page = self.pages.setdefault(stream[entry // size], {})
+        first = int(flags[:start].sum())
+        kept = start + flags[start:stop].nonzero()[0]
+        for group in groups[KeptSpec]:
+            for entry, position in enumerate(kept.tolist(), first):
+                page = self.pages.setdefault(blocks[group][entry // size], {})
                 page[entry % size] = request.identities[position]
-                entry += 1
 
     def _read(self, name: str, request: WorkerRequest, position: int) -> None:
-        size = self.simulation.block_size
-        policy, positional, stream = self._layout(request)
-        first = 0 if policy is None else int(policy.window_start(position))
-        for seen in range(first, position + 1):
-            found = self.pages[positional[seen // size]][seen % size]
-            assert found == request.identities[seen], f"{name} at {position}: wrong at {seen}"
-        if policy is None or stream is None:
+        policy, groups = self.simulation.policy, self.simulation.groups
+        for group in groups[FullAttentionSpec]:
+            self._read_positions(name, request, group, 0, position)
+        if policy is None:
             return
-        kept = policy.kept_flags(request.token_ids[:first]).nonzero()[0].tolist()
+        first = int(policy.window_start(position))
+        for group in groups[WindowSpec]:
+            self._read_positions(name, request, group, first, position)
+        for group in groups[KeptSpec]:
+            self._read_stream(name, request, group, first)
+
+    def _read_positions(
+        self, name: str, request: WorkerRequest, group: int, first: int, position: int
+    ) -> None:
+        size = self.simulation.block_size
+        for seen in range(first, position + 1):
+            found = self.pages[request.blocks[group][seen // size]][seen % size]
+            assert found == request.identities[seen], f"{name} at {position}: wrong at {seen}"
+
+    def _read_stream(self, name: str, request: WorkerRequest, group: int, before: int) -> None:
+        size, policy = self.simulation.block_size, self.simulation.policy
+        assert policy is not None
+        kept = policy.kept_flags(request.token_ids[:before]).nonzero()[0].tolist()
         bound = len(kept) if policy.max_separator_tokens is None else policy.max_separator_tokens
         for entry, seen in enumerate(kept):
             if policy.num_sink_tokens <= entry < len(kept) - bound:
                 continue
-            found = self.pages[stream[entry // size]][entry % size]
-            assert found == request.identities[seen], f"{name} at {position}: wrong entry {entry}"
+            found = self.pages[request.blocks[group][entry // size]][entry % size]
+            assert found == request.identities[seen], f"{name} before {before}: entry {entry}"
 
 
 class Simulation:
@@ -198,6 +206,9 @@ class Simulation:
         next_token: the token after a prefix, from request id, position and identity.
         num_blocks: KV-cache blocks; or
         memory_bytes: what vLLM is to cut them from.
+        num_layers: layers under SepLLM attention, or without options under full attention.
+        num_dense: layers with full attention beside them. One of them gives every layer a window
+            group and a kept group of its own.
         propose: draft tokens for a request, from its id and tokens; ``None``: no drafts.
         asynchronous: schedule one step ahead.
         options: further arguments of vLLM's engine.
@@ -211,6 +222,7 @@ class Simulation:
         num_blocks: int | None = None,
         memory_bytes: int = 2**24,
         num_layers: int = 1,
+        num_dense: int = 0,
         propose: Callable[[str, list[int]], list[int]] | None = None,
         asynchronous: bool = False,
         **options: Any,
@@ -229,14 +241,14 @@ class Simulation:
         self.policy = None if sepllm is None else settings.kept_policy(config)
         layout = CPUAttentionBackend.supported_kv_cache_layouts()[0]
         config.cache_config.kv_cache_layout = layout.name
-        specs = self._specs(config, num_layers)
+        specs = self._specs(config, num_layers, num_dense)
         kv_cache_configs = get_kv_cache_configs(config, [specs], [memory_bytes])
         kv_cache_config = generate_scheduler_kv_cache_config(kv_cache_configs)
         config.cache_config.num_gpu_blocks = kv_cache_config.num_blocks
         self.kv_cache_config, self.config = kv_cache_config, config
-        groups = [type(group.kv_cache_spec) for group in kv_cache_config.kv_cache_groups]
-        if sepllm is not None:
-            self.group_ids = groups.index(WindowSpec), groups.index(KeptSpec)
+        self.groups: dict[type, list[int]] = {FullAttentionSpec: [], WindowSpec: [], KeptSpec: []}
+        for i, group in enumerate(kv_cache_config.kv_cache_groups):
+            self.groups[type(group.kv_cache_spec)].append(i)
         self.scheduler = self._make_scheduler(config, kv_cache_config)
         self.managers = self.scheduler.kv_cache_manager.coordinator.single_type_managers
         self.pool = self.scheduler.kv_cache_manager.block_pool
@@ -245,11 +257,13 @@ class Simulation:
         self.finished: dict[str, str] = {}
         self.cached: dict[str, int] = {}
         self._in_flight: list[tuple[Any, ModelRunnerOutput]] = []
+        self._idle_steps = self._fruitless_steps = self._num_aborted = 0
 
-    def _specs(self, config: Any, num_layers: int) -> dict[str, Any]:
+    def _specs(self, config: Any, num_layers: int, num_dense: int) -> dict[str, Any]:
         common = {"block_size": self.block_size, **HEADS}
         if self.policy is None:
             return {f"layer{i}": FullAttentionSpec(**common) for i in range(num_layers)}
+        dense = {f"dense{i}": FullAttentionSpec(**common) for i in range(num_dense)}
         window = WindowSpec(**common, sliding_window=self.policy.window_size)
         kept = KeptSpec(
             **common,
@@ -259,7 +273,8 @@ class Simulation:
             max_separator_tokens=self.policy.max_separator_tokens,
         )
         layers = range(num_layers)
-        return {f"layer{i}": window for i in layers} | {f"layer{i}.kept": kept for i in layers}
+        ours = {f"layer{i}": window for i in layers} | {f"layer{i}.kept": kept for i in layers}
+        return dense | ours
 
     def _make_scheduler(self, config: Any, kv_cache_config: Any) -> Any:
         scheduler_class = config.scheduler_config.get_scheduler_cls()
@@ -285,25 +300,57 @@ class Simulation:
         return scheduler
 
     def add(self, name: str, prompt: list[int], max_tokens: int, **options: Any) -> Request:
-        params = SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True)
-        params.update_from_generation_config({}, eos_token_id=None)
-        request = Request(name, prompt, params, None, block_hasher=self._hasher, **options)
+        request = self._request(name, prompt, max_tokens, **options)
         self.answers[name] = []
         self.scheduler.add_request(request)
         return request
 
+    def turn(self, name: str, prompt: list[int] | None, max_tokens: int) -> None:
+        """The next turn of a session (a request added as resumable); ``None`` ends it."""
+        resumable = prompt is not None
+        self.scheduler.add_request(
+            self._request(name, prompt or [0], max_tokens, resumable=resumable)
+        )
+
+    def _request(self, name: str, prompt: list[int], max_tokens: int, **options: Any) -> Request:
+        params = SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True)
+        params.update_from_generation_config({}, eos_token_id=None)
+        return Request(name, list(prompt), params, None, block_hasher=self._hasher, **options)
+
     def abort(self, name: str) -> None:
         self.scheduler.finish_requests(name, RequestStatus.FINISHED_ABORTED)
-        self.answers.pop(name, None)
+        self._num_aborted += 1 + len(self.answers.pop(name, ()))
 
     def step(self) -> None:
         """Schedule and execute a step; take in the outcome of this one or of the one before."""
+        before = self._achieved
         output = self.scheduler.schedule()
         self._in_flight.append((output, self.worker.execute(output)))
         if self.propose is not None:
             self._draft()
         if not self.asynchronous or len(self._in_flight) > 1:
             self._finish_step()
+        self._check_progress(output, self._achieved > before)
+
+    @property
+    def _achieved(self) -> int:
+        """Grows with every token sampled and every request that ends."""
+        return sum(map(len, self.answers.values())) + len(self.finished) + self._num_aborted
+
+    def _check_progress(self, output: Any, has_achieved: bool) -> None:
+        """Nothing waits for ever.
+
+        If nothing runs although something waits, the next step computes something or ends a
+        request. And requests that preempt each other get somewhere in the end.
+        """
+        is_idle = not output.num_scheduled_tokens and not self.scheduler.running
+        in_flight = any(earlier.num_scheduled_tokens for earlier, _ in self._in_flight)
+        waits = is_idle and not has_achieved and not in_flight and bool(self.scheduler.waiting)
+        self._idle_steps = self._idle_steps + 1 if waits else 0
+        assert self._idle_steps < 2, f"{self.live} wait, nothing runs"
+        self._fruitless_steps = 0 if has_achieved else self._fruitless_steps + 1
+        tokens = sum(request.num_tokens for request in self.scheduler.requests.values())
+        assert self._fruitless_steps < 20 + tokens, f"{self.live} get nowhere"
 
     def _draft(self) -> None:
         assert self.propose is not None
@@ -335,6 +382,11 @@ class Simulation:
                 self._finish_step()
             else:
                 self.step()
+
+    @property
+    def num_held(self) -> int:
+        """Pages that are not free."""
+        return int(self.pool.num_gpu_blocks - 1 - self.pool.get_num_free_blocks())
 
     @property
     def live(self) -> list[str]:

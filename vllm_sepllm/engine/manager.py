@@ -135,7 +135,8 @@ class KeptManager(SingleTypeKVCacheManager):
 
         vLLM asks before it allocates. Pages of a prefix found in the cache that nobody holds
         count too, and so does the copy of a partly filled one. Before it admits a request, it
-        asks for all its tokens: then pages that leave in between are not needed twice.
+        asks for all its tokens: then pages that leave in between are not needed twice, and the
+        copy is not counted, since the page it is made of is free again after one step.
         """
         held = self.req_to_blocks.get(request_id, ())
         pages = self.num_pages(request_id, num_tokens)
@@ -147,7 +148,9 @@ class KeptManager(SingleTypeKVCacheManager):
             num_blocks = max(0, min(num_blocks, most))
         if new_computed_blocks:
             num_blocks += self._get_num_evictable_blocks(new_computed_blocks)
-            num_blocks += self.num_kept(request_id, num_local_computed_tokens) % self.block_size > 0
+            if not apply_admission_cap:
+                entries = self.num_kept(request_id, num_local_computed_tokens)
+                num_blocks += entries % self.block_size > 0
         return num_blocks
 
     def add_local_computed_blocks(

@@ -345,7 +345,10 @@ class Simulation:
         """
         is_idle = not output.num_scheduled_tokens and not self.scheduler.running
         in_flight = any(earlier.num_scheduled_tokens for earlier, _ in self._in_flight)
-        waits = is_idle and not has_achieved and not in_flight and bool(self.scheduler.waiting)
+        # vLLM starts nothing in a step in which it preempts.
+        is_idle &= not (in_flight or has_achieved or output.preempted_req_ids)
+        wanting = RequestStatus.WAITING, RequestStatus.PREEMPTED
+        waits = is_idle and any(r.status in wanting for r in self.scheduler.requests.values())
         self._idle_steps = self._idle_steps + 1 if waits else 0
         assert self._idle_steps < 2, f"{self.live} wait, nothing runs"
         self._fruitless_steps = 0 if has_achieved else self._fruitless_steps + 1

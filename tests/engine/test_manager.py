@@ -172,7 +172,7 @@ def test_what_a_bounded_request_holds_at_most(num_tokens, chunk):
         setup = Setup(num_blocks=400, bound=6)
         setup.manager._num_in_flight = chunk
         request = setup.request("r", text)
-        expected = setup.manager.most_pages("r", num_tokens)
+        expected = setup.manager.most_pages("r", num_tokens, chunk)
         computed = 0
         while computed < num_tokens:
             setup.manager.remove_skipped_blocks("r", computed)
@@ -193,4 +193,4 @@ def test_admission_counts_pages_that_leave_once():
     # Sinks, the bound, the window less one and the chunk: 6 + 7 + 16 entries, over edges of pages.
     assert setup.manager.get_num_blocks_to_allocate(*arguments) == 250
     capped = setup.manager.get_num_blocks_to_allocate(*arguments, apply_admission_cap=True)
-    assert capped == setup.manager.most_pages("r", 1000) == 9
+    assert capped == setup.manager.most_pages("r", 1000, 16) == 9

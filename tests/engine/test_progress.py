@@ -147,8 +147,8 @@ def test_what_an_empty_pool_serves_is_served(asynchronous, drafts):
 
 def fitting_prompt(simulation, length):
     """A prompt of which the pool holds exactly the pages it needs."""
-    request = simulation.add("probe", [WORDS[0]] * length, 1)
-    least = simulation.scheduler._pages_needed(request)
+    simulation.add("probe", [WORDS[0]] * length, 1)
+    least = simulation.scheduler._admission.pages_needed("probe", length, 512)
     simulation.abort("probe")
     groups = len(simulation.groups[KeptSpec])
     missing, rest = divmod(simulation.pool.num_gpu_blocks - 1 - least, groups)
@@ -181,8 +181,8 @@ def test_a_prefix_that_is_found_costs_no_page_that_is_missing(num_groups, num_bl
     prompt = fitting_prompt(simulation, 1900)
     simulation.add("first", prompt[:cached], 1)
     simulation.settle()
-    request = simulation.add("it", prompt, 1)
-    assert simulation.scheduler._pages_needed(request) == num_blocks - 1
+    simulation.add("it", prompt, 1)
+    assert simulation.scheduler._admission.pages_needed("it", 1900, 512) == num_blocks - 1
     simulation.add("behind", [WORDS[0]] * 40, 3)
     simulation.settle()
     simulation.check()

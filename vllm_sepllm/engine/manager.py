@@ -55,7 +55,8 @@ class KeptManager(SingleTypeKVCacheManager):
         self._policy: KeptPolicy | None = None
         self._requests: Mapping[str, Request] = {}
         self._num_in_flight = 0
-        self._most: dict[str, tuple[int, int]] = {}  # by request: tokens known, pages at most
+        # By request: tokens known, tokens in flight, pages at most.
+        self._most: dict[str, tuple[int, int, int]] = {}
         self._counts: dict[str, KeptCounts] = {}
         self._index = PrefixIndex.of(self.block_pool)
         self._spare = SparePages.of(self.block_pool)
@@ -100,22 +101,29 @@ class KeptManager(SingleTypeKVCacheManager):
         """Pages that the first ``num_tokens`` tokens of a request take at most."""
         return cdiv(self.num_kept(request_id, num_tokens), self.block_size)
 
-    def most_pages(self, request_id: str, num_tokens: int) -> int:
-        """Pages that a request holds at most at any time while its tokens are computed."""
+    def most_pages(self, request_id: str, num_tokens: int, num_in_flight: int) -> int:
+        """Pages that a request holds at most at any time while its tokens are computed.
+
+        Args:
+            request_id: of the request.
+            num_tokens: of its tokens.
+            num_in_flight: tokens of it that steps in flight compute at most.
+        """
         pages = self.num_pages(request_id, num_tokens)
         assert self._policy is not None
         if self._policy.max_separator_tokens is None:
             return pages
         prefix = self._counts[request_id].prefix
-        known, most = self._most.get(request_id, (-1, 0))
-        if known != len(prefix):  # asked again and again while a request waits
-            most = self._count_most(self._policy, prefix)
-            self._most[request_id] = len(prefix), most
-        return min(pages, most)
+        found = self._most.get(request_id)
+        # Asked again and again while a request waits.
+        if found is None or found[:2] != (len(prefix), num_in_flight):
+            most = self._count_most(self._policy, prefix, num_in_flight)
+            found = self._most[request_id] = len(prefix), num_in_flight, most
+        return min(pages, found[2])
 
-    def _count_most(self, policy: KeptPolicy, prefix: CountArray) -> int:
+    def _count_most(self, policy: KeptPolicy, prefix: CountArray, num_in_flight: int) -> int:
         computed = np.arange(len(prefix))
-        ahead = prefix[np.minimum(computed + self._num_in_flight, len(prefix) - 1)]
+        ahead = prefix[np.minimum(computed + num_in_flight, len(prefix) - 1)]
         starts = policy.stream_start(policy.stream_limit(prefix, computed))
         left = starts // self.block_size - self.kv_cache_spec.num_sink_pages
         return int((-(-ahead // self.block_size) - np.maximum(0, left)).max())
@@ -144,7 +152,7 @@ class KeptManager(SingleTypeKVCacheManager):
         num_blocks = max(0, pages - len(held) - len(new_computed_blocks))
         if apply_admission_cap:
             present = sum(not page.is_null for page in (*held, *new_computed_blocks))
-            most = self.most_pages(request_id, num_tokens) - present
+            most = self.most_pages(request_id, num_tokens, self._num_in_flight) - present
             num_blocks = max(0, min(num_blocks, most))
         if new_computed_blocks:
             num_blocks += self._get_num_evictable_blocks(new_computed_blocks)

@@ -7,6 +7,8 @@ preempt it and wait for ever; here it ends with an error.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from vllm.logger import init_logger
@@ -15,11 +17,11 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.request_queue import RequestQueue
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
+from vllm_sepllm.engine.admission import Admission
 from vllm_sepllm.engine.manager import KeptManager
 from vllm_sepllm.engine.prefix_index import PrefixIndex
 from vllm_sepllm.engine.settings import kept_policy
@@ -30,17 +32,27 @@ logger = init_logger(f"vllm.{__name__}")
 class SepLLMScheduler(Scheduler):
     """Set as ``scheduler_cls`` at start-up when the SEPLLM backend is selected."""
 
+    max_num_scheduled_tokens: int
+    scheduler_reserve_full_isl: bool
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         policy = kept_policy(self.vllm_config)
-        self._managers = self.kv_cache_manager.coordinator.single_type_managers
-        self._kept_managers = [m for m in self._managers if isinstance(m, KeptManager)]
+        pool = self.kv_cache_manager.block_pool
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        self._kept_managers = [m for m in managers if isinstance(m, KeptManager)]
         for manager in self._kept_managers:
             manager.attach(policy, self.requests, self._in_flight_tokens)
-            index = PrefixIndex.of(self.kv_cache_manager.block_pool)
-            index.make_room(self.max_model_len, manager.block_size)
+            PrefixIndex.of(pool).make_room(self.max_model_len, manager.block_size)
+        self._admission = Admission(
+            managers,
+            pool.num_gpu_blocks - 1,  # one is the null block
+            self.scheduler_config.max_num_batched_tokens,
+            self.vllm_config.max_concurrent_batches,
+        )
         self._refused: dict[str, str] = {}  # reasons, by request; they end with this step
         self._cold: set[str] = set()  # requests that start without a prefix from the cache
+        self._chunks: dict[str, int] = {}  # tokens per step, of requests that fit in no larger ones
         self._warn_of_small_pool()
 
     def _warn_of_small_pool(self) -> None:
@@ -49,48 +61,27 @@ class SepLLMScheduler(Scheduler):
         Start-up accepts every length full attention could serve, but the window pages of a large
         prompt chunk leave less to the stream than such a request needs.
         """
-        needed = 0
-        for manager in self._managers:
+        needed, size = 0, (self.max_model_len, self._in_flight_tokens)
+        for manager in self.kv_cache_manager.coordinator.single_type_managers:
             if isinstance(manager, KeptManager):
-                spec = manager.kv_cache_spec
-                needed += spec.expected_pages(self.max_model_len, self._in_flight_tokens)
+                needed += manager.kv_cache_spec.expected_pages(*size)
             else:
-                needed += self._positional_pages(manager, self.max_model_len)
-        if self._kept_managers and needed > self._usable_pages:
+                needed += self._admission.positional_pages(manager, *size)
+        if self._kept_managers and needed > self._admission.num_pages:
             logger.warning(
                 "SepLLM attention: %d tokens of ordinary text need about %d KV cache blocks, %d "
-                "there are. Longer requests may end with an error: give the KV cache more memory, "
-                "or lower max_num_batched_tokens (%d) or max_model_len.",
+                "there are. Such requests are computed in small chunks, and longer ones may end "
+                "with an error: give the KV cache more memory, or lower max_num_batched_tokens "
+                "(%d) or max_model_len.",
                 self.max_model_len,
                 needed,
-                self._usable_pages,
+                self._admission.num_pages,
                 self.scheduler_config.max_num_batched_tokens,
             )
 
     @property
     def _in_flight_tokens(self) -> int:
         return int(self.vllm_config.max_in_flight_tokens)
-
-    @property
-    def _usable_pages(self) -> int:
-        return self.kv_cache_manager.block_pool.num_gpu_blocks - 1  # one is the null block
-
-    @staticmethod
-    def _positional_pages(manager: SingleTypeKVCacheManager, num_tokens: int) -> int:
-        """Pages that a group which holds tokens at their positions asks for at admission."""
-        return manager.get_num_blocks_to_allocate(
-            "", num_tokens, [], 0, 0, num_tokens, apply_admission_cap=True
-        )
-
-    def _pages_needed(self, request: Request) -> int:
-        """Pages that admission asks of an empty pool, where no prefix is found."""
-        num_tokens = min(request.num_tokens, self.max_model_len)
-        return sum(
-            manager.most_pages(request.request_id, num_tokens)
-            if isinstance(manager, KeptManager)
-            else self._positional_pages(manager, num_tokens)
-            for manager in self._managers
-        )
 
     def add_request(self, request: Request) -> None:
         """Queue a request; one that can never fit ends with the next step.
@@ -109,55 +100,92 @@ class SepLLMScheduler(Scheduler):
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         super()._preempt_request(request, *args, **kwargs)
         self._check_fits(request)
+        if not self.running:  # nobody else took the pages it lacks
+            self._take_smaller_chunks(request)
 
     def _check_fits(self, request: Request) -> None:
-        """Refuse a request that could not be admitted even to an empty pool."""
+        """Refuse a request that does not fit into an empty pool."""
         self._refused.pop(request.request_id, None)
-        needed = self._pages_needed(request)
-        if needed > self._usable_pages:
+        needed = self._admission.pages_needed(request.request_id, self._num_tokens(request))
+        if needed > self._admission.num_pages:
             self._refuse(request, needed)
+
+    def _num_tokens(self, request: Request) -> int:
+        return min(request.num_tokens, self.max_model_len)
 
     def _refuse(self, request: Request, needed: int) -> None:
         self._refused[request.request_id] = (
             f"the {request.num_tokens} tokens of this request need {needed} KV cache blocks "
-            f"under SepLLM attention, more than the {self._usable_pages} there are: shorten "
+            f"under SepLLM attention, more than the {self._admission.num_pages} there are: shorten "
             "it, give the KV cache more memory, or choose fewer separators"
         )
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """vLLM's; then the pages of this step can be found by the next one."""
-        output = super().schedule(*args, **kwargs)
+        with self._in_small_chunks() if self._chunks else nullcontext():
+            output = super().schedule(*args, **kwargs)
         for manager in self._kept_managers:
             manager.step_is_scheduled()
-        if self._cold:
+        if self._cold or self._chunks:
             self._cold -= output.num_scheduled_tokens.keys() | output.finished_req_ids
+            for name in self._chunks.keys() & output.num_scheduled_tokens.keys():
+                if not self.requests[name].is_prefill_chunk:
+                    del self._chunks[name]
         # vLLM tries none of those that wait in a step in which it preempts others.
         if not (output.num_scheduled_tokens or self.running or output.preempted_req_ids):
             self._unblock()
         return output
 
+    def _take_smaller_chunks(self, request: Request) -> None:
+        name, num_tokens = request.request_id, self._num_tokens(request)
+        chunk = self._admission.largest_chunk(name, num_tokens)
+        if chunk is not None and chunk < self.scheduler_config.max_num_batched_tokens:
+            self._chunks[name] = chunk
+
+    @contextmanager
+    def _in_small_chunks(self) -> Iterator[None]:
+        """While requests that fit in no larger chunks are in their prompt, steps are as small.
+
+        vLLM has no limit of a single request. Its admission counts pages of full chunks.
+        """
+        most = self.max_num_scheduled_tokens
+        reserves = self.scheduler_reserve_full_isl
+        self._chunks = {name: n for name, n in self._chunks.items() if name in self.requests}
+        is_theirs = not self.running or any(r.request_id in self._chunks for r in self.running)
+        if self._chunks and is_theirs:
+            self.max_num_scheduled_tokens = min(most, *self._chunks.values())
+            self.scheduler_reserve_full_isl = False
+        try:
+            yield
+        finally:
+            self.max_num_scheduled_tokens = most
+            self.scheduler_reserve_full_isl = reserves
+
     def _unblock(self) -> None:
         """Help the request that nothing but memory keeps from starting, though nothing runs.
 
         With full attention that cannot be: vLLM makes sure at start-up that every request fits.
-        Here a request may need all pages there are, and then starting behind a prefix can ask for
+        Here a request may need all pages there are. Then starting behind a prefix can ask for
         more than starting from nothing: pages of the stream that are copied before they are
-        appended to, or tokens drafted in the first step. So it starts from nothing. Where turns of
-        sessions wait for each other's pages, the last one gives its own back. A request that
-        still cannot start never will.
+        appended to, or tokens drafted in the first step. And a request that has grown may fit in
+        small chunks only. So it starts from nothing, in chunks with which it fits. Where turns of
+        sessions wait for each other's pages, the last one gives its own back.
         """
         request = self._first_ready()
         if request is None:
             return
-        name, holders = request.request_id, self._ready(self.kv_holding_waiting)
-        if name not in self._cold and request.num_computed_tokens == 0:
-            self._cold.add(name)
-        elif holders:
+        name, num_tokens = request.request_id, self._num_tokens(request)
+        holders = self._ready(self.kv_holding_waiting)
+        chunk = self._admission.largest_chunk(name, num_tokens)
+        if holders:
             self._give_back(holders[-1])
+        elif chunk is not None and name not in self._cold:
+            self._cold.add(name)
+            self._take_smaller_chunks(request)
         else:
-            needed = self._pages_needed(request)
-            # Ids of drafts and of tokens being sampled are not counted among those it needs.
-            self._refuse(request, max(needed, self._usable_pages + 1))
+            needed = self._admission.pages_needed(name, num_tokens)
+            assert chunk is None, f"{name} fits in chunks of {chunk} tokens and does not start"
+            self._refuse(request, needed)
 
     def _first_ready(self) -> Request | None:
         """The request vLLM has just failed to find pages for, if any."""

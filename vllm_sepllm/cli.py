@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
@@ -31,7 +32,7 @@ SAMPLE = (
     "and regulating the circulation.\n"
 )
 SAMPLE_WINDOW = 16
-MAX_TEXT = 2**24  # bytes; the tokens of more take many gigabytes
+MAX_TEXT = 2**23  # bytes; more takes minutes and gigabytes to cut into tokens
 SHOWN = 2000  # tokens, on a page and in a pipe
 
 app = typer.Typer(
@@ -79,7 +80,8 @@ def inspect(
         source = _read_text(text)
         tokenizer = _load_tokenizer(model)
         try:
-            inspection = inspect_text(tokenizer, config, source, block_size)
+            with _status("cutting the text into tokens"):
+                inspection = inspect_text(tokenizer, config, source, block_size)
         except ValueError as error:
             raise InputError(str(error)) from error
         if html is not None:
@@ -87,7 +89,7 @@ def inspect(
             _write(html, html_page(model, inspection, shown), text)
     except (InputError, ConfigError) as error:
         raise _exit(str(error), 2) from None
-    if limit is None and not sys.stdout.isatty():
+    if limit is None and not (sys.stdout and sys.stdout.isatty()):  # None where it is closed
         limit = SHOWN
     extra = [] if html is None else [visible_text(f"wrote {html}")]
     with _output() as console:
@@ -198,8 +200,15 @@ def _read_bytes(name: str) -> bytes:
         return file.read(MAX_TEXT + 1)
 
 
+def _status(what: str) -> Status:
+    """Shown while something takes long; silent without a terminal."""
+    return Console(stderr=True).status(what)
+
+
 def _load_tokenizer(model: str) -> Any:
     remedy = "give a folder that holds tokenizer.json, or a name on the Hugging Face Hub"
+    if Path(model).is_file():
+        raise InputError(f"model {model!r} is a file: give the folder that holds it")
     is_path = model.startswith((".", "/", "~")) or model.count("/") > 1
     if not model or (is_path and not Path(model).is_dir()):
         raise InputError(f"model {model!r} is no folder: {remedy}")
@@ -208,7 +217,7 @@ def _load_tokenizer(model: str) -> Any:
     transformers.logging.set_verbosity_error()
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # it reports every retry
     try:
-        with Console(stderr=True).status("loading the tokenizer"):  # silent without a terminal
+        with _status("loading the tokenizer"):
             return transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except Exception as error:  # what transformers raises differs by version and by file
         reason = _first_line(error)
@@ -224,7 +233,8 @@ def _output() -> Iterator[Console]:
         sys.stdout.reconfigure(errors="replace")
     try:
         yield Console()
-        sys.stdout.flush()
+        if sys.stdout:
+            sys.stdout.flush()
     except BrokenPipeError:  # typer leaves quietly
         raise
     except OSError as error:

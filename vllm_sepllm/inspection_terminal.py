@@ -89,8 +89,8 @@ def print_inspection(
     """
     styles = NO_COLOURS if console.no_color else COLOURS
     brief = limit is None and console.height < LOW
-    below = [Text(), *_legend(inspection, styles, brief), Text()]
-    below += _facts(console, inspection, extra)
+    names = _legend(inspection, styles, brief)
+    below = [Text(), *names, Text(), *_facts(console, inspection, extra)]
     if limit is None:
         taken = sum(_height(console, part) for part in below) + 1  # and the next prompt
         shown = fitting(inspection, max(LEAST_ROWS, console.height - taken), console.width)

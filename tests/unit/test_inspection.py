@@ -329,7 +329,7 @@ def test_no_usable_pager(in_terminal, monkeypatch, pager):
 
 def test_a_pager_that_is_left_at_once(in_terminal, monkeypatch):
     monkeypatch.setenv("PAGER", "true")
-    assert "full attention" in in_terminal(BOOK * 20, "--full")[-2]
+    assert "full attention" in in_terminal(BOOK * 4, "--full")[-2]
 
 
 def test_no_pager_into_a_pipe(page, monkeypatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -35,16 +35,19 @@ class Separators:
     Attributes:
         token_ids: sorted ids.
         texts: the text of each id, in the same order.
+        absent: default separators that were looked up and are no token.
     """
 
     token_ids: tuple[int, ...]
     texts: tuple[str, ...]
+    absent: tuple[str, ...] = ()
 
     def below(self, vocab_size: int) -> Separators:
         """Those whose id is below ``vocab_size``."""
         pairs = zip(self.token_ids, self.texts, strict=True)
         inside = [pair for pair in pairs if pair[0] < vocab_size]
-        return Separators(tuple(i for i, _ in inside), tuple(text for _, text in inside))
+        ids, texts = tuple(i for i, _ in inside), tuple(text for _, text in inside)
+        return replace(self, token_ids=ids, texts=texts)
 
 
 _cache: WeakKeyDictionary[Any, dict[tuple[object, ...], Separators]] = WeakKeyDictionary()
@@ -105,7 +108,8 @@ def _find(config: SepLLMConfig, tokenizer: Tokenizer) -> Separators:
             f"{list(wanted)!r} with separator_match={config.separator_match!r}; "
             "set separators to texts this tokenizer has, or separator_token_ids"
         )
-    return Separators(ids, tuple(texts[i] for i in ids))
+    found = Separators(ids, tuple(texts[i] for i in ids))
+    return replace(found, absent=tuple(missing_texts(config, found).get("default", ())))
 
 
 def match_separators(

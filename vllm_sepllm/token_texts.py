@@ -60,10 +60,12 @@ def token_texts(tokenizer: Tokenizer) -> list[str]:
 
 def texts_of(tokenizer: Tokenizer, token_ids: Iterable[int]) -> list[str]:
     """The texts of some token ids, in their order; see :func:`token_texts`."""
-    reader = _Reader(tokenizer)
+    reader, ids = _Reader(tokenizer), list(token_ids)
+    with suppress(Exception):  # one that cannot be decoded spoils them all
+        return reader.texts_at_once(ids)
     texts: list[str] = []
     failure: Exception | None = None
-    for token_id in token_ids:
+    for token_id in ids:
         try:
             texts.append(reader.text(token_id))
         except Exception as error:  # a gap in the vocabulary: what is raised differs
@@ -90,7 +92,7 @@ class _Reader:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._options: dict[str, bool] = {"clean_up_tokenization_spaces": False}
-        anchor = self._find_anchor()
+        anchor, self._adds_spaces = self._find_anchor()
         self._anchor = [] if anchor is None else [anchor]
         self._prefix = "" if anchor is None else self._decode([anchor])
 
@@ -100,11 +102,25 @@ class _Reader:
         Raises:
             Exception: what the tokenizer raises.
         """
-        both = self._decode([*self._anchor, token_id])
+        return self._cut(token_id, self._decode([*self._anchor, token_id]))
+
+    def texts_at_once(self, token_ids: list[int]) -> list[str]:
+        """:meth:`text` of each, several times as fast where a tokenizer has ``batch_decode``.
+
+        Raises:
+            Exception: what the tokenizer raises, or that it has no ``batch_decode``.
+        """
+        pairs = [[*self._anchor, token_id] for token_id in token_ids]
+        decode = self._tokenizer.batch_decode
+        decoded = decode(pairs, skip_special_tokens=False, **self._options)
+        return [self._cut(*each) for each in zip(token_ids, decoded, strict=True)]
+
+    def _cut(self, token_id: int, both: str) -> str:
+        """The token's part of what it and the anchor are decoded to."""
         if not both.startswith(self._prefix):  # a part of a character can spoil its neighbour
             return self._decode([token_id])
         text = both[len(self._prefix) :]
-        if text.startswith(" ") and self._anchor and self._piece(token_id) == text[1:]:
+        if self._adds_spaces and text.startswith(" ") and self._piece(token_id) == text[1:]:
             return text[1:]  # the decoder's space, not the token's
         return text
 
@@ -133,26 +149,26 @@ class _Reader:
             return piece
         return None
 
-    def _find_anchor(self) -> int | None:
+    def _find_anchor(self) -> tuple[int | None, bool]:
         """A token of letters or digits whose text others follow at once.
 
         Failing that one that a space follows, failing that any whose text stays when another
-        follows; ``None`` if there is none.
+        follows; ``None`` if there is none. Second, whether a space follows it.
         """
         best, trials = None, 0
         for wanted in (str.isalnum, _is_plain):
             for token_id in self._candidates(wanted):
                 is_joined = self._is_joined(token_id)
-                if is_joined:
-                    return token_id
+                if is_joined and wanted is str.isalnum:  # marks are also joined by clean-up
+                    return token_id, False
                 if is_joined is not None:
                     best = token_id if best is None else best
                 trials += 1
                 if best is not None and trials >= _MOST_TRIALS:
                     break
             if best is not None:
-                return best
-        return None
+                return best, True
+        return None, False
 
     def _candidates(self, wanted: Any) -> Iterator[int]:
         special: set[int] = set()

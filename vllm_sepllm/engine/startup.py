@@ -153,7 +153,7 @@ def announce(vllm_config: VllmConfig, separators: Separators) -> None:
         options.num_sink_tokens,
         options.window_size,
         len(separators.token_ids),
-        _shown(options, separators),
+        _shown(separators),
         100 * plan.share,
         plan.source,
         f" and at most {bound} separators" if bound is not None else "",
@@ -172,24 +172,21 @@ def announce(vllm_config: VllmConfig, separators: Separators) -> None:
         logger.warning_once("SepLLM attention is %s.", warning)
 
 
-def _shown(options: SepLLMConfig, separators: Separators) -> str:
-    """Texts of some separators, and which of the default ones there are not."""
+def _shown(separators: Separators) -> str:
+    """Texts of some separators, and which of the default ones are none."""
     shown = [repr(text) for text in separators.texts[:12]]
     if len(separators.texts) > len(shown):
         shown.append("...")
-    if options.separators == DEFAULT_SEPARATORS and options.separator_match == "exact":
-        there = set(separators.texts)
-        absent = [repr(text) for text in DEFAULT_SEPARATORS if text not in there]
-        if there and absent and not any(text.startswith("<id ") for text in there):
-            shown.append(f"but not {' '.join(absent)}")
+    if separators.absent:
+        shown.append(f"but not {' '.join(map(repr, separators.absent))}")
     return " ".join(shown)
 
 
 def _scarce_clause(options: SepLLMConfig, plan: Plan) -> str:
     """Of which texts next to nothing is kept, and the separators that would keep more."""
-    if not plan.scarce:
+    if not plan.scarce or not plan.largest_share:  # of which there is a warning
         return ""
-    clause = f"; under 2% is kept of sample texts in {', '.join(plan.scarce)}"
+    clause = f"; under 2% is kept of the sample texts {', '.join(plan.scarce)}"
     if not plan.helpful:
         return clause
     if options.separators == DEFAULT_SEPARATORS:

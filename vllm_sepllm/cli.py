@@ -10,7 +10,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -266,5 +266,6 @@ def _exit(message: str, code: int) -> typer.Exit:
     if isinstance(sys.stderr, io.TextIOWrapper):
         sys.stderr.reconfigure(errors="backslashreplace")
     line = visible_text(" ".join(message.splitlines()))
-    typer.echo(f"vllm-sepllm: {line}", err=True)
+    with suppress(OSError):  # the status still says it
+        typer.echo(f"vllm-sepllm: {line}", err=True)
     return typer.Exit(code)

@@ -12,11 +12,18 @@ from typing import Any
 
 import numpy as np
 
-from vllm_sepllm.config import SepLLMConfig
+from vllm_sepllm.config import SEPARATOR_MATCHES, SepLLMConfig
+from vllm_sepllm.planning import NEXT_TO_NOTHING
 from vllm_sepllm.policy import KeptPolicy
-from vllm_sepllm.separators import resolve_separators, token_texts
+from vllm_sepllm.separator_lists import DEFAULT_SEPARATORS, SEPARATOR_LISTS, separator_texts
+from vllm_sepllm.separators import (
+    match_separators,
+    missing_texts,
+    num_token_ids,
+    resolve_separators,
+    token_texts,
+)
 
-FEW_KEPT = 0.01  # below this share of the tokens between sinks and window a text has no separators
 LEAST_TOKENS = 32  # fewer tokens between sinks and window say nothing about a text
 
 
@@ -30,38 +37,6 @@ class TokenClass(StrEnum):
 
 
 CLASSES = tuple(TokenClass)
-
-
-@dataclass(frozen=True)
-class Wording:
-    """What a policy and the tokens it chooses are called.
-
-    Attributes:
-        policy: the policy.
-        chosen: one token it chooses; empty if it chooses none.
-        many: such tokens.
-        meaning: of the class, for the legend.
-    """
-
-    policy: str
-    chosen: str
-    many: str
-    meaning: str
-
-    @staticmethod
-    def of(config: SepLLMConfig) -> Wording:
-        """Names of the policy that ``config`` selects; one that is not known here has its own."""
-        if config.policy == "sepllm":
-            bound = config.max_separator_tokens
-            which = "separator" if bound is None else f"one of the {bound:,} newest separators"
-            return Wording("SepLLM", "separator", "separators", f"{which} outside the window")
-        if config.policy == "streaming":
-            return Wording("StreamingLLM", "", "", "")
-        if config.policy == "fixed_interval":
-            meaning = f"position is a multiple of {config.interval}, outside the window"
-            return Wording("FixLLM", "interval", "kept by the interval", meaning)
-        meaning = f"kept by the policy {config.policy!r}, outside the window"
-        return Wording(config.policy, "chosen", "chosen by the policy", meaning)
 
 
 @dataclass(frozen=True)
@@ -133,12 +108,16 @@ class Inspection:
     Attributes:
         config: options as given.
         num_separators: separators in the vocabulary.
+        missing: texts asked for that are no token, by the name of their list, "" without one.
+        better: where the text has next to none of the separators, what has more.
         token_ids, texts, kinds: ``[num_tokens]``, as in :class:`Token`.
         summary: counts over all tokens.
     """
 
     config: SepLLMConfig
     num_separators: int
+    missing: dict[str, list[str]]
+    better: Better | None
     token_ids: list[int]
     texts: list[str]
     kinds: list[TokenClass]
@@ -177,13 +156,22 @@ def inspect_text(tokenizer: Any, config: SepLLMConfig, text: str, block_size: in
         ValueError: the tokenizer makes no tokens of the text, or a separator's id lies outside
             its vocabulary.
     """
-    separators = resolve_separators(config, tokenizer).token_ids
-    policy = KeptPolicy.from_config(config.with_separator_ids(separators), len(tokenizer))
+    found = resolve_separators(config, tokenizer)
+    policy = KeptPolicy.from_config(
+        config.with_separator_ids(found.token_ids), num_token_ids(tokenizer)
+    )
     ids, parts = tokenize(tokenizer, text)
     if not ids:
         raise ValueError("the text has no tokens in this tokenizer: give a longer text")
     summary = summarize(ids, policy, block_size)
-    return Inspection(config, len(separators), ids, parts, classify(ids, policy), summary)
+    better = None
+    if keeps_next_to_nothing(config, summary):
+        start = config.num_sink_tokens
+        between = ids[start : start + summary.num_between]
+        better = better_separators(config, token_texts(tokenizer), between)
+    missing = missing_texts(config, found)
+    kinds = classify(ids, policy)
+    return Inspection(config, len(found.token_ids), missing, better, ids, parts, kinds, summary)
 
 
 def classify(token_ids: Sequence[int], policy: KeptPolicy) -> list[TokenClass]:
@@ -239,82 +227,6 @@ def summarize(token_ids: Sequence[int], policy: KeptPolicy, block_size: int) -> 
     )
 
 
-def labels(config: SepLLMConfig) -> dict[TokenClass, str]:
-    """What each class is called; one that the policy never gives is left out."""
-    found = {kind: kind.value for kind in TokenClass}
-    found[TokenClass.CHOSEN] = Wording.of(config).chosen
-    return {kind: label for kind, label in found.items() if label}
-
-
-def legend(config: SepLLMConfig) -> dict[TokenClass, str]:
-    """What each class of :func:`labels` means."""
-    meanings = {
-        TokenClass.SINK: "one of the first tokens, always seen",
-        TokenClass.CHOSEN: f"{Wording.of(config).meaning}, seen all the same",
-        TokenClass.WINDOW: "the last token and those just before it",
-        TokenClass.DROPPED: "not seen any more, its KV cache is freed",
-    }
-    return {kind: meanings[kind] for kind in labels(config)}
-
-
-def describe(inspection: Inspection) -> str:
-    """The options in one line."""
-    config = inspection.config
-    parts = [f"{config.num_sink_tokens:,} sinks", f"window of {config.window_size:,}"]
-    if config.policy == "sepllm":
-        parts.append(f"{inspection.num_separators:,} separators in the vocabulary")
-        if config.max_separator_tokens is not None:
-            parts.append(f"the {config.max_separator_tokens:,} newest of a text seen")
-    if config.interval is not None:
-        parts.append(f"one token of every {config.interval:,}")
-    if config.position_mode != "original":
-        parts.append(f"positions of the {config.position_mode}")
-    if config.dense_layers:
-        parts.append(f"all tokens in layers {list(config.dense_layers)}, not shown here")
-    return f"{Wording.of(config).policy}: {', '.join(parts)}"
-
-
-def summary_rows(inspection: Inspection) -> list[tuple[str, str]]:
-    """The summary as ``(what, value)`` texts."""
-    config, summary = inspection.config, inspection.summary
-    words = Wording.of(config)
-    rows = [("tokens", f"{summary.num_tokens:,}")]
-    many = {TokenClass.SINK: "sinks", TokenClass.CHOSEN: f"{words.many} outside the window"}
-    rows += [(many.get(k, label), f"{summary.num_of[k]:,}") for k, label in labels(config).items()]
-    rows.append(("seen by the last token", f"{summary.num_seen / summary.num_tokens:.1%}"))
-    if config.position_mode == "cache":
-        rows.append(("cache position of the last token", f"{summary.num_seen - 1:,}"))
-    pages = summary.kept_pages + summary.window_pages
-    return [
-        *rows,
-        (
-            f"pages of {summary.block_size} tokens, {words.policy}",
-            f"{pages:,} ({summary.kept_pages:,} kept + {summary.window_pages:,} window)",
-        ),
-        (f"pages of {summary.block_size} tokens, full attention", f"{summary.full_pages:,}"),
-    ]
-
-
-def notices(inspection: Inspection) -> list[str]:
-    """What a person should know before believing the picture, one sentence each."""
-    config, summary = inspection.config, inspection.summary
-    found = []
-    if summary.num_tokens <= config.window_size:
-        found.append(
-            f"window_size={config.window_size} covers all {summary.num_tokens} tokens, so nothing "
-            f"is dropped: try a longer text or -o window_size={max(1, summary.num_tokens // 4)}"
-        )
-    if keeps_next_to_nothing(config, summary):
-        ids = "" if config.separator_token_ids is None else "drop separator_token_ids and "
-        found.append(
-            f"only {summary.num_chosen_between:,} of the {summary.num_between:,} tokens between "
-            f"sinks and window are separators (under {FEW_KEPT:.0%}), so this is StreamingLLM in "
-            f"effect: {ids}set separators that this text has, e.g. "
-            """-o 'separators=["default", "cjk"]' for Chinese and Japanese"""
-        )
-    return found
-
-
 def keeps_next_to_nothing(config: SepLLMConfig, summary: Summary) -> bool:
     """Whether separators were asked for and a text of some length has next to none.
 
@@ -324,8 +236,50 @@ def keeps_next_to_nothing(config: SepLLMConfig, summary: Summary) -> bool:
         config.policy == "sepllm"
         and config.separator_token_ids != ()
         and summary.num_between >= LEAST_TOKENS
-        and summary.num_chosen_between < FEW_KEPT * summary.num_between
+        and summary.num_chosen_between < NEXT_TO_NOTHING * summary.num_between
     )
+
+
+@dataclass(frozen=True)
+class Better:
+    """Separators that a text has more of.
+
+    Attributes:
+        separators: names of lists and texts.
+        match: ``separator_match``.
+        share: of the tokens between sinks and window.
+    """
+
+    separators: tuple[str, ...]
+    match: str
+    share: float
+
+
+def better_separators(
+    config: SepLLMConfig, texts: Sequence[str], token_ids: Sequence[int]
+) -> Better | None:
+    """The list that, added to the separators, keeps most of ``token_ids``; ``None`` if none helps.
+
+    Lists are tried with ``separator_match="exact"`` first, as the paper has it.
+
+    Args:
+        config: options as given.
+        texts: the text of every token id.
+        token_ids: tokens between sinks and window.
+    """
+    own = config.separators
+    if own == DEFAULT_SEPARATORS or config.separator_token_ids is not None:
+        own = ("default",)
+    for match in SEPARATOR_MATCHES:
+        tried = []
+        for name in SEPARATOR_LISTS:
+            wanted = tuple(dict.fromkeys((*own, name)))
+            ids = match_separators(texts, separator_texts(wanted), match)
+            tried.append(Better(wanted, match, float(np.isin(token_ids, ids).mean())))
+        best = max(tried, key=lambda each: each.share)  # the first of equals
+        if best.share >= NEXT_TO_NOTHING:
+            return best
+    return None
 
 
 def tokenize(tokenizer: Any, text: str) -> tuple[list[int], list[str]]:

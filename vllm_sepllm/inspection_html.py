@@ -4,19 +4,8 @@ from __future__ import annotations
 
 from html import escape
 
-from vllm_sepllm.inspection import (
-    Excerpt,
-    Inspection,
-    Token,
-    TokenClass,
-    Wording,
-    describe,
-    labels,
-    legend,
-    notices,
-    summary_rows,
-    visible_text,
-)
+from vllm_sepllm.inspection import Excerpt, Inspection, Token, TokenClass, visible_text
+from vllm_sepllm.inspection_words import Wording, describe, labels, legend, notices, summary_rows
 
 _PART = 500  # tokens, about; a browser draws the parts of a long text when they come into view
 

@@ -15,18 +15,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vllm_sepllm.inspection import (
-    Excerpt,
-    Inspection,
-    Token,
-    TokenClass,
-    describe,
-    labels,
-    legend,
-    notices,
-    summary_rows,
-    visible_text,
-)
+from vllm_sepllm.inspection import Excerpt, Inspection, Token, TokenClass, visible_text
+from vllm_sepllm.inspection_words import describe, labels, legend, notices, summary_rows
 
 COLOURS = {
     TokenClass.SINK: "black on #8cc2f2",

@@ -107,12 +107,7 @@ def notices(inspection: Inspection) -> list[str]:
             f"window_size={config.window_size} covers all {summary.num_tokens} tokens, so nothing "
             f"is dropped: try a longer text or -o window_size={max(1, summary.num_tokens // 4)}"
         )
-    missing = {name: texts for name, texts in inspection.missing.items() if name != "default"}
-    if missing:  # the paper's nine suit every language a little, so one may be missing
-        found.append(
-            f"{', '.join(repr(text) for texts in missing.values() for text in texts)}: no token of "
-            "this tokenizer, so nothing is kept for it; leave it out, or set separator_token_ids"
-        )
+    found += _missing(inspection)
     if keeps_next_to_nothing(config, summary):
         found.append(
             f"only {summary.num_chosen_between:,} of the {summary.num_between:,} tokens between "
@@ -120,6 +115,19 @@ def notices(inspection: Inspection) -> list[str]:
             f"StreamingLLM in effect: {_remedy(inspection)}"
         )
     return found
+
+
+def _missing(inspection: Inspection) -> list[str]:
+    """That separators asked for are no tokens; the paper's nine suit every language a little."""
+    named = {name: texts for name, texts in inspection.missing.items() if name != "default"}
+    own = [repr(text) for text in named.pop("", ())]
+    lists = [f"{len(texts)} texts of {name!r}" for name, texts in named.items()]
+    if not own and not lists:
+        return []
+    return [
+        f"not among this tokenizer's tokens: {', '.join([*own, *lists])}; nothing is kept for "
+        "them, so leave them out, or set separator_token_ids"
+    ]
 
 
 def _remedy(inspection: Inspection) -> str:

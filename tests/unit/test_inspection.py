@@ -188,10 +188,10 @@ def test_the_remedy_is_one_that_keeps_more(page, text, options, remedy):
 
 
 def test_separators_that_are_no_token_are_named(page):
-    output, _ = page(BOOK, 'separators=["default", "。", "<nope>", "."]')
+    output, _ = page(BOOK, 'separators=["default", "。", "<nope>", "cjk", "."]')
     [sentence] = [line for line in output.splitlines() if "<nope>" in line]
-    assert sentence.startswith("'。', '<nope>': no token of this tokenizer")
-    assert "no token" not in page(BOOK)[0]
+    assert "tokens: '。', '<nope>', 9 texts of 'cjk'; nothing is kept for them" in sentence
+    assert "not among this tokenizer's tokens" not in page(BOOK)[0]
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def characters(alphabet: str, first_id: int = 0) -> Any:
 
     vocab = {char: first_id * (i > 0) + i for i, char in enumerate(alphabet)}
     backend = Tokenizer(models.WordLevel(vocab, unk_token=alphabet[0]))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     return hugging_face(backend)
 
 

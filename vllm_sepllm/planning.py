@@ -60,6 +60,10 @@ class Plan:
         }
         return cls(**given)
 
+    def with_help(self, tokenizer: Tokenizer | None, found: tuple[str, ...]) -> Plan:
+        """The same with the lists that would help; see :func:`lists_for`."""
+        return replace(self, helpful=lists_for(self.scarce, tokenizer, found))
+
     @property
     def covers_samples(self) -> bool:
         """Whether every sample text keeps at most what is planned."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import unicodedata
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -21,6 +22,7 @@ __all__ = [
     "Separators",
     "Tokenizer",
     "match_separators",
+    "missing_sentence",
     "missing_texts",
     "num_token_ids",
     "resolve_separators",
@@ -172,6 +174,40 @@ def missing_texts(config: SepLLMConfig, found: Separators) -> dict[str, list[str
     else:
         groups = {name: list(SEPARATOR_LISTS.get(name, ())) for name in config.separators}
         groups = {name: texts for name, texts in groups.items() if texts}
+        if "multilingual" in groups:  # which holds the default ones too
+            groups["default"] = list(DEFAULT_SEPARATORS)
+            groups["multilingual"] = [
+                text for text in groups["multilingual"] if text not in DEFAULT_SEPARATORS
+            ]
         groups[""] = [text for text in config.separators if text not in SEPARATOR_LISTS]
     missing = {name: list(filter(is_missing, texts)) for name, texts in groups.items()}
     return {name: texts for name, texts in missing.items() if texts}
+
+
+def missing_sentence(config: SepLLMConfig, found: Separators) -> str | None:
+    """That texts are no tokens, named by their list, and what to do; ``None`` if all are.
+
+    The paper's nine suit every language a little: one that is no token is no reason to worry, and
+    is left out. It is in ``found.absent``.
+    """
+    missing = missing_texts(config, found)
+    missing.pop("default", None)
+    if not missing:
+        return None
+    parts = []
+    for name, texts in missing.items():
+        shown = " ".join(map(repr, texts))
+        if name:
+            total = len(SEPARATOR_LISTS[name])
+            parts.append(f"{len(texts)} of {total} texts of {name!r} ({shown})")
+        else:
+            parts.append(shown)
+            for text in texts:
+                near = difflib.get_close_matches(text.strip().lower(), SEPARATOR_LISTS, n=1)
+                if near:
+                    parts[-1] += f" (did you mean the list {near[0]!r}?)"
+    several = len(missing) > 1 or any(len(texts) > 1 for texts in missing.values())
+    return (
+        f"{', '.join(parts)} {'are no single tokens' if several else 'is no single token'} in this "
+        "tokenizer, so nothing is kept for them: leave them out, or set separator_token_ids"
+    )

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
-from dataclasses import replace
 from typing import Any
 
 from vllm.config import ModelConfig, VllmConfig
@@ -16,10 +14,10 @@ from vllm_sepllm.config import ConfigError, SepLLMConfig
 from vllm_sepllm.engine import settings
 from vllm_sepllm.engine.checks import Hardware, largest_cache, refusals, trained_length
 from vllm_sepllm.engine.compat import caution, vllm_version
-from vllm_sepllm.planning import Plan, lists_for, make_plan
+from vllm_sepllm.planning import Plan, make_plan
 from vllm_sepllm.policy import KeptPolicy
-from vllm_sepllm.separator_lists import DEFAULT_SEPARATORS, SEPARATOR_LISTS
-from vllm_sepllm.separators import Separators, missing_texts, resolve_separators
+from vllm_sepllm.separator_lists import DEFAULT_SEPARATORS
+from vllm_sepllm.separators import Separators, missing_sentence, resolve_separators
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -75,7 +73,7 @@ def _resolve(vllm_config: VllmConfig, options: SepLLMConfig) -> Separators:
     policy = KeptPolicy.from_config(resolved, vocab_size)  # checks the ids
     plan = make_plan(resolved, policy, tokenizer)
     if looks_up:
-        plan = replace(plan, helpful=lists_for(plan.scarce, tokenizer, separators.texts))
+        plan = plan.with_help(tokenizer, separators.texts)
     settings.store(vllm_config, resolved, plan, _notes(options, separators, plan))
     return separators
 
@@ -98,47 +96,23 @@ def _tokenizer(model_config: ModelConfig, options: SepLLMConfig, looks_up: bool)
             return None
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".: ")
         raise ConfigError(
-            f"the tokenizer {model_config.tokenizer!r} cannot be loaded ({reason}), so separators "
-            "cannot be looked up: correct it, or set separator_token_ids"
+            f"the tokenizer of {model_config.model} cannot be loaded ({reason}), so separators "
+            "cannot be looked up: name another with --tokenizer, or set separator_token_ids"
         ) from error
 
 
 def _notes(options: SepLLMConfig, separators: Separators, plan: Plan) -> list[str]:
     """What is worth a warning about the separators, one sentence each without its full stop."""
     notes = []
-    missing = missing_texts(options, separators)
-    # The paper's nine suit every language a little: one that is no token is no reason to worry,
-    # and is named in the line that start-up logs anyway.
-    missing.pop("default", None)
-    if missing:
-        notes.append(_missing_sentence(missing))
+    missing = missing_sentence(options, separators)
+    if missing is not None:
+        notes.append(missing)
     if plan.most_kept and not plan.largest_share and plan.source.startswith("sample"):
         notes.append(
             "no sample text has any of the separators, so memory is planned as if nothing were "
             "kept: set planned_kept_share or planning_text"
         )
     return notes
-
-
-def _missing_sentence(missing: dict[str, list[str]]) -> str:
-    """That texts are no tokens, named by their list, and what to do."""
-    parts = []
-    for name, texts in missing.items():
-        shown = " ".join(map(repr, texts))
-        if name:
-            total = len(SEPARATOR_LISTS[name])
-            parts.append(f"{len(texts)} of {total} texts of {name!r} ({shown})")
-        else:
-            parts.append(shown)
-            for text in texts:
-                near = difflib.get_close_matches(text.strip().lower(), SEPARATOR_LISTS, n=1)
-                if near:
-                    parts[-1] += f" (did you mean the list {near[0]!r}?)"
-    several = len(missing) > 1 or any(len(texts) > 1 for texts in missing.values())
-    return (
-        f"{', '.join(parts)} {'are no single tokens' if several else 'is no single token'} in this "
-        "tokenizer, so nothing is kept for them: leave them out, or set separator_token_ids"
-    )
 
 
 def announce(vllm_config: VllmConfig, separators: Separators) -> None:
@@ -155,7 +129,7 @@ def announce(vllm_config: VllmConfig, separators: Separators) -> None:
         len(separators.token_ids),
         _shown(separators),
         100 * plan.share,
-        plan.source,
+        plan.source if plan.margin == 1 else f"{plan.source}; planned_kept_share sets it",
         f" and at most {bound} separators" if bound is not None else "",
         vllm_config.cache_config.block_size,
         found,

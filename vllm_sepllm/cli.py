@@ -70,6 +70,7 @@ def inspect(
     ] = None,
 ) -> None:
     """Show which tokens of a text the last one attends to, and the pages they take."""
+    options: dict[str, Any] = {}
     try:
         options = parse_options(option or [])
         if text is None:  # the sample is shorter than the usual window
@@ -88,7 +89,7 @@ def inspect(
             shown = inspection.ends(SHOWN if limit is None else limit)
             _write(html, html_page(model, inspection, shown), text)
     except (InputError, ConfigError) as error:
-        raise _exit(str(error), 2) from None
+        raise _exit(f"{error}{_shell_hint(options)}", 2) from None
     if limit is None and not (sys.stdout and sys.stdout.isatty()):  # None where it is closed
         limit = SHOWN
     extra = [] if html is None else [visible_text(f"wrote {html}")]
@@ -158,6 +159,13 @@ def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
 def _check_least(name: str, value: int, least: int, remedy: str) -> None:
     if value < least:
         raise InputError(f"{name} {value}: must be at least {least}; {remedy}")
+
+
+def _shell_hint(options: dict[str, Any]) -> str:
+    """What to do where a shell took the quotation marks out of a list."""
+    if any(isinstance(value, str) and value.startswith("[") for value in options.values()):
+        return "; in a shell put the whole option into single quotes"
+    return ""
 
 
 def _limit(limit: int | None, full: bool) -> int | None:

@@ -133,7 +133,10 @@ def _missing(inspection: Inspection) -> list[str]:
 def _remedy(inspection: Inspection) -> str:
     better = inspection.better
     if better is None:
-        return "no list of separators suits this text; set separators to texts it has"
+        return (
+            "no list of separators helps, as the text has no such marks or the tokenizer no tokens "
+            "for them; -o policy=fixed_interval -o interval=8 keeps one token of every 8"
+        )
     drop = "" if inspection.config.separator_token_ids is None else "drop separator_token_ids, and "
     names = json.dumps(better.separators, ensure_ascii=False)
     match = "" if better.match == "exact" else f" -o separator_match={better.match}"

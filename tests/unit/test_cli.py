@@ -265,6 +265,7 @@ def test_html_holds_the_text_the_classes_and_nothing_from_outside(invoke, tokeni
         (["=3"], ["'=3'", "KEY=VALUE"]),
         (["window_size=3", "window_size=4"], ["'window_size'", "twice"]),
         (['separators=[".",'], ["separators=", "list"]),
+        (["separators=[default,cjk]"], ["separators=", "list", "single quotes"]),
         (['separators=["¶¶"]'], ["no separator found", "¶¶"]),
         (["separator_token_ids=[4096]"], ["4096", "vocabulary size 4096"]),
         (["policy=greedy"], ["policy='greedy'", "'sepllm'", "'streaming'"]),

@@ -123,11 +123,12 @@ def doctor(
     table = Table("what", "found", "", header_style="bold")
     for what, found, good in diagnosis.rows:
         mark = Text("ok", style="green") if good else Text("no", style="bold red")
-        table.add_row(Text(what), Text(found), mark)
+        table.add_row(Text(what), Text(visible_text(found)), mark)
     with _output() as console:
         console.print(table)
         for problem in diagnosis.problems:
-            console.print(Text.assemble(("problem: ", "bold red"), problem), soft_wrap=True)
+            line = Text.assemble(("problem: ", "bold red"), visible_text(problem))
+            console.print(line, soft_wrap=True)
         if not diagnosis.problems:
             console.print("nothing found that would keep SepLLM from being served", style="green")
     if diagnosis.problems:

@@ -398,6 +398,14 @@ def test_doctor_lists_problems(diagnose):
     assert "nothing found" not in result.output
 
 
+def test_doctor_draws_control_characters(diagnose):
+    diagnose(rows=[("model", "a\x1b[31mb", False)], problems=["c\x1b]0;d\x07"])
+    result = CliRunner().invoke(cli.app, ["doctor"])
+    assert "a␛[31mb" in result.output
+    assert "problem: c␛]0;d␇\n" in result.output
+    assert "\x1b" not in result.output
+
+
 @pytest.mark.parametrize(
     ("error", "part"),
     [

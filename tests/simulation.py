@@ -269,7 +269,8 @@ class Simulation:
             **common,
             window_size=self.policy.window_size,
             num_sink_tokens=self.policy.num_sink_tokens,
-            expected_kept_share=settings.expected_kept_share(config),
+            expected_kept_share=settings.plan(config).share,
+            planning_margin=settings.plan(config).margin,
             max_separator_tokens=self.policy.max_separator_tokens,
         )
         layers = range(num_layers)

@@ -5,30 +5,25 @@ torch, transformers and vLLM are imported where they are needed, so that ``--hel
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
 from vllm_sepllm.config import ConfigError, SepLLMConfig
-from vllm_sepllm.inspection import (
-    LEGEND,
-    Inspection,
-    TokenClass,
-    inspect_text,
-    summary_rows,
-    visible_text,
-)
+from vllm_sepllm.inspection import inspect_text, visible_text
 from vllm_sepllm.inspection_html import html_page
-from vllm_sepllm.policy import SepLLMPolicy
-from vllm_sepllm.separators import resolve_separators
+from vllm_sepllm.inspection_terminal import print_inspection
 
 SAMPLE = (
     "Call me Ishmael. Some years ago, never mind how long precisely, having little or no money "
@@ -37,12 +32,8 @@ SAMPLE = (
     "and regulating the circulation.\n"
 )
 SAMPLE_WINDOW = 16
-STYLES = {
-    TokenClass.SINK: "black on #8cc2f2",
-    TokenClass.SEPARATOR: "black on #ffb547",
-    TokenClass.WINDOW: "black on #9adbb5",
-    TokenClass.DROPPED: "dim",
-}
+MAX_TEXT = 2**23  # bytes; more takes minutes and gigabytes to cut into tokens
+SHOWN = 2000  # tokens, on a page and in a pipe
 
 app = typer.Typer(
     help="Tools around SepLLM attention for vLLM.", no_args_is_help=True, add_completion=False
@@ -68,41 +59,42 @@ def inspect(
     html: Annotated[Path | None, typer.Option(help="Write a page to this file.")] = None,
     block_size: Annotated[int, typer.Option(help="Tokens per page of the KV cache.")] = 32,
     option: Options = None,
-    limit: Annotated[int, typer.Option(help="Tokens shown, from both ends; 0 is all.")] = 2000,
+    full: Annotated[bool, typer.Option("--full", help="Show all tokens; in a pager.")] = False,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens shown, from both ends; 0 is --full. By default what fits into a "
+            f"terminal, and {SHOWN} on a page or in a pipe.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Show which tokens of a text the last one attends to, and the pages they take."""
+    options: dict[str, Any] = {}
     try:
         options = parse_options(option or [])
         if text is None:  # the sample is shorter than the usual window
             options.setdefault("window_size", SAMPLE_WINDOW)
         config = SepLLMConfig.from_dict(options)
-        _check_inspectable(config)
         _check_least("--block-size", block_size, 1, "32 is a common page size")
-        _check_least("--limit", limit, 0, "0 shows all tokens")
+        limit = _limit(limit, full)
         source = _read_text(text)
         tokenizer = _load_tokenizer(model)
-        policy = _policy(config, tokenizer)
         try:
-            inspection = inspect_text(tokenizer, policy, source, block_size, limit)
+            with _status("cutting the text into tokens"):
+                inspection = inspect_text(tokenizer, config, source, block_size)
         except ValueError as error:
             raise InputError(str(error)) from error
-        about = (
-            f"{config.num_sink_tokens} sinks, window of {config.window_size}, "
-            f"{int(policy.is_separator.sum())} separators in the vocabulary"
-        )
         if html is not None:
-            _write(html, html_page(f"SepLLM on {model}", about, inspection))
+            shown = inspection.ends(SHOWN if limit is None else limit)
+            _write(html, html_page(model, inspection, shown), text)
     except (InputError, ConfigError) as error:
-        raise _exit(str(error), 2) from None
-    _print_inspection(about, inspection)
-    num_tokens = inspection.summary.num_tokens
-    if num_tokens <= config.window_size:
-        typer.echo(
-            f"\nwindow_size={config.window_size} covers all {num_tokens} tokens, so nothing is "
-            f"dropped: try a longer text or -o window_size={max(1, num_tokens // 4)}"
-        )
-    if html is not None:
-        typer.echo(f"\nwrote {html}")
+        raise _exit(f"{error}{_shell_hint(options)}", 2) from None
+    if limit is None and not (sys.stdout and sys.stdout.isatty()):  # None where it is closed
+        limit = SHOWN
+    extra = [] if html is None else [visible_text(f"wrote {html}")]
+    with _output() as console:
+        print_inspection(console, inspection, limit, extra)
 
 
 @app.command()
@@ -131,14 +123,16 @@ def doctor(
     table = Table("what", "found", "", header_style="bold")
     for what, found, good in diagnosis.rows:
         mark = Text("ok", style="green") if good else Text("no", style="bold red")
-        table.add_row(Text(what), Text(found), mark)
-    console = Console()
-    console.print(table)
-    for problem in diagnosis.problems:
-        console.print(Text.assemble(("problem: ", "bold red"), problem), soft_wrap=True)
+        table.add_row(Text(what), Text(visible_text(found)), mark)
+    with _output() as console:
+        console.print(table)
+        for problem in diagnosis.problems:
+            line = Text.assemble(("problem: ", "bold red"), visible_text(problem))
+            console.print(line, soft_wrap=True)
+        if not diagnosis.problems:
+            console.print("nothing found that would keep SepLLM from being served", style="green")
     if diagnosis.problems:
         raise typer.Exit(1)
-    console.print("nothing found that would keep SepLLM from being served", style="green")
 
 
 def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
@@ -163,14 +157,25 @@ def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
     return options
 
 
-def _check_inspectable(config: SepLLMConfig) -> None:
-    if config.policy != "sepllm":
-        raise InputError(f"policy={config.policy!r}: inspect knows only 'sepllm'; drop the option")
-
-
 def _check_least(name: str, value: int, least: int, remedy: str) -> None:
     if value < least:
         raise InputError(f"{name} {value}: must be at least {least}; {remedy}")
+
+
+def _shell_hint(options: dict[str, Any]) -> str:
+    """What to do where a shell took the quotation marks out of a list."""
+    if any(isinstance(value, str) and value.startswith("[") for value in options.values()):
+        return "; in a shell put the whole option into single quotes"
+    return ""
+
+
+def _limit(limit: int | None, full: bool) -> int | None:
+    """``--limit`` and ``--full`` as one number: 0 is all, ``None`` what fits."""
+    if limit is not None:
+        _check_least("--limit", limit, 0, "0 shows all tokens")
+    if full and limit:
+        raise InputError(f"--limit {limit} with --full, which shows all tokens: drop one of them")
+    return 0 if full else limit
 
 
 def _read_text(name: str | None) -> str:
@@ -178,13 +183,17 @@ def _read_text(name: str | None) -> str:
         return SAMPLE
     where = "standard input" if name == "-" else f"text file {name!r}"
     try:
-        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        data = _read_bytes(name)
+        if len(data) > MAX_TEXT:
+            raise InputError(f"{where} has more than {MAX_TEXT:,} bytes: give a part of it")
         text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{where} is not UTF-8 at byte {error.start}: convert it, e.g. with iconv"
+        ) from error
+    except InputError:
+        raise
     except (OSError, ValueError) as error:
-        if isinstance(error, UnicodeDecodeError):
-            raise InputError(
-                f"{where} is not UTF-8 at byte {error.start}: convert it, e.g. with iconv"
-            ) from error
         reason = getattr(error, "strerror", None) or _first_line(error)
         raise InputError(f"{where} cannot be read ({reason}): give a readable file") from error
     if not text:
@@ -192,8 +201,23 @@ def _read_text(name: str | None) -> str:
     return text
 
 
+def _read_bytes(name: str) -> bytes:
+    """At most one byte too many; some files have no end."""
+    if name == "-":
+        return sys.stdin.buffer.read(MAX_TEXT + 1)
+    with Path(name).open("rb") as file:
+        return file.read(MAX_TEXT + 1)
+
+
+def _status(what: str) -> Status:
+    """Shown while something takes long; silent without a terminal."""
+    return Console(stderr=True).status(what)
+
+
 def _load_tokenizer(model: str) -> Any:
     remedy = "give a folder that holds tokenizer.json, or a name on the Hugging Face Hub"
+    if Path(model).is_file():
+        raise InputError(f"model {model!r} is a file: give the folder that holds it")
     is_path = model.startswith((".", "/", "~")) or model.count("/") > 1
     if not model or (is_path and not Path(model).is_dir()):
         raise InputError(f"model {model!r} is no folder: {remedy}")
@@ -202,7 +226,7 @@ def _load_tokenizer(model: str) -> Any:
     transformers.logging.set_verbosity_error()
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # it reports every retry
     try:
-        with Console(stderr=True).status("loading the tokenizer"):  # silent without a terminal
+        with _status("loading the tokenizer"):
             return transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except Exception as error:  # what transformers raises differs by version and by file
         reason = _first_line(error)
@@ -211,43 +235,34 @@ def _load_tokenizer(model: str) -> Any:
         ) from error
 
 
-def _policy(config: SepLLMConfig, tokenizer: Any) -> SepLLMPolicy:
-    found = resolve_separators(config, tokenizer)
+@contextmanager
+def _output() -> Iterator[Console]:
+    """Standard output; what its encoding lacks is replaced, and a write that fails is reported."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     try:
-        return SepLLMPolicy.build(config.with_separator_ids(found.token_ids), len(tokenizer))
-    except ValueError as error:
-        raise InputError(str(error)) from error
+        yield Console()
+        if sys.stdout:
+            sys.stdout.flush()
+    except BrokenPipeError:  # typer leaves quietly
+        raise
+    except OSError as error:
+        reason = error.strerror or _first_line(error)
+        raise _exit(
+            f"standard output cannot be written ({reason}): give it a place with room", 2
+        ) from None
 
 
-def _print_inspection(about: str, inspection: Inspection) -> None:
-    console = Console()
-    shown = Text()
-    for token in inspection.head:
-        shown.append(visible_text(token.text), STYLES[token.kind])
-    if inspection.num_hidden:
-        shown.append(f"\n… {inspection.num_hidden:,} tokens not shown …\n", "italic")
-    for token in inspection.tail:
-        shown.append(visible_text(token.text), STYLES[token.kind])
-    console.print(shown, soft_wrap=True)
-    console.print()
-    for kind, words in LEGEND.items():
-        console.print(Text.assemble((f" {kind} ", STYLES[kind]), " ", words), soft_wrap=True)
-    console.print(Text(f"\n{about}"), soft_wrap=True)
-    table = Table(show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
-    for what, value in summary_rows(inspection.summary):
-        table.add_row(Text(what), Text(value))
-    console.print(table)
-
-
-def _write(path: Path, page: str) -> None:
+def _write(path: Path, page: str, text: str | None) -> None:
+    if text not in (None, "-") and path.exists() and path.samefile(text):
+        raise InputError(f"--html {str(path)!r} is the text itself: give another file")
     try:
         path.write_text(page, encoding="utf-8")
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or _first_line(error)
         raise InputError(
-            f"--html {str(path)!r} cannot be written ({error.strerror}): give a file in a "
-            "folder that exists"
+            f"--html {str(path)!r} cannot be written ({reason}): give a file in a folder that "
+            "exists"
         ) from error
 
 
@@ -257,5 +272,9 @@ def _first_line(error: BaseException) -> str:
 
 def _exit(message: str, code: int) -> typer.Exit:
     """Say ``message`` on standard error; the caller raises what it gets."""
-    typer.echo(f"vllm-sepllm: {message}", err=True)
+    if isinstance(sys.stderr, io.TextIOWrapper):
+        sys.stderr.reconfigure(errors="backslashreplace")
+    line = visible_text(" ".join(message.splitlines()))
+    with suppress(OSError):  # the status still says it
+        typer.echo(f"vllm-sepllm: {line}", err=True)
     return typer.Exit(code)

@@ -2,30 +2,37 @@
 
 Names used elsewhere and in papers:
 
-====================== ==========================================================
-here                   elsewhere
-====================== ==========================================================
-``num_sink_tokens``    SepLLM "initial tokens" (a), StreamingLLM "start_size"
-``window_size``        SepLLM "neighboring tokens" (n), own token included
-``max_separator_tokens`` SepLLM streaming "separator cache" size (s)
-``interval``           FixLLM's distance between kept tokens
-====================== ==========================================================
+======================== ========================================================
+here                     elsewhere
+======================== ========================================================
+``num_sink_tokens``      SepLLM "initial tokens" (a), SepCache ``init_cache_size``,
+                         StreamingLLM ``start_size``, kvpress ``n_sink``
+``window_size``          SepLLM "neighboring tokens" (n), own token included; SepCache
+                         ``local_size``, StreamingLLM ``recent_size``; SinkCache
+                         ``window_length`` counts the sinks too
+``max_separator_tokens`` SepLLM streaming "separator cache" (s), ``sep_cache_size``
+``separator_token_ids``  SepCache ``separator_token_ids``
+``interval``             FixLLM's distance between kept tokens
+none                     SepCache ``cache_size``, kvpress ``compression_ratio``, H2O
+                         ``heavy_ratio``: see :mod:`vllm_sepllm.option_names`
+======================== ========================================================
 
 SepLLM: arXiv 2412.12094. StreamingLLM: arXiv 2309.17453.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
+
+from vllm_sepllm.option_names import hint
+from vllm_sepllm.separator_lists import DEFAULT_SEPARATORS
 
 POLICIES = ("sepllm", "streaming", "fixed_interval")
 SEPARATOR_MATCHES = ("exact", "composed")
 POSITION_MODES = ("original", "cache")
 PREFILL_KERNELS = ("triton", "xformers")
-DEFAULT_SEPARATORS = (".", ",", "?", "!", ";", ":", " ", "\t", "\n")
 MAX_TOKENS = 2**31 - 1  # positions are int32 in vLLM's block tables and in ours
 
 
@@ -42,9 +49,11 @@ class SepLLMConfig:
         num_sink_tokens: first tokens of a request, always kept.
         window_size: most recent tokens attended densely, the query's own included.
         max_separator_tokens: newest separators kept per request; ``None`` keeps all.
-        separators: texts that make a token a separator.
+        separators: texts that make a token a separator, and names of lists of them; see
+            ``SEPARATOR_LISTS``. A name means the list, never the text of that word.
         separator_match: ``"exact"``: the token is one of ``separators``;
-            ``"composed"``: the token consists of nothing but characters of ``separators``.
+            ``"composed"``: the token consists of nothing but characters of ``separators``,
+            those of texts with letters or digits left out.
         separator_token_ids: ids that override the two fields above; none of them leaves sinks
             and window.
         interval: distance between kept tokens of ``policy="fixed_interval"``.
@@ -52,6 +61,9 @@ class SepLLMConfig:
             ``"cache"`` the places of what a query sees, numbered from 0.
         dense_layers: layers with full attention, by index; negative ones count from the last.
         prefill_kernel: what computes prompts on a GPU.
+        planned_kept_share: share of a text's tokens that memory is planned for; ``None``
+            estimates it.
+        planning_text: file of UTF-8 text to estimate it from.
 
     Raises:
         ConfigError: a value is out of range or contradicts another.
@@ -68,6 +80,8 @@ class SepLLMConfig:
     position_mode: str = "original"
     dense_layers: tuple[int, ...] = ()
     prefill_kernel: str = "triton"
+    planned_kept_share: float | None = None
+    planning_text: str | None = None
 
     def __post_init__(self) -> None:
         _check_choice("policy", self.policy, POLICIES)
@@ -85,7 +99,26 @@ class SepLLMConfig:
             ids = _token_ids("separator_token_ids", self.separator_token_ids)
             object.__setattr__(self, "separator_token_ids", ids)
         object.__setattr__(self, "dense_layers", _layers("dense_layers", self.dense_layers))
+        self._check_planning()
         self._check_combinations()
+
+    def _check_planning(self) -> None:
+        share, text = self.planned_kept_share, self.planning_text
+        if share is not None:
+            is_number = isinstance(share, (int, float)) and not isinstance(share, bool)
+            if not is_number or not 0 < share <= 1:
+                raise ConfigError(
+                    f"planned_kept_share={share!r}: must be a number above 0 and at most 1, e.g. "
+                    "0.2; leave it out for an estimate"
+                )
+            object.__setattr__(self, "planned_kept_share", float(share))
+        if text is not None and not (isinstance(text, str) and text.strip()):
+            raise ConfigError(f"planning_text={text!r}: must be the path of a UTF-8 text file")
+        if share is not None and text is not None:
+            raise ConfigError(
+                f"planned_kept_share={share} with planning_text={text!r}: both say what memory is "
+                "planned for; drop one of the two"
+            )
 
     def _check_combinations(self) -> None:
         if self.interval is not None and self.policy != "fixed_interval":
@@ -103,6 +136,8 @@ class SepLLMConfig:
             "max_separator_tokens": self.max_separator_tokens,
             "separator_token_ids": list(self.separator_token_ids or ()),
             "separators": self.separators if self.separators != DEFAULT_SEPARATORS else None,
+            "planned_kept_share": self.planned_kept_share,
+            "planning_text": self.planning_text,
         }
         for name, value in given.items():
             if value:
@@ -131,9 +166,7 @@ class SepLLMConfig:
         known = [field.name for field in fields(cls)]
         for key in options:
             if key not in known:
-                near = difflib.get_close_matches(str(key), known, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-                raise ConfigError(f"unknown SepLLM option {key!r}: {hint}")
+                raise ConfigError(f"unknown SepLLM option {key!r}: {hint(key, known)}")
         return cls(**options)
 
     def to_dict(self) -> dict[str, Any]:
@@ -186,7 +219,8 @@ def _texts(name: str, value: object) -> tuple[str, ...]:
     good = isinstance(value, (list, tuple)) and all(isinstance(v, str) and v for v in value)
     if not good or not value:
         raise ConfigError(
-            f'{name}={value!r}: must be a non-empty list of non-empty texts, e.g. [".", ","]'
+            f"{name}={value!r}: must be a non-empty list of non-empty texts and names of lists, "
+            'e.g. [".", ","] or ["default", "cjk"]'
         )
     return tuple(value)  # type: ignore[arg-type]
 

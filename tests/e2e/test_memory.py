@@ -166,14 +166,16 @@ def test_a_pool_too_small_for_ordinary_text_is_warned_of(engines, book, monkeypa
 
 
 def test_capacity_logged_at_start_up_counts_sepllm_pages(engines):
-    dense = engines(sepllm=None, num_gpu_blocks_override=600, max_num_batched_tokens=64)
-    plain = dense.llm.llm_engine.vllm_config.cache_config.kv_cache_max_concurrency
-    ours = engines(
-        sepllm={"window_size": 64}, num_gpu_blocks_override=600, max_num_batched_tokens=64
-    )
-    sparse = ours.llm.llm_engine.vllm_config.cache_config.kv_cache_max_concurrency
+    def capacity(sepllm):
+        engine = engines(sepllm=sepllm, num_gpu_blocks_override=600, max_num_batched_tokens=64)
+        return engine.llm.llm_engine.vllm_config.cache_config.kv_cache_max_concurrency
+
+    plain = capacity(None)
     assert plain == pytest.approx(600 / 64)
-    assert sparse > 3 * plain
+    # A text of 2,048 tokens: 11 pages of its stream, of 342 tokens, and 5 of window and chunk.
+    assert capacity({"window_size": 64, "planned_kept_share": 0.165}) == pytest.approx(600 / 16)
+    # Planned for JSON, of which more is kept than of English.
+    assert 2 * plain < capacity({"window_size": 64}) < 3 * plain
 
 
 def test_a_request_that_can_never_fit_ends_with_an_error(

@@ -115,7 +115,9 @@ def test_texts_beyond_the_trained_length(monkeypatch, options, cache):
         assert f"in {cache} of the model's 2048 positions" in line
     else:
         assert level == "warning_once"
-        assert line.endswith("tokens: set max_separator_tokens.")
+        assert "2048 positions hold what is kept of about" in line
+        only = "max_separator_tokens" if "policy" not in options else "interval"  # it has no bound
+        assert f"tokens: {'set' if 'policy' not in options else 'raise'} {only}" in line
 
 
 def test_lengths_that_are_as_ever():

@@ -60,7 +60,7 @@ def table_row(output: str, what: str) -> str:
     return value
 
 
-S, P, W, D = TokenClass.SINK, TokenClass.SEPARATOR, TokenClass.WINDOW, TokenClass.DROPPED
+S, P, W, D = TokenClass.SINK, TokenClass.CHOSEN, TokenClass.WINDOW, TokenClass.DROPPED
 
 
 @pytest.mark.parametrize(
@@ -208,8 +208,8 @@ def test_sample_text_under_a_window_that_covers_it(invoke):
     assert "Call me Ishmael." in result.output
     assert table_row(result.output, "dropped") == "0"
     assert "nothing is dropped" in result.output
-    for kind in TokenClass:
-        assert f" {kind} " in result.output
+    for name in ("sink", "separator", "window", "dropped"):
+        assert f" {name} " in result.output
     assert "nothing is dropped" not in invoke().output  # the sample has a window of its own
 
 
@@ -246,11 +246,12 @@ def test_html_holds_the_text_the_classes_and_nothing_from_outside(invoke, tokeni
     assert "".join(texts) == "<s>" + AWKWARD.replace("\x1b", "␛").replace("\r", "␍")
     assert not any("<" in text.replace("↵<br>", "") for _, _, text in spans)
     for position, (kind, title, _) in enumerate(spans):
-        assert title == f"position {position}, token id {ids[position]}, {kind}"
+        name = "separator" if kind == "chosen" else kind
+        assert title == f"position {position}, token id {ids[position]}, {name}"
     assert [kind for kind, _, _ in spans[-5:]] == ["window"] * 5
     assert [kind for kind, _, _ in spans[:4]] == ["sink"] * 4
     middle = dict(zip(texts[4:-5], [kind for kind, _, _ in spans[4:-5]], strict=True))
-    assert middle["."] == middle[" "] == middle["\t"] == "separator"
+    assert middle["."] == middle[" "] == middle["\t"] == "chosen"
     assert "dropped" in middle.values()
 
 
@@ -264,9 +265,12 @@ def test_html_holds_the_text_the_classes_and_nothing_from_outside(invoke, tokeni
         (["=3"], ["'=3'", "KEY=VALUE"]),
         (["window_size=3", "window_size=4"], ["'window_size'", "twice"]),
         (['separators=[".",'], ["separators=", "list"]),
+        (["separators=[default,cjk]"], ["separators=", "list", "single quotes"]),
         (['separators=["¶¶"]'], ["no separator found", "¶¶"]),
         (["separator_token_ids=[4096]"], ["4096", "vocabulary size 4096"]),
-        (["policy=streaming"], ["policy='streaming'", "'sepllm'"]),
+        (["policy=greedy"], ["policy='greedy'", "'sepllm'", "'streaming'"]),
+        (["policy=fixed_interval"], ["without interval"]),
+        (["interval=5"], ["interval=5", "policy='sepllm'"]),
         (["max_separator_tokens=0"], ["max_separator_tokens=0", "at least 1"]),
     ],
 )
@@ -279,6 +283,7 @@ def test_bad_options(invoke, options, parts):
     [
         (["--block-size", 0], ["--block-size 0", "at least 1"]),
         (["--limit", -1], ["--limit -1", "at least 0"]),
+        (["--limit", 7, "--full"], ["--limit 7", "--full", "drop one"]),
     ],
 )
 def test_bad_numbers(invoke, flags, parts):
@@ -391,6 +396,14 @@ def test_doctor_lists_problems(diagnose):
     assert calls == [(None, {}, "auto")]
     assert "problem: block_size=[7]: no\nproblem: other\n" in result.output
     assert "nothing found" not in result.output
+
+
+def test_doctor_draws_control_characters(diagnose):
+    diagnose(rows=[("model", "a\x1b[31mb", False)], problems=["c\x1b]0;d\x07"])
+    result = CliRunner().invoke(cli.app, ["doctor"])
+    assert "a␛[31mb" in result.output
+    assert "problem: c␛]0;d␇\n" in result.output
+    assert "\x1b" not in result.output
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
 import json
+from dataclasses import fields
 
 import pytest
 
 from vllm_sepllm.config import DEFAULT_SEPARATORS, MAX_TOKENS, ConfigError, SepLLMConfig
+from vllm_sepllm.option_names import OTHER_NAMES
 
 pytestmark = pytest.mark.unit
 
@@ -34,6 +36,10 @@ def test_from_dict_of_nothing_is_the_default(nothing):
         {"max_separator_tokens": 64, "position_mode": "cache"},
         {"dense_layers": [0, 1, -2, -1]},
         {"prefill_kernel": "xformers"},
+        {"separators": ["default", "cjk", "—"]},
+        {"planned_kept_share": 0.25},
+        {"planned_kept_share": 1},
+        {"planning_text": "texts/chat.txt"},
     ],
 )
 def test_round_trip_through_json(options):
@@ -93,6 +99,27 @@ def test_with_separator_ids_changes_nothing_else():
         ({"window_sise": 64}, ["'window_sise'", "did you mean 'window_size'"]),
         ({"budget": 64}, ["'budget'", "known:", "window_size"]),
         ({3: 64}, ["option 3", "known:"]),
+        ({"planned_kept_share": 0}, ["planned_kept_share=0", "above 0 and at most 1", "0.2"]),
+        ({"planned_kept_share": -0.1}, ["planned_kept_share=-0.1", "above 0"]),
+        ({"planned_kept_share": 1.5}, ["planned_kept_share=1.5", "at most 1"]),
+        ({"planned_kept_share": 10**400}, ["at most 1"]),
+        ({"planned_kept_share": float("nan")}, ["planned_kept_share=nan", "above 0"]),
+        ({"planned_kept_share": True}, ["planned_kept_share=True", "number"]),
+        ({"planned_kept_share": "20%"}, ["planned_kept_share='20%'", "number"]),
+        ({"planning_text": 5}, ["planning_text=5", "path of a UTF-8 text file"]),
+        ({"planning_text": " "}, ["planning_text=' '", "path"]),
+        (
+            {"planned_kept_share": 0.2, "planning_text": "a.txt"},
+            ["planned_kept_share=0.2", "planning_text='a.txt'", "drop one of the two"],
+        ),
+        (
+            {"policy": "streaming", "planned_kept_share": 0.2},
+            ["planned_kept_share=0.2", "policy='streaming'"],
+        ),
+        (
+            {"policy": "fixed_interval", "interval": 5, "planning_text": "a.txt"},
+            ["planning_text='a.txt'", "policy='fixed_interval'"],
+        ),
         ([("window_size", 64)], ["expected a mapping"]),
         ("window_size", ["'window_size'", "expected a mapping"]),
     ],
@@ -102,6 +129,51 @@ def test_errors_name_value_limit_and_remedy(options, parts):
         SepLLMConfig.from_dict(options)
     for part in parts:
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("start_size", ["num_sink_tokens"]),  # StreamingLLM
+        ("recent_size", ["window_size", "own token"]),
+        ("enable_pos_shift", ["position_mode='cache'"]),
+        ("init_cache_size", ["num_sink_tokens"]),  # SepLLM, SepCache
+        ("sep_cache_size", ["max_separator_tokens"]),
+        ("local_size", ["window_size"]),
+        ("cache_size", ["no size of the whole cache", "max_separator_tokens"]),
+        ("SEP_ACCUMULATION", ["max_separator_tokens"]),
+        ("USE_MAX_SEP_CACHE", ["max_separator_tokens"]),
+        ("PADDING_ID", ["leave it out"]),
+        ("Separator_Token_Ids", ["separator_token_ids"]),
+        ("separator-token-ids", ["separator_token_ids"]),
+        ("sep_token_ids", ["separator_token_ids"]),
+        ("window_length", ["window_size", "SinkCache"]),  # transformers
+        ("n_sink", ["num_sink_tokens"]),  # kvpress
+        ("compression_ratio", ["no budget ratio", "separators"]),
+        ("attention_sink_size", ["num_sink_tokens"]),  # attention_sinks
+        ("attention_sink_window_size", ["window_size"]),
+        ("heavy_hitter_size", ["not attention scores", "separators"]),  # H2O
+        ("heavy_ratio", ["not attention scores"]),
+        ("max_capacity_prompt", ["no size of the whole cache"]),  # SnapKV
+    ],
+)
+def test_options_of_other_projects_are_named(name, parts):
+    with pytest.raises(ConfigError) as caught:
+        SepLLMConfig.from_dict({name: 4})
+    message = str(caught.value)
+    assert message.startswith(f"unknown SepLLM option {name!r}: ")
+    assert "known:" not in message
+    for part in parts:
+        assert part in message
+
+
+def test_names_of_other_projects_are_not_our_own_and_point_to_our_own():
+    known = {field.name for field in fields(SepLLMConfig)}
+    assert not known & OTHER_NAMES.keys()
+    for name, sentence in OTHER_NAMES.items():
+        assert name == name.lower()
+        if sentence.startswith("use "):
+            assert sentence.split()[1].strip(",").split("=")[0] in known
 
 
 def test_default_separators_are_the_papers_nine():

@@ -1,10 +1,20 @@
+# ruff: noqa: RUF001
 import gzip
+import unicodedata
 from pathlib import Path
 
 import pytest
 
 from vllm_sepllm.config import DEFAULT_SEPARATORS, ConfigError, SepLLMConfig
-from vllm_sepllm.separators import match_separators, resolve_separators, token_texts
+from vllm_sepllm.samples import SAMPLES
+from vllm_sepllm.separator_lists import CJK, LIST_OF_SAMPLE, SEPARATOR_LISTS, separator_texts
+from vllm_sepllm.separators import (
+    match_separators,
+    missing_texts,
+    resolve_separators,
+    separator_characters,
+    token_texts,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -110,6 +120,10 @@ def test_llama3_composed_adds_the_streaming_list():
         ("composed", [".", "\n"], {".", "...", ".\n\n"}),
         ("composed", [".", '"'], {".", "...", '."'}),
         ("composed", [".\n\n"], {".", "...", ".\n\n"}),
+        ("composed", ["a."], {"a."}),
+        ("composed", ["a.", '"'], {"a."}),
+        ("composed", ["1."], set()),
+        ("composed", ["กำ.", "।"], set()),
     ],
 )
 def test_match_separators(match, separators, expected):
@@ -117,6 +131,70 @@ def test_match_separators(match, separators, expected):
     found = match_separators(texts, separators, match)
     assert {texts[i] for i in found} == expected
     assert list(found) == sorted(found)
+
+
+def test_a_composed_text_with_letters_gives_no_characters(pythia):
+    """Its letters, and its brackets, would make separators of hundreds of words and marks."""
+    end = "<|endoftext|>"
+    found = resolve_separators(SepLLMConfig(separators=(end,), separator_match="composed"), pythia)
+    assert found.texts == (end,)
+    both = SepLLMConfig(separators=(end, "."), separator_match="composed")
+    texts = resolve_separators(both, pythia).texts
+    assert {end, ".", "..."} <= set(texts)
+    assert all(text == end or set(text) == {"."} for text in texts)
+
+
+def test_names_stand_for_lists(pythia):
+    named = resolve_separators(SepLLMConfig(separators=("default", "cjk", "—")), pythia)
+    texts = (*DEFAULT_SEPARATORS, *CJK, "—")
+    assert named == resolve_separators(SepLLMConfig(separators=texts), pythia)
+    assert {"。", "，", "—", "."} <= set(named.texts)
+    assert separator_texts(("default",)) == DEFAULT_SEPARATORS
+    assert separator_texts((".", "thai", ".")) == (".", " ", "\n")
+
+
+def test_lists_of_separators():
+    parts = ("default", "cjk", "arabic", "devanagari", "thai")
+    everything = {text for name in parts for text in SEPARATOR_LISTS[name]}
+    assert set(SEPARATOR_LISTS["multilingual"]) == everything
+    assert {*parts, "multilingual", "code", "markdown"} == SEPARATOR_LISTS.keys()
+    scripts = {"cjk": "IDEOGRAPHIC FULLWIDTH", "arabic": "ARABIC", "devanagari": "DEVANAGARI"}
+    for name, texts in SEPARATOR_LISTS.items():
+        assert len(set(texts)) == len(texts), "a text is named twice"
+        assert separator_characters(texts) == set("".join(texts)), "a text has letters"
+        for text in texts if name in scripts else ():
+            assert unicodedata.name(text).split()[0] in scripts[name]
+    assert LIST_OF_SAMPLE.keys() == SAMPLES.keys()
+    assert set(LIST_OF_SAMPLE.values()) <= SEPARATOR_LISTS.keys()
+
+
+@pytest.mark.parametrize(
+    ("options", "missing"),
+    [
+        ({}, {"default": [" ", "\t", "\n", "?", "!", ";", ":"]}),
+        ({"separators": ["."]}, {}),
+        ({"separators": [".", "。", "<nope>"]}, {"": ["。", "<nope>"]}),
+        ({"separators": [".", "cjk"]}, {"cjk": list(CJK)}),
+        (
+            {"separators": ["default", "—"]},
+            {"default": [" ", "\t", "\n", "?", "!", ";", ":"], "": ["—"]},
+        ),
+        ({"separators": [".", "b."]}, {}),
+        ({"separators": [".", "\n", ".\n\n", "。"], "separator_match": "composed"}, {"": ["。"]}),
+        ({"separators": [".", "b.c"], "separator_match": "composed"}, {"": ["b.c"]}),
+        ({"separators": ["。"], "separator_token_ids": [3]}, {}),
+        ({"policy": "streaming"}, {}),
+    ],
+)
+def test_missing_texts(options, missing):
+    class Small(PieceTokenizer):
+        pieces = ("<s>", "▁a", "a", ".", "▁.", ",", "▁,", "▁▁", ".\n", "b.")
+
+    config = SepLLMConfig(**options)
+    given = missing_texts(config, resolve_separators(config, Small()))
+    assert {name: sorted(texts) for name, texts in given.items()} == {
+        name: sorted(texts) for name, texts in missing.items()
+    }
 
 
 @pytest.mark.parametrize("kind", [PieceTokenizer, BatchTokenizer])

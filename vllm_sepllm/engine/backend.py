@@ -80,7 +80,7 @@ class KeptLayer(torch.nn.Module, AttentionLayerBase):
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
         """The kept group's spec, with pages like the window group's."""
-        options = settings.options(vllm_config)
+        options, plan = settings.options(vllm_config), settings.plan(vllm_config)
         return replace_as(
             self._window_spec,
             KeptSpec,
@@ -88,7 +88,8 @@ class KeptLayer(torch.nn.Module, AttentionLayerBase):
             block_size=vllm_config.cache_config.block_size,
             window_size=options.window_size,
             num_sink_tokens=options.num_sink_tokens,
-            expected_kept_share=settings.expected_kept_share(vllm_config),
+            expected_kept_share=plan.share,
+            planning_margin=plan.margin,
             max_separator_tokens=options.max_separator_tokens,
         )
 

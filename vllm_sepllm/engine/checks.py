@@ -158,9 +158,13 @@ def _length_refusals(model_config: ModelConfig, options: SepLLMConfig) -> Iterat
     if length > MAX_STREAM_TOKENS:
         yield f"max_model_len={length}: must be at most {MAX_STREAM_TOKENS}; cut the text in two"
     trained, cache = trained_length(model_config), largest_cache(options)
-    if length > trained and cache is not None and cache > trained:
+    summed = "num_sink_tokens + max_separator_tokens + window_size"
+    if cache is None:  # it grows, from these on
+        cache = options.num_sink_tokens + options.window_size
+        summed = "num_sink_tokens + window_size"
+    if length > trained and cache > trained:
         yield (
-            f"num_sink_tokens + max_separator_tokens + window_size is {cache}: the cache must fit "
+            f"{summed} is {cache}: the cache must fit "
             f"into the {trained} positions of {model_config.model}; lower one of them"
         )
 

@@ -18,6 +18,7 @@ from vllm_sepllm.engine.compat import (
     summary,
     vllm_version,
 )
+from vllm_sepllm.planning import Plan
 
 PLUGIN_GROUPS = ("vllm.general_plugins", "vllm.platform_plugins")
 
@@ -136,8 +137,19 @@ def _model(diagnosis: Diagnosis, model: str, options: dict[str, Any], dtype: str
     resolved = settings.options(config)
     diagnosis.note("model", f"{model}, {config.model_config.dtype}")
     diagnosis.note("separators", f"{len(resolved.separator_token_ids or ())} token ids")
-    share = settings.expected_kept_share(config)
-    diagnosis.note("expected kept share", f"{share:.0%} of English text")
+    # Neither keeps a model from being served, so they are no problems.
+    diagnosis.rows += [("separators", note, False) for note in settings.notes(config)]
+    diagnosis.rows.append(_planned(settings.plan(config)))
+
+
+def _planned(plan: Plan) -> tuple[str, str, bool]:
+    """What memory is planned for; not well if a sample text keeps more."""
+    found = f"{plan.share:.1%} ({plan.source})"
+    if not plan.covers_samples:
+        found += f", but {plan.largest_share:.1%} of the sample text {plan.most_kept}"
+    if plan.scarce:
+        found += f"; under 2% of {', '.join(plan.scarce)}"
+    return "planned kept share", found, plan.covers_samples
 
 
 def _sentence(error: Exception) -> str:

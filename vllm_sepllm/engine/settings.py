@@ -1,11 +1,13 @@
 """The options in a vLLM configuration, as resolved at start-up.
 
 The process that builds the configuration looks the separators up in the tokenizer and writes
-their ids back, as plain JSON: workers and the scheduler then need no tokenizer.
+their ids back, as plain JSON, with the share of a text that memory is planned for: workers and the
+scheduler then need neither a tokenizer nor a file.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm.config import VllmConfig
@@ -13,6 +15,7 @@ from vllm.logger import init_logger
 
 from vllm_sepllm.config import ConfigError, SepLLMConfig
 from vllm_sepllm.engine.registration import BACKEND_NAME
+from vllm_sepllm.planning import Plan
 from vllm_sepllm.policy import KeptPolicy
 
 if TYPE_CHECKING:
@@ -21,7 +24,8 @@ if TYPE_CHECKING:
 logger = init_logger(f"vllm.{__name__}")
 
 OPTIONS_KEY = "sepllm"
-SHARE_KEY = "sepllm_expected_kept_share"
+PLAN_KEY = "sepllm_plan"
+NOTES_KEY = "sepllm_notes"
 
 
 def is_selected(vllm_config: VllmConfig) -> bool:
@@ -68,27 +72,51 @@ def _parse(additional: Any) -> SepLLMConfig:
     return SepLLMConfig.from_dict(given)
 
 
-def store(vllm_config: VllmConfig, resolved: SepLLMConfig, expected_kept_share: float) -> None:
-    """Write resolved options back for the other processes."""
+def store(
+    vllm_config: VllmConfig, resolved: SepLLMConfig, plan: Plan, notes: Sequence[str]
+) -> None:
+    """Write resolved options back for the other processes.
+
+    Args:
+        vllm_config: changed.
+        resolved: options with separator ids.
+        plan: what memory is planned for.
+        notes: what start-up warns of, one sentence each without its full stop.
+    """
     given = vllm_config.additional_config
     vllm_config.additional_config = {
         **(given if isinstance(given, dict) else {}),
         OPTIONS_KEY: resolved.to_dict(),
-        SHARE_KEY: expected_kept_share,
+        PLAN_KEY: plan.to_dict(),
+        NOTES_KEY: list(notes),
     }
 
 
 def is_resolved(vllm_config: VllmConfig) -> bool:
     """Whether :func:`store` was called, here or in the process this configuration comes from."""
     additional = vllm_config.additional_config
-    return isinstance(additional, dict) and SHARE_KEY in additional
+    return isinstance(additional, dict) and PLAN_KEY in additional
+
+
+def plan(vllm_config: VllmConfig) -> Plan:
+    """What memory is planned for, as stored at start-up."""
+    return Plan.from_dict(_stored(vllm_config, PLAN_KEY))
+
+
+def notes(vllm_config: VllmConfig) -> list[str]:
+    """What start-up warned of, one sentence each."""
+    return list(_stored(vllm_config, NOTES_KEY))
 
 
 def expected_kept_share(vllm_config: VllmConfig) -> float:
-    """Kept tokens per token of ordinary text, as estimated at start-up."""
+    """Kept tokens per token behind the window that memory is planned for, before the margin."""
+    return plan(vllm_config).share
+
+
+def _stored(vllm_config: VllmConfig, key: str) -> Any:
     additional = vllm_config.additional_config
     assert isinstance(additional, dict), "options were not stored at start-up"
-    return float(additional[SHARE_KEY])
+    return additional[key]
 
 
 def kept_policy(vllm_config: VllmConfig) -> KeptPolicy:

@@ -25,10 +25,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cach
 
 from vllm_sepllm.engine.manager import KeptManager
 from vllm_sepllm.engine.window import WindowManager
-
-# Four PG19 books under two tokenizers keep 1.03 to 1.20 times the share of the sample text the
-# estimate is made from.
-PLANNING_MARGIN = 1.25
+from vllm_sepllm.planning import PLANNING_MARGIN
 
 # The registry only loads vLLM's own entries while it is empty.
 KVCacheSpecRegistry._ensure_registered()
@@ -62,13 +59,15 @@ class KeptSpec(AttentionSpec):
         window_size: ``n``, tokens.
         num_sink_tokens: ``a``, tokens.
         max_separator_tokens: ``s``, kept tokens seen before the window beside the sinks.
-        expected_kept_share: kept tokens per token of ordinary text, for planning only.
+        expected_kept_share: kept tokens per token of the text that memory is planned for.
+        planning_margin: memory planned is this times that share.
     """
 
     window_size: int
     num_sink_tokens: int
     expected_kept_share: float
     max_separator_tokens: int | None = None
+    planning_margin: float = PLANNING_MARGIN
 
     @property
     def uses_slot_mapping(self) -> bool:
@@ -87,13 +86,13 @@ class KeptSpec(AttentionSpec):
         return cdiv(self.num_sink_tokens, self.block_size)
 
     def expected_pages(self, num_tokens: int, num_in_flight: int) -> int:
-        """Pages planned for a request of ordinary text.
+        """Pages planned for a request of the text that memory is planned for.
 
         Args:
             num_tokens: of the request.
             num_in_flight: tokens of it that steps in flight compute at most.
         """
-        share = PLANNING_MARGIN * self.expected_kept_share
+        share = min(1.0, self.planning_margin * self.expected_kept_share)
         kept = math.ceil(min(num_tokens, self.num_sink_tokens + share * num_tokens))
         pages = cdiv(kept, self.block_size)
         if self.max_separator_tokens is None:

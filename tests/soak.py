@@ -67,6 +67,7 @@ class Soak:
             "scheduling_policy": rng.choice(["fcfs", "priority"]),
         }
         sepllm = {"window_size": self.window, "num_sink_tokens": SINKS}
+        sepllm["planned_kept_share"] = MOST_KEPT  # of a book; samples of other texts keep more
         sepllm |= {"max_separator_tokens": self.bound, "position_mode": position_mode}
         self.position_mode = position_mode
         print(f"window {self.window}, bound {self.bound}, {options}", flush=True)

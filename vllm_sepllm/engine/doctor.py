@@ -18,7 +18,7 @@ from vllm_sepllm.engine.compat import (
     summary,
     vllm_version,
 )
-from vllm_sepllm.planning import Plan
+from vllm_sepllm.planning import NEXT_TO_NOTHING, Plan
 
 PLUGIN_GROUPS = ("vllm.general_plugins", "vllm.platform_plugins")
 
@@ -148,7 +148,7 @@ def _planned(plan: Plan) -> tuple[str, str, bool]:
     if not plan.covers_samples:
         found += f", but {plan.largest_share:.1%} of the sample text {plan.most_kept}"
     if plan.scarce:
-        found += f"; under 2% of {', '.join(plan.scarce)}"
+        found += f"; under {NEXT_TO_NOTHING:.0%} of {', '.join(plan.scarce)}"
     return "planned kept share", found, plan.covers_samples
 
 

@@ -14,7 +14,7 @@ from vllm_sepllm.config import ConfigError, SepLLMConfig
 from vllm_sepllm.engine import settings
 from vllm_sepllm.engine.checks import Hardware, largest_cache, refusals, trained_length
 from vllm_sepllm.engine.compat import caution, vllm_version
-from vllm_sepllm.planning import Plan, make_plan
+from vllm_sepllm.planning import NEXT_TO_NOTHING, Plan, make_plan
 from vllm_sepllm.policy import KeptPolicy
 from vllm_sepllm.separator_lists import DEFAULT_SEPARATORS
 from vllm_sepllm.separators import Separators, missing_sentence, resolve_separators
@@ -160,7 +160,7 @@ def _scarce_clause(options: SepLLMConfig, plan: Plan) -> str:
     """Of which texts next to nothing is kept, and the separators that would keep more."""
     if not plan.scarce or not plan.largest_share:  # of which there is a warning
         return ""
-    clause = f"; under 2% is kept of the sample texts {', '.join(plan.scarce)}"
+    clause = f"; under {NEXT_TO_NOTHING:.0%} is kept of the sample texts {', '.join(plan.scarce)}"
     if not plan.helpful:
         return clause
     if options.separators == DEFAULT_SEPARATORS:

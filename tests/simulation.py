@@ -255,7 +255,9 @@ class Simulation:
         self.worker = Worker(self, next_token)
         self.answers: dict[str, list[int]] = {}
         self.finished: dict[str, str] = {}
+        self.reasons: dict[str, str] = {}
         self.cached: dict[str, int] = {}
+        self.created: dict[str, int] = {}
         self._in_flight: list[tuple[Any, ModelRunnerOutput]] = []
         self._idle_steps = self._fruitless_steps = self._num_aborted = 0
 
@@ -375,9 +377,12 @@ class Simulation:
                 if item.request_id in self.answers:
                     self.answers[item.request_id].extend(item.new_token_ids)
                     if item.prefill_stats is not None:
-                        self.cached[item.request_id] = item.prefill_stats.num_cached_tokens
+                        stats = item.prefill_stats
+                        self.cached[item.request_id] = stats.num_cached_tokens
+                        self.created[item.request_id] = stats.num_cache_creation_tokens
                     if item.finish_reason is not None:
                         self.finished[item.request_id] = str(item.finish_reason)
+                        self.reasons[item.request_id] = str(item.stop_reason)
 
     def settle(self) -> None:
         """Run until nothing is left to do."""

@@ -101,6 +101,21 @@ class KeptManager(SingleTypeKVCacheManager):
         """Pages that the first ``num_tokens`` tokens of a request take at most."""
         return cdiv(self.num_kept(request_id, num_tokens), self.block_size)
 
+    def counted(self, request_id: str) -> tuple[int, int]:
+        """Kept tokens, and tokens, of those that a request is known to have behind its sinks."""
+        counts = self._counts.get(request_id)
+        if counts is None or self._policy is None:
+            return 0, 0
+        num_sinks = min(self._policy.num_sink_tokens, counts.num_tokens)
+        return counts.kept(counts.num_tokens) - num_sinks, counts.num_tokens - num_sinks
+
+    def cache_size(self, request_id: str, num_tokens: int) -> int:
+        """Tokens that the last of the first ``num_tokens`` of a request sees, without a bound."""
+        assert self._policy is not None
+        self.num_kept(request_id, num_tokens)
+        first = int(self._policy.window_start(num_tokens - 1))
+        return self._counts[request_id].kept(first) + num_tokens - first
+
     def most_pages(self, request_id: str, num_tokens: int, num_in_flight: int) -> int:
         """Pages that a request holds at most at any time while its tokens are computed.
 

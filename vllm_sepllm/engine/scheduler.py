@@ -21,10 +21,12 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
+from vllm_sepllm.engine import settings
 from vllm_sepllm.engine.admission import Admission
+from vllm_sepllm.engine.checks import largest_cache, trained_length
 from vllm_sepllm.engine.manager import KeptManager
 from vllm_sepllm.engine.prefix_index import PrefixIndex
-from vllm_sepllm.engine.settings import kept_policy
+from vllm_sepllm.engine.traffic import TrafficShare
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -37,7 +39,7 @@ class SepLLMScheduler(Scheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        policy = kept_policy(self.vllm_config)
+        policy = settings.kept_policy(self.vllm_config)
         pool = self.kv_cache_manager.block_pool
         managers = self.kv_cache_manager.coordinator.single_type_managers
         self._kept_managers = [m for m in managers if isinstance(m, KeptManager)]
@@ -50,6 +52,15 @@ class SepLLMScheduler(Scheduler):
             self.scheduler_config.max_num_batched_tokens,
             self.vllm_config.max_concurrent_batches,
         )
+        options = settings.options(self.vllm_config)
+        # With a bound the share says little about memory.
+        self._traffic: TrafficShare | None = None
+        if options.max_separator_tokens is None:
+            self._traffic = TrafficShare(settings.plan(self.vllm_config))
+        self._num_positions: int | None = None  # of the model, where a text can run past them
+        if options.position_mode == "cache" and largest_cache(options) is None:
+            self._num_positions = trained_length(self.vllm_config.model_config)
+        self.kv_cache_manager.estimate_cached_tokens = self._num_cached_tokens
         self._refused: dict[str, str] = {}  # reasons, by request; they end with this step
         self._cold: set[str] = set()  # requests that start without a prefix from the cache
         self._chunks: dict[str, int] = {}  # tokens per step, of requests that fit in no larger ones
@@ -104,11 +115,21 @@ class SepLLMScheduler(Scheduler):
             self._take_smaller_chunks(request)
 
     def _check_fits(self, request: Request) -> None:
-        """Refuse a request that does not fit into an empty pool."""
+        """Refuse a request that does not fit into an empty pool, or the model's positions."""
         self._refused.pop(request.request_id, None)
         needed = self._admission.pages_needed(request.request_id, self._num_tokens(request))
         if needed > self._admission.num_pages:
             self._refuse(request, needed)
+        elif self._num_positions is not None and self._cache_size(request) > self._num_positions:
+            self._refused[request.request_id] = (
+                f"the {request.num_tokens} tokens of this request leave {self._cache_size(request)}"
+                f" in the cache, more than the {self._num_positions} positions of the model: "
+                "shorten it, or have the engine started with max_separator_tokens"
+            )
+
+    def _cache_size(self, request: Request) -> int:
+        """Places in cache positions that a text takes; all kept groups count alike."""
+        return self._kept_managers[0].cache_size(request.request_id, request.num_tokens)
 
     def _num_tokens(self, request: Request) -> int:
         return min(request.num_tokens, self.max_model_len)
@@ -217,6 +238,35 @@ class SepLLMScheduler(Scheduler):
         if request.request_id in self._cold:
             return self.kv_cache_manager.empty_kv_cache_blocks, 0, 0, False
         return super()._get_local_prefix_cache_hit(request)
+
+    def _update_request_with_output(
+        self, request: Request, new_token_ids: list[int], *args: Any, **kwargs: Any
+    ) -> tuple[list[int], bool]:
+        """vLLM's; a text that has filled the model's positions ends as at ``max_model_len``."""
+        tokens, stopped = super()._update_request_with_output(
+            request, new_token_ids, *args, **kwargs
+        )
+        if self._num_positions is not None and not stopped:
+            stopped = self._cache_size(request) >= self._num_positions
+            if stopped:
+                request.status = RequestStatus.FINISHED_LENGTH_CAPPED
+        return tokens, stopped
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        if self._traffic is not None and self._kept_managers:
+            warning = self._traffic.add(*self._kept_managers[0].counted(request.request_id))
+            if warning is not None:
+                logger.warning("%s.", warning)
+        return super()._free_request(request, *args, **kwargs)
+
+    def _num_cached_tokens(self, request: Request) -> int:
+        """Tokens of a request in the prefix cache, for the counts of what was added to it.
+
+        vLLM reads them off the pages. Those of the stream hold keys of many lengths, or there are
+        none of them. Every manager knows how many token blocks it has noted.
+        """
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        return min(m.num_cached_block.get(request.request_id, 0) * m.block_size for m in managers)
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput

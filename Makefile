@@ -2,7 +2,7 @@ PY := .venv/bin/python
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench stream gpu-bench gpu-tune soak clean
+.PHONY: help setup demo test lint bench stream gpu-bench gpu-tune soak fuzz clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## /make \1\t/p' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ gpu-bench:  ## kernels on a GPU, with the python that has torch and Triton for i
 
 soak: setup  ## random traffic over a tight pool, checked after every step (MINUTES=10)
 	@PYTHONPATH=tests $(PY) tests/soak.py --minutes $(or $(MINUTES),10)
+
+fuzz: setup  ## random engines under random traffic, answers against the mask (MINUTES=10)
+	@PYTHONPATH=tests $(PY) tests/fuzz.py --minutes $(or $(MINUTES),10)
 
 clean:  ## remove caches and build output (.venv stays)
 	rm -rf build dist *.egg-info scripts/vllm-name/build scripts/vllm-name/*.egg-info

@@ -22,6 +22,7 @@ from typing import Any
 
 import conftest  # sets the environment before vLLM is imported
 from helpers import CacheReference, Engine, book_tokens, find_separators, page_bound
+from traffic import Traffic
 
 from vllm_sepllm.reference import first_difference
 
@@ -36,7 +37,7 @@ MAX_TOKENS = [1, 5, 30, 200]
 MOST_KEPT = 0.18
 
 
-class Soak:
+class Soak(Traffic):
     """One engine under random traffic of requests of up to ``max_len`` tokens."""
 
     def __init__(
@@ -47,7 +48,7 @@ class Soak:
         max_len: int = SHORT,
         position_mode: str = "original",
     ) -> None:
-        self.rng, self.check_share, self.reference = rng, check_share, reference
+        self.check_share, self.reference = check_share, reference
         self.max_len, self.longest_compared = max_len, 0
         self.window = rng.choice([3, 16, 64, 100, 256])
         self.bound = rng.choice([None, None, 2, 40])
@@ -71,10 +72,7 @@ class Soak:
         sepllm |= {"max_separator_tokens": self.bound, "position_mode": position_mode}
         self.position_mode = position_mode
         print(f"window {self.window}, bound {self.bound}, {options}", flush=True)
-        self.engine = Engine(sepllm=sepllm, **options)
-        self.counts: Counter[str] = Counter()
-        self.prompts: dict[str, list[int]] = {}
-        self.preempted: dict[tuple[str, int], int] = {}  # length by request and how often
+        super().__init__(rng, Engine(sepllm=sepllm, **options))
         self.long_answers: dict[str, tuple[list[int], list[int]]] = {}
 
     def _room(self, chunk: int, block_size: int) -> int:
@@ -103,36 +101,7 @@ class Soak:
         stem, start = self.rng.choice(STEMS), self.rng.randrange(0, 9000)
         return (self.book[:stem] + self.book[start : start + length])[:length]
 
-    def arrive(self, prompt: list[int]) -> None:
-        from vllm import SamplingParams
-
-        name = f"r{self.counts['arrived']}"
-        self.counts["arrived"] += 1
-        self.prompts[name] = prompt
-        params = SamplingParams(
-            max_tokens=self.rng.choice(MAX_TOKENS), temperature=0, ignore_eos=True
-        )
-        engine = self.engine.llm.llm_engine
-        priority = self.rng.randint(0, 2)
-        engine.add_request(name, {"prompt_token_ids": prompt}, params, priority=priority)
-
-    def step(self) -> None:
-        for output in self.engine.step():
-            if output.finished:
-                prompt, answer = self.prompts.pop(output.request_id), output.outputs[0]
-                self.counts["tokens"] += len(prompt) + len(answer.token_ids)
-                self.counts["cached tokens"] += output.num_cached_tokens or 0
-                self.counts[answer.finish_reason] += 1
-                if answer.finish_reason == "length":
-                    self._take(output.request_id, prompt, list(answer.token_ids))
-        self.engine.check_integrity()
-        for request in self.engine.scheduler.requests.values():
-            name = request.request_id.rsplit("-", 1)[0]  # vLLM appends a random part
-            for times in range(request.num_preemptions):
-                self.preempted[name, times] = request.num_tokens
-        self.counts["steps"] += 1
-
-    def _take(self, name: str, prompt: list[int], answer: list[int]) -> None:
+    def take(self, name: str, prompt: list[int], answer: list[int]) -> None:
         if len(prompt) > SHORT:
             self.counts["large"] += 1
         if len(prompt) > CHECKED:
@@ -161,25 +130,17 @@ class Soak:
         """Traffic for as long as ``goes_on()`` is true, then until all requests have ended."""
         while goes_on():
             if len(self.prompts) < 40 and self.rng.random() < 0.3:
-                self.arrive(self.prompt(self.length()))
+                self.arrive(self.prompt(self.length()), self.rng.choice(MAX_TOKENS))
             if self.prompts and self.rng.random() < 0.02:
-                name = self.rng.choice(list(self.prompts))
-                self.engine.abort([name])
-                del self.prompts[name]
-                self.counts["aborted"] += 1
+                self.abort()
             self.step()
         lengths = [len(prompt) for prompt, _ in self.long_answers.values()]
         if self.max_len > VERY_LONG and max(lengths, default=0) <= VERY_LONG:
             # Nothing is aborted any more: there will be one to compare.
-            self.arrive(self.book[: self.rng.randint(VERY_LONG + 1, self._most())])
-        while self.engine.llm.llm_engine.has_unfinished_requests():
-            self.step()
-        pool = self.engine.pool
-        assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1, "pages were left behind"
-        assert not self.prompts, "requests were lost"
-        self.counts["preemptions"] = len(self.preempted)
+            prompt = self.book[: self.rng.randint(VERY_LONG + 1, self._most())]
+            self.arrive(prompt, self.rng.choice(MAX_TOKENS))
+        self.finish()
         self.counts["large preemptions"] = sum(n > SHORT for n in self.preempted.values())
-        self.engine.close()
         self._compare_long()
         print(f"{dict(self.counts)}, longest compared {self.longest_compared}", flush=True)
 

@@ -1,0 +1,16 @@
+"""A short run of the fuzz: a random engine under random traffic (``make fuzz``)."""
+
+import random
+
+import pytest
+from fuzz import Fuzz
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.mark.parametrize("seed", [103])
+def test_fuzz(reference_model, seed):
+    fuzz = Fuzz(random.Random(seed), reference_model)
+    fuzz.run(steps=60)
+    assert fuzz.counts["by the mask"] > 3
+    assert fuzz.counts["preemptions"] > 0

@@ -7,7 +7,7 @@ What is final when, in vLLM 0.32 and 0.33:
 - A resumed request's ``all_token_ids``, and those of a request that sat out a step: the scheduler's
   own. What is computed of a resumed request are pages of the prefix cache, whose ids are known; it
   resumes when no output from before its preemption is on its way.
-- The runner's ``token_ids_cpu`` and ``output_token_ids``: never, with asynchronous scheduling. A
+- The runner's ``token_ids_cpu`` and ``output_token_ids``: not with asynchronous scheduling. A
   generated token is -1 there. Nothing is read from them.
 - The model's input of a step on the device: for good once the runner has prepared its inputs, which
   is before builders run. Drafts among it may be rejected: the next step writes their counts again.
@@ -50,9 +50,10 @@ class RunnerSteps:
     def follow(self) -> None:
         """Be told of the runner's steps from now on.
 
-        ``execute_model`` of a worker would be vLLM's own seam, but one of its executors passes it
-        by: Ray's compiled graph (``VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0``) calls that of the runner.
-        Not needed once the V1 runner is gone: V2 has model states.
+        Its ``execute_model`` is replaced by one that delegates to it. That of a worker would be
+        vLLM's own seam, but an executor of 0.32 passes it by: Ray's compiled graph
+        (``VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0``) calls the runner's. Once 0.32 is not supported, a
+        worker's will do. Once the V1 runner is gone, neither is needed: V2 has model states.
         """
         execute_model = self._runner.execute_model
 

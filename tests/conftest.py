@@ -23,7 +23,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
     interpreter.mend()
 
-# See `e2e/test_v2_runner.py`.
+# See `e2e/test_v2_runner.py`, and `e2e/test_gpu_path.py`.
+if os.environ.get("SEPLLM_TEST_GPU_PATH") == "1":
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # with Triton, vLLM would choose V2
+    v2_runner.interpret_vllms_kernels()
 if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
     v2_runner.select_v2_runner()
 if os.environ.get("SEPLLM_TEST_ASYNC_SCHEDULING") == "1":

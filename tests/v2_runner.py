@@ -11,12 +11,21 @@ from types import SimpleNamespace
 from typing import Any
 
 
-def select_v2_runner() -> None:
-    """Have engines of this process use the V2 runner."""
-    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
+def interpret_vllms_kernels() -> None:
+    """Have vLLM find Triton, whose interpreter then runs its kernels.
+
+    What would be compiled runs as it is: there is no compiler behind it.
+    """
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
     from triton.backends import backends
 
     backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True), compiler=None)
+
+
+def select_v2_runner() -> None:
+    """Have engines of this process use the V2 runner."""
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
+    interpret_vllms_kernels()
 
 
 def schedule_asynchronously() -> None:

@@ -120,7 +120,7 @@ def test_the_usage_is_found(needs):
     assert needs["vllm.v1.attention.backends.cpu_attn:CPUAttentionBackend.supported_dtypes"]
     [call] = needs["vllm.v1.core.block_pool:BlockPool._insert_block_hash"].calls
     assert call == Call(2, ("num_tokens",))
-    assert needs["vllm.v1.worker.gpu_input_batch:InputBatch.token_ids_cpu"].is_used
+    assert needs["vllm.v1.worker.gpu_input_batch:InputBatch.req_ids"].is_used
 
 
 ENGINE_MODULE = """

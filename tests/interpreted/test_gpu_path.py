@@ -21,6 +21,7 @@ from vllm.forward_context import set_forward_context
 from vllm.platforms import current_platform
 from xformers_masks import attend_under_bias
 
+from vllm_sepllm.engine.device_rows import DeviceRows
 from vllm_sepllm.engine.gpu_backend import SepLLMGPUImpl
 
 pytestmark = pytest.mark.e2e
@@ -82,8 +83,8 @@ def engine(engines):
 def make_reference(reference_model, separator_ids):
     """A reference with other options than its window and sinks."""
 
-    def make(kind=Reference, *, separators=separator_ids, **options):
-        return kind(reference_model, separators, SINKS, WINDOW, **options)
+    def make(kind=Reference, *, separators=separator_ids, window=WINDOW, **options):
+        return kind(reference_model, separators, SINKS, window, **options)
 
     return make
 
@@ -418,12 +419,34 @@ def test_after_the_warm_up(engine, book, reference, monkeypatch):
         reference.check_output(output)
 
 
-@NEEDS_V2
-def test_dense_layers(engines, book, make_reference, monkeypatch):
-    """They run vLLM's Triton backend, which a CPU engine loads with the V2 runner."""
+def test_several_groups(engines, book, separator_ids, make_reference, monkeypatch):
+    """Two groups of kept tokens, one of each layer that is not dense; the dense one runs vLLM's
+    Triton backend. Answers outgrow the window, and memory: a request is preempted and resumes."""
     # Which vLLM asks for when it launches its kernel.
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda *_: (9, 0))
-    engine = engines(**{**options_with(dense_layers=[0, -1]), "block_size": 32})
-    reference = make_reference(dense_layers=[0, LAYERS - 1])
-    reference.check_output(run(engine, [book[:90]], max_tokens=8)[0])
+    window = 6
+    sizes = {"block_size": 32, "max_model_len": 64, "num_gpu_blocks_override": 12}
+    engine = engines(**{**options_with(dense_layers=[-2], window_size=window), **sizes})
+    assert [type(manager).__name__ for manager in engine.managers].count("KeptManager") == 2
+    reference = make_reference(window=window, dense_layers=[LAYERS - 2])
+    outputs, preempted, restarts = [], set(), []
+    restart = DeviceRows.restart
+
+    def record(self, *args):
+        restarts.append(args)
+        restart(self, *args)
+
+    monkeypatch.setattr(DeviceRows, "restart", record)
+    for name, start in (("a", 300), ("b", 100)):
+        engine.add(name, book[start : start + 22], max_tokens=16, logprobs=0)
+    while engine.llm.llm_engine.has_unfinished_requests():
+        outputs += engine.step()
+        live = engine.scheduler.requests
+        preempted |= {name for name, request in live.items() if request.num_preemptions}
+    assert len(preempted) == 1, "memory was not short"
+    assert len(restarts) == 3, "more was counted on the host than starts and one resumes"
+    for output in outputs:
+        reference.check_output(output)
+        seen = output.outputs[0].token_ids[:-window]
+        assert set(seen) & set(separator_ids), "no separator was generated"
     engine.check_empty()

@@ -20,10 +20,11 @@ from vllm.v1.attention.backend import (
 
 from vllm_sepllm.engine import settings
 from vllm_sepllm.engine.cpu_plan import Batch, BatchPlan, IntArray, TableArray, plan_batch
-from vllm_sepllm.engine.kept_rows import StepTokens
+from vllm_sepllm.engine.kept_rows import KeptStep, KeptTokens
 from vllm_sepllm.engine.metadata import WindowMetadata
 from vllm_sepllm.engine.rotary import Rotation
-from vllm_sepllm.policy import CountArray, KeptPolicy
+from vllm_sepllm.engine.runner_steps import RunnerSteps
+from vllm_sepllm.policy import KeptPolicy
 
 _NO_SLOTS = np.zeros(0, dtype=np.int64)
 
@@ -78,8 +79,8 @@ class KeptMetadataBuilder(AttentionMetadataBuilder[KeptMetadata]):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        # Set once where the runner has no way to hand it over with every batch (V1).
-        self.tokens: StepTokens | None = None
+        # Set once where the runner has no way to hand over the step with every batch (V1).
+        self.steps: RunnerSteps | None = None
         options = settings.options(self.vllm_config)
         self._in_cache_positions = options.position_mode == "cache"
 
@@ -88,7 +89,7 @@ class KeptMetadataBuilder(AttentionMetadataBuilder[KeptMetadata]):
         common_prefix_len: int,
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
-        tokens: StepTokens | None = None,
+        step: KeptStep | None = None,
     ) -> KeptMetadata:
         """Find the kept tokens of the batch and their stream slots.
 
@@ -96,37 +97,24 @@ class KeptMetadataBuilder(AttentionMetadataBuilder[KeptMetadata]):
             common_prefix_len: vLLM's, not needed here.
             common_attn_metadata: the batch, with the block table of this group.
             fast_build: vLLM's, not needed here.
-            tokens: token ids of the batch.
+            step: what the batch is (V2).
         """
-        tokens = tokens or self.tokens
-        assert tokens is not None, "the builder was not told where token ids are"
+        if self.steps is not None:
+            step = self.steps.current()
+        assert step is not None, "the builder was not told what the batch is"
         common = common_attn_metadata
-        query_start = common.query_start_loc_cpu.numpy()
-        rows = tokens.count(common.num_reqs, query_start, common.seq_lens.numpy())
-        num_reqs = len(rows)
-        query_start = query_start[: num_reqs + 1]
-        stops = common.seq_lens.numpy()[:num_reqs]
-        starts = stops - (query_start[1:] - query_start[:-1])
-
-        if query_start[-1] == num_reqs == np.count_nonzero(stops > starts):  # one token each
-            request, row, position = np.arange(num_reqs), rows, starts
-        else:
-            request = np.repeat(np.arange(num_reqs), stops - starts)
-            offset = starts - query_start[:-1]  # position less batch index
-            row, position = rows[request], np.arange(request.size) + offset[request]
-        counts = tokens.rows.table
-        entry = counts[row, position]
-        kept = (counts[row, position + 1] > entry).nonzero()[0]
-        block_table = common.block_table_tensor.numpy()
-        slots = self._slots(block_table, request[kept], entry[kept]) if kept.size else _NO_SLOTS
-        batch = Batch(query_start, starts, stops, rows, counts, block_table)
-        policy = tokens.rows.policy
+        found = step.kept_tokens(common.query_start_loc_cpu.numpy(), common.seq_lens.numpy())
+        block_table, kept = common.block_table_tensor.numpy(), found.index
+        slots = self._slots(block_table, found) if kept.size else _NO_SLOTS
+        spans = found.query_start, found.starts, found.stops
+        batch = Batch(*spans, found.rows, step.rows.table, block_table)
+        policy = step.rows.policy
         metadata = KeptMetadata(policy, batch, torch.from_numpy(kept), torch.from_numpy(slots))
         if self._in_cache_positions:
-            metadata.key_lags = torch.from_numpy(position[kept] - entry[kept])
+            metadata.key_lags = torch.from_numpy(found.position - found.entry)
         return metadata
 
-    def _slots(self, block_table: TableArray, request: IntArray, entry: CountArray) -> IntArray:
+    def _slots(self, block_table: TableArray, found: KeptTokens) -> IntArray:
         size = self.kv_cache_spec.block_size
-        pages = block_table[request, entry // size].astype(np.int64)
-        return pages * size + entry % size
+        pages = block_table[found.request, found.entry // size].astype(np.int64)
+        return pages * size + found.entry % size

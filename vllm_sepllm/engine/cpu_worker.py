@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
-from typing import Any
 
 from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -14,7 +13,7 @@ from vllm_sepllm.engine import settings
 from vllm_sepllm.engine.cpu_backend import SepLLMCPUBackend
 from vllm_sepllm.engine.cpu_metadata import KeptMetadataBuilder
 from vllm_sepllm.engine.cpu_plan import staging_pages_per_request
-from vllm_sepllm.engine.kept_rows import KeptRows, RunnerTokens
+from vllm_sepllm.engine.kept_rows import KeptRows
 from vllm_sepllm.engine.worker import SepLLMWorker, window_specs
 
 logger = init_logger(f"vllm.{__name__}")
@@ -23,23 +22,17 @@ logger = init_logger(f"vllm.{__name__}")
 class SepLLMCPUWorker(SepLLMWorker, CPUWorker):
     """Set as ``worker_cls`` at start-up when the SEPLLM backend is selected on CPU."""
 
+    kept_builder = KeptMetadataBuilder
+
     def replace_model_state(self) -> None:
         """Have the V2 runner's builders find token ids."""
         from vllm_sepllm.engine.model_state import SepLLMCPUModelState
 
         SepLLMCPUModelState.replace(self.model_runner)
 
-    def tell_builders(self, builders: list[Any]) -> None:
-        """Have ``builders`` of the V1 runner find token ids."""
-        rows = KeptRows(
-            settings.kept_policy(self.vllm_config),
-            self.scheduler_config.max_num_seqs,
-            self.model_config.max_model_len,
-        )
-        tokens = RunnerTokens(rows, self.model_runner)
-        for builder in builders:
-            if isinstance(builder, KeptMetadataBuilder):
-                builder.tokens = tokens
+    def make_rows(self) -> KeptRows:
+        """Rows of whole requests, for the V1 runner."""
+        return KeptRows.of(self.vllm_config)
 
     def determine_available_memory(self) -> int:
         """vLLM's figure less the staging pages, so that the total stays what was asked for."""

@@ -1,4 +1,4 @@
-"""``kept_prefix`` of every request of a GPU worker, on the device, and where token ids come from.
+"""``kept_prefix`` of every request of a GPU worker, on the device.
 
 A row is a ring: only the counts of a request's window and of the step being computed are needed, so
 its size does not depend on the length of requests. Nothing here waits for the device.
@@ -6,16 +6,16 @@ its size does not depend on the length of requests. Nothing here waits for the d
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from sepllm_kernels.kept_metadata import kept_metadata
+from vllm.config import VllmConfig
 
-from vllm_sepllm.engine.cpu_plan import IntArray
-from vllm_sepllm.engine.kept_rows import RunnerTokens, TokenArray
+from vllm_sepllm.engine import settings
+from vllm_sepllm.engine.kept_rows import TokenArray
 from vllm_sepllm.policy import (
-    BoolArray,
     FixedIntervalPolicy,
     KeptPolicy,
     SepLLMPolicy,
@@ -24,7 +24,8 @@ from vllm_sepllm.policy import (
 
 
 class DeviceRows:
-    """Kept tokens below each recent position, a row per request.
+    """Kept tokens below each recent position, a row per request; see
+    :class:`vllm_sepllm.engine.kept_rows.Rows`.
 
     Args:
         policy: which tokens are kept.
@@ -62,9 +63,20 @@ class DeviceRows:
         self._is_chosen = torch.from_numpy(chosen.copy()).to(device)
         recent = policy.window_size + max_step_tokens + max_rejected
         ring = min(max_model_len, recent) + 1
-        self._max_rejected = max_rejected
         self._kept_prefix = torch.zeros(max_num_reqs, ring, dtype=torch.int32, device=device)
-        self._counted = np.zeros(max_num_reqs, dtype=np.int64)
+
+    @classmethod
+    def of(cls, vllm_config: VllmConfig, device: torch.device) -> DeviceRows:
+        """Rows of a worker."""
+        scheduler = vllm_config.scheduler_config
+        return cls(
+            settings.kept_policy(vllm_config),
+            scheduler.max_num_seqs,
+            vllm_config.model_config.max_model_len,
+            scheduler.max_num_batched_tokens,
+            2 * vllm_config.num_speculative_tokens,  # of two steps in flight
+            device,
+        )
 
     def __len__(self) -> int:
         return len(self._kept_prefix)
@@ -81,16 +93,10 @@ class DeviceRows:
         if self._kept_prefix.is_cuda:
             source = source.pin_memory()
         self._kept_prefix[row, : len(counts)].copy_(source, non_blocking=True)
-        self._counted[row] = num_tokens
 
-    def are_at(self, rows: IntArray, starts: IntArray) -> BoolArray:
-        """Whether the counts a step needs that starts at these positions are held."""
-        counted = self._counted[rows]
-        return (starts <= counted) & (starts >= counted - self._max_rejected)
-
-    def mark(self, rows: IntArray, stops: IntArray) -> None:
-        """Note that the tokens of ``rows`` are counted up to positions ``stops``."""
-        self._counted[rows] = stops
+    def step(self, index: torch.Tensor, token_ids: torch.Tensor) -> DeviceStep:
+        """See :class:`vllm_sepllm.engine.kept_rows.Rows`."""
+        return DeviceStep(self, index, token_ids)
 
     def count(
         self,
@@ -104,7 +110,12 @@ class DeviceRows:
         stream_ranges: torch.Tensor,
         lags: torch.Tensor | None = None,
     ) -> None:
-        """Count a step's tokens; see :func:`sepllm_kernels.kept_metadata.kept_metadata`."""
+        """Count a step's tokens; see :func:`sepllm_kernels.kept_metadata.kept_metadata`.
+
+        It starts from the counts before the step and writes those behind its tokens alone, so
+        counting twice is as good as once. What comes of it for one group, its slots, is written to
+        the arguments.
+        """
         kept_metadata(
             token_ids,
             query_start,
@@ -124,41 +135,16 @@ class DeviceRows:
         )
 
 
-class DeviceTokens(Protocol):
-    """The token ids of a step, for the builder of the kept group's metadata."""
+@dataclass(frozen=True)
+class DeviceStep:
+    """One step, for the builders of all kept groups. Each has it counted again, to the same end.
 
-    @property
-    def rows(self) -> DeviceRows:
-        """The rows of all requests."""
-
-    def step(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Ids of the step's tokens and row of each request, both on the device; ``None`` for a
-        batch of vLLM's own making, whose requests are none."""
-
-
-class DeviceRunnerTokens(RunnerTokens):
-    """Token ids of the V1 runner on a GPU, read from its own state."""
+    Attributes:
+        rows: of all requests.
+        index: ``[num_reqs]`` int, row of each request, on the device.
+        token_ids: int32, of all requests one after the other, on the device.
+    """
 
     rows: DeviceRows
-
-    def __init__(self, rows: DeviceRows, runner: Any) -> None:
-        super().__init__(rows, runner)
-        self.is_dummy_run = False
-
-    def step(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """See :class:`DeviceTokens`."""
-        input_batch = self._runner.input_batch
-        num_reqs = len(input_batch.req_ids)
-        if self.is_dummy_run or num_reqs == 0:
-            return None
-        rows = self._assign(input_batch.req_ids, self._runner.requests)
-        starts = input_batch.num_computed_tokens_cpu[:num_reqs].astype(np.int64)
-        for i in (~self.rows.are_at(rows, starts)).nonzero()[0]:  # first seen, or resumed
-            self.rows.restart(int(rows[i]), input_batch.token_ids_cpu[i, : starts[i]])
-        query_start = self._runner.query_start_loc.np[: num_reqs + 1]
-        self.rows.mark(rows, starts + query_start[1:] - query_start[:-1])
-        index = torch.from_numpy(rows)
-        token_ids = self._runner.input_ids.gpu
-        if token_ids.is_cuda:
-            index = index.pin_memory()
-        return token_ids, index.to(token_ids.device, non_blocking=True)
+    index: torch.Tensor
+    token_ids: torch.Tensor

@@ -22,9 +22,10 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from vllm_sepllm.engine import settings
 from vllm_sepllm.engine.backend import KEPT_SUFFIX
-from vllm_sepllm.engine.device_rows import DeviceTokens
+from vllm_sepllm.engine.device_rows import DeviceStep
 from vllm_sepllm.engine.metadata import WindowMetadata, WindowMetadataBuilder
 from vllm_sepllm.engine.rotary import Rotation
+from vllm_sepllm.engine.runner_steps import RunnerSteps
 from vllm_sepllm.engine.spec import KeptSpec
 
 
@@ -106,8 +107,8 @@ class GPUKeptMetadataBuilder(ReplayedBuilder):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        # Set once where the runner has no way to hand it over with every batch (V1).
-        self.tokens: DeviceTokens | None = None
+        # Set once where the runner has no way to hand over the step with every batch (V1).
+        self.steps: RunnerSteps | None = None
         options = settings.options(self.vllm_config)
         self._window_size = options.window_size
         self._num_sinks = 0 if options.max_separator_tokens is None else options.num_sink_tokens
@@ -138,7 +139,7 @@ class GPUKeptMetadataBuilder(ReplayedBuilder):
         common_prefix_len: int,
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
-        tokens: DeviceTokens | None = None,
+        step: DeviceStep | None = None,
     ) -> GPUKeptMetadata:
         """Count the kept tokens of the batch and find their stream slots.
 
@@ -146,12 +147,12 @@ class GPUKeptMetadataBuilder(ReplayedBuilder):
             common_prefix_len: vLLM's, not needed here.
             common_attn_metadata: the batch, with the block table of this group.
             fast_build: vLLM's, not needed here.
-            tokens: token ids of the batch.
+            step: what the batch is (V2); ``None`` if it is of vLLM's own making.
         """
         common = common_attn_metadata
         num_reqs, num_tokens = common.num_reqs, common.num_actual_tokens
-        tokens = tokens or self.tokens
-        step = tokens.step() if tokens is not None else None
+        if self.steps is not None:
+            step = self.steps.current()
         slots, ranges = self._slots[:num_tokens], self._ranges[:num_tokens]
         lags = None if self._lags is None else self._lags[: 3 * num_tokens].view(3, num_tokens)
         query_start = common.query_start_loc[: num_reqs + 1]
@@ -160,11 +161,9 @@ class GPUKeptMetadataBuilder(ReplayedBuilder):
             slots.fill_(-1)
             ranges.zero_()
         else:
-            assert tokens is not None
-            token_ids, rows = step
-            tokens.rows.count(
-                token_ids,
-                rows,
+            step.rows.count(
+                step.token_ids,
+                step.index,
                 query_start,
                 seq_lens,
                 common.block_table_tensor,

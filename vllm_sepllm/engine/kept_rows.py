@@ -1,25 +1,84 @@
-"""``kept_prefix`` of every request a worker knows, by position, and where token ids come from.
+"""``kept_prefix`` of every request of a CPU worker, by position, and the kept tokens of a step.
 
 Indexed by position, a row needs no roll-back: whatever is computed again (rejected drafts, a
 preempted request) is simply written again. The ids of a step's tokens are the model's own input.
-Those before it (a prefix found in the cache) are counted when a request is first seen.
+Those before it (a prefix found in the cache) are counted when a request starts or resumes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from vllm.config import VllmConfig
 
+from vllm_sepllm.engine import settings
 from vllm_sepllm.engine.cpu_plan import IntArray
 from vllm_sepllm.policy import CountArray, KeptPolicy
 
 TokenArray = npt.NDArray[np.int32]
 
 
+class Rows(Protocol):
+    """Counts of kept tokens, a row per request. They change in two ways and no other.
+
+    A row is restarted when its request starts or resumes, from ids that are final on the host. A
+    step's tokens are counted from the model's own input; that twice is as good as once.
+    """
+
+    def __len__(self) -> int:
+        """Requests that there is room for."""
+
+    def restart(self, row: int, token_ids: TokenArray) -> None:
+        """Give a row to a request whose first ``[num_tokens]`` ids are computed already."""
+
+    def step(self, index: torch.Tensor, token_ids: torch.Tensor) -> Any:
+        """What builders of kept groups ask about a step.
+
+        Args:
+            index: ``[num_reqs]`` int, row of each request, where the rows are.
+            token_ids: int32, of all requests one after the other, where the rows are.
+        """
+
+
+def computed_ids(req_id: str, token_ids: Sequence[int] | None, num_computed: int) -> TokenArray:
+    """``[num_computed]`` ids of a request that starts or resumes, as the scheduler sends them."""
+    known = 0 if token_ids is None else len(token_ids)
+    assert known >= num_computed, f"{num_computed} tokens of {req_id} are computed, {known} known"
+    return np.asarray((token_ids or ())[:num_computed], dtype=np.int32)
+
+
+@dataclass(frozen=True)
+class KeptTokens:
+    """Requests of a step and the kept ones of its tokens, alike for all kept groups.
+
+    Attributes:
+        rows: ``[num_reqs]`` int64, row of each request.
+        query_start: ``[num_reqs + 1]`` int32, where each request's tokens begin.
+        starts: ``[num_reqs]`` position of each request's first token.
+        stops: ``[num_reqs]`` position behind each request's last token.
+        index: ``[num_kept]`` int64, batch index of each kept token.
+        request: ``[num_kept]`` int64, its request.
+        position: ``[num_kept]`` int64, its position.
+        entry: ``[num_kept]`` int32, its entry in the stream.
+    """
+
+    rows: IntArray
+    query_start: CountArray
+    starts: IntArray
+    stops: IntArray
+    index: IntArray
+    request: IntArray
+    position: IntArray
+    entry: CountArray
+
+
 class KeptRows:
-    """Kept tokens below each position, a row per request.
+    """Kept tokens below each position, a row per request; see :class:`Rows`.
 
     Attributes:
         policy: which tokens are kept.
@@ -31,17 +90,26 @@ class KeptRows:
         self.table: CountArray = np.zeros((max_num_reqs, max_model_len + 1), dtype=np.int32)
         self._counted = np.zeros(max_num_reqs, dtype=np.int64)
 
+    @classmethod
+    def of(cls, vllm_config: VllmConfig) -> KeptRows:
+        """Rows of a worker."""
+        return cls(
+            settings.kept_policy(vllm_config),
+            vllm_config.scheduler_config.max_num_seqs,
+            vllm_config.model_config.max_model_len,
+        )
+
     def __len__(self) -> int:
         return len(self.table)
 
     def restart(self, row: int, token_ids: TokenArray) -> None:
-        """Give a row to a request of which ``[num_tokens]`` ids are known."""
+        """Give a row to a request whose first ``[num_tokens]`` ids are computed already."""
         self._count_span(row, token_ids, 0)
         self._counted[row] = len(token_ids)
 
-    def num_counted(self, rows: IntArray) -> IntArray:
-        """Tokens counted of each row's request so far."""
-        return self._counted[rows]
+    def step(self, index: torch.Tensor, token_ids: torch.Tensor) -> KeptStep:
+        """See :class:`Rows`."""
+        return KeptStep(self, index.numpy(), token_ids.numpy())
 
     def count(
         self, rows: IntArray, token_ids: TokenArray, query_start: CountArray, starts: IntArray
@@ -72,70 +140,45 @@ class KeptRows:
         below[start + 1 : stop + 1] += below[start]
 
 
-class StepTokens(Protocol):
-    """The token ids of a step, for the builder of the kept group's metadata."""
-
-    @property
-    def rows(self) -> KeptRows:
-        """The rows of all requests."""
-
-    def count(self, num_reqs: int, query_start: CountArray, stops: IntArray) -> IntArray:
-        """Count the step's tokens.
-
-        Args:
-            num_reqs: requests of the step; the arrays may be longer, for padding.
-            query_start: ``[num_reqs + 1]`` where each request's tokens begin.
-            stops: ``[num_reqs]`` position behind each request's last token.
-
-        Returns:
-            ``[num_reqs]`` row of each request; as many as there really are.
-        """
-
-
-class RunnerTokens:
-    """Token ids of the V1 runner, which offers no hook: they are read from its own state.
+class KeptStep:
+    """One step, for the builders of all kept groups.
 
     Args:
-        rows: the rows of all requests.
-        runner: ``input_batch``, ``input_ids`` and ``requests`` of the V1 runner are read.
+        rows: of all requests.
+        index: ``[num_reqs]`` row of each request.
+        token_ids: ``[num_tokens]`` of all requests, one after the other; may be longer.
     """
 
-    def __init__(self, rows: Any, runner: Any) -> None:
+    def __init__(self, rows: KeptRows, index: IntArray, token_ids: TokenArray) -> None:
         self.rows = rows
-        self._runner = runner
-        self._held: dict[str, tuple[int, object]] = {}
-        self._free = list(range(len(rows)))
+        self._index = index
+        self._token_ids = token_ids
+        self._found: KeptTokens | None = None
 
-    def count(self, num_reqs: int, query_start: CountArray, stops: IntArray) -> IntArray:
-        """See :class:`StepTokens`."""
-        input_batch = self._runner.input_batch
-        req_ids = input_batch.req_ids[:num_reqs]
-        query_start = query_start[: len(req_ids) + 1]
-        starts = stops[: len(req_ids)] - (query_start[1:] - query_start[:-1])
-        rows = self._assign(req_ids, self._runner.requests)
-        for i in (self.rows.num_counted(rows) < starts).nonzero()[0]:
-            self.rows.restart(int(rows[i]), input_batch.token_ids_cpu[i, : starts[i]])
-        self.rows.count(rows, self._runner.input_ids.np, query_start, starts)
-        return rows
+    def kept_tokens(self, query_start: CountArray, stops: IntArray) -> KeptTokens:
+        """The step's kept tokens. The first group's question has them counted, once.
 
-    def _assign(self, req_ids: list[str], states: dict[str, Any]) -> IntArray:
-        """Row of each request; a new request under an old id gets a fresh one."""
-        rows = np.empty(len(req_ids), dtype=np.int64)
-        for index, req_id in enumerate(req_ids):
-            state = states.get(req_id)
-            held = self._held.get(req_id)
-            if held is None or held[1] is not state:
-                row = held[0] if held is not None else self._take(req_ids, states)
-                self.rows.restart(row, np.zeros(0, dtype=np.int32))
-                held = self._held[req_id] = (row, state)
-            rows[index] = held[0]
-        return rows
+        Args:
+            query_start: ``[num_reqs + 1]`` where each request's tokens begin.
+            stops: ``[num_reqs]`` position behind each request's last token.
+        """
+        if self._found is None:
+            num_reqs = len(self._index)
+            self._found = self._find(query_start[: num_reqs + 1], stops[:num_reqs])
+        return self._found
 
-    def _take(self, req_ids: list[str], states: dict[str, Any]) -> int:
-        """A free row; rows of requests that have ended are given back first."""
-        for keep in (states, set(req_ids)):
-            for req_id in [r for r in self._held if r not in keep]:
-                self._free.append(self._held.pop(req_id)[0])
-            if self._free:
-                break
-        return self._free.pop()
+    def _find(self, query_start: CountArray, stops: IntArray) -> KeptTokens:
+        rows = self._index
+        num_reqs, lengths = len(rows), query_start[1:] - query_start[:-1]
+        starts = stops - lengths
+        self.rows.count(rows, self._token_ids, query_start, starts)
+        if query_start[-1] == num_reqs == np.count_nonzero(lengths > 0):  # one token each
+            request, row, position = np.arange(num_reqs), rows, starts
+        else:
+            request = np.repeat(np.arange(num_reqs), lengths)
+            offset = starts - query_start[:-1]  # position less batch index
+            row, position = rows[request], np.arange(request.size) + offset[request]
+        entry = self.rows.table[row, position]
+        index = (self.rows.table[row, position + 1] > entry).nonzero()[0]
+        where = request[index], position[index], entry[index]
+        return KeptTokens(rows, query_start, starts, stops, index, *where)

@@ -1,12 +1,10 @@
-"""Token ids of the V2 model runner, by its own seam for what a model needs beside the usual."""
+"""Steps of the V2 model runner, by its own seam for what a model needs beside the usual."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from typing import Any, ClassVar
 
-import numpy as np
-import torch
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
@@ -16,20 +14,23 @@ from vllm.v1.worker.gpu.model_states.interface import ModelSpecificAttnMetadata
 from vllm_sepllm.config import ConfigError
 from vllm_sepllm.engine.checks import OTHER_BACKEND
 from vllm_sepllm.engine.cpu_metadata import KeptMetadataBuilder
-from vllm_sepllm.engine.cpu_plan import IntArray
 from vllm_sepllm.engine.device_rows import DeviceRows
 from vllm_sepllm.engine.gpu_metadata import GPUKeptMetadataBuilder
-from vllm_sepllm.engine.kept_rows import KeptRows
-from vllm_sepllm.engine.settings import kept_policy
-from vllm_sepllm.policy import CountArray
+from vllm_sepllm.engine.kept_rows import KeptRows, Rows, computed_ids
 
 
 class SepLLMModelState(DefaultModelState):
     """vLLM's state of a model, and the kept tokens of each request.
 
-    Rows are the runner's own request indices. A request that resumes is added anew, with the
-    ids of all tokens it has. A subclass counts on one kind of hardware.
+    Rows are the runner's own request indices. A request that resumes, or a session's next turn, is
+    added anew with the ids of all tokens it has, and the scheduler knows those of what is computed
+    of it; ids generated since are on the device alone, as the model's input. A subclass counts on
+    one kind of hardware.
     """
+
+    kept_builder: ClassVar[type[Any]]
+    # Whether batches of vLLM's own making have metadata, as those that graphs are captured from.
+    has_unreal_metadata: ClassVar[bool]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -37,15 +38,8 @@ class SepLLMModelState(DefaultModelState):
         self._known: set[str] = set()
 
     @abstractmethod
-    def make_rows(self) -> KeptRows | DeviceRows:
+    def make_rows(self) -> Rows:
         """Rows for as many requests as the runner has."""
-
-    @abstractmethod
-    def batch_tokens(self, input_batch: InputBatch | None) -> BatchTokens | None:
-        """Token ids for the builders; of a batch of vLLM's own making if there is none.
-
-        ``None`` leaves the batch without attention metadata.
-        """
 
     @classmethod
     def replace(cls, runner: GPUModelRunner) -> None:
@@ -68,10 +62,8 @@ class SepLLMModelState(DefaultModelState):
         """Count the tokens that are computed of a request that is new or resumes."""
         super().add_request(req_index, new_req_data)
         self._known.add(new_req_data.req_id)
-        token_ids = new_req_data.prefill_token_ids
-        assert token_ids is not None
-        computed = np.asarray(token_ids[: new_req_data.num_computed_tokens], dtype=np.int32)
-        self._rows.restart(req_index, computed)
+        known = new_req_data.prefill_token_ids, new_req_data.num_computed_tokens
+        self._rows.restart(req_index, computed_ids(new_req_data.req_id, *known))
 
     def remove_request(self, req_id: str) -> None:
         """Forget a request that ended or was preempted."""
@@ -80,96 +72,52 @@ class SepLLMModelState(DefaultModelState):
 
     def prepare_attn(self, input_batch: InputBatch, *args: Any, **kwargs: Any) -> Any:
         """Metadata of a batch, of which vLLM makes some itself, of requests it never added."""
-        is_real = input_batch.req_ids[0] in self._known
-        tokens = self.batch_tokens(input_batch if is_real else None)
-        if tokens is None:
+        step = None
+        if input_batch.req_ids[0] in self._known:
+            step = self._rows.step(input_batch.idx_mapping, input_batch.input_ids)
+        elif not self.has_unreal_metadata:
             return None
+        handed_over = BatchStep(step, self.kept_builder)
         return super().prepare_attn(
-            input_batch, *args, **kwargs, model_specific_attn_metadata=tokens
+            input_batch, *args, **kwargs, model_specific_attn_metadata=handed_over
         )
 
 
-class BatchTokens(ModelSpecificAttnMetadata):
-    """Token ids of one batch, handed to the builder of the kept group.
+class BatchStep(ModelSpecificAttnMetadata):
+    """What one batch is, handed to the builders of all kept groups.
 
-    Attributes:
-        rows: of all requests.
-        builder_class: of the kept group.
+    Args:
+        step: of :meth:`vllm_sepllm.engine.kept_rows.Rows.step`; ``None`` if vLLM made the batch up.
+        kept_builder: class of those builders.
     """
 
-    builder_class: ClassVar[type[Any]]
-
-    def __init__(self, rows: Any, input_batch: InputBatch | None) -> None:
-        self.rows = rows
-        self.input_batch = input_batch
+    def __init__(self, step: Any, kept_builder: type[Any]) -> None:
+        self._step = step
+        self._kept_builder = kept_builder
 
     def get_extra_attn_kwargs(self, attn_metadata_builder: Any, num_reqs: int) -> dict[str, Any]:
-        """Arguments of ``build``, for the builder of the kept group only."""
-        is_kept = isinstance(attn_metadata_builder, self.builder_class)
-        return {"tokens": self} if is_kept else {}
-
-
-class CPUBatchTokens(BatchTokens):
-    """On CPU; see :class:`vllm_sepllm.engine.kept_rows.StepTokens`."""
-
-    builder_class = KeptMetadataBuilder
-    rows: KeptRows
-
-    def count(self, num_reqs: int, query_start: CountArray, stops: IntArray) -> IntArray:
-        """Count the step's tokens."""
-        batch = self.input_batch
-        assert batch is not None
-        query_start = query_start[: batch.num_reqs + 1]
-        starts = stops[: batch.num_reqs] - (query_start[1:] - query_start[:-1])
-        rows = batch.idx_mapping_np[: batch.num_reqs]
-        self.rows.count(rows, batch.input_ids.numpy(), query_start, starts)
-        return rows
+        """Arguments of ``build``."""
+        is_kept = isinstance(attn_metadata_builder, self._kept_builder)
+        return {"step": self._step} if is_kept else {}
 
 
 class SepLLMCPUModelState(SepLLMModelState):
     """Counts on CPU."""
 
-    _rows: KeptRows
+    kept_builder = KeptMetadataBuilder
+    has_unreal_metadata = False
 
     def make_rows(self) -> KeptRows:
         """Rows of whole requests."""
-        policy = kept_policy(self.vllm_config)
-        return KeptRows(policy, self.max_num_reqs, self.model_config.max_model_len)
-
-    def batch_tokens(self, input_batch: InputBatch | None) -> CPUBatchTokens | None:
-        """Token ids for the builders; nothing is attended to in a batch of vLLM's own making."""
-        return CPUBatchTokens(self._rows, input_batch) if input_batch is not None else None
-
-
-class DeviceBatchTokens(BatchTokens):
-    """On a GPU; see :class:`vllm_sepllm.engine.device_rows.DeviceTokens`."""
-
-    builder_class = GPUKeptMetadataBuilder
-    rows: DeviceRows
-
-    def step(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Ids of the step's tokens and row of each request."""
-        batch = self.input_batch
-        return None if batch is None else (batch.input_ids, batch.idx_mapping)
+        return KeptRows.of(self.vllm_config)
 
 
 class SepLLMGPUModelState(SepLLMModelState):
-    """Counts on the device. Batches of vLLM's own making have metadata too: they are what CUDA
-    graphs are captured from."""
+    """Counts on the device."""
 
-    _rows: DeviceRows
+    kept_builder = GPUKeptMetadataBuilder
+    has_unreal_metadata = True
 
     def make_rows(self) -> DeviceRows:
         """Rows of what a step needs."""
-        return DeviceRows(
-            kept_policy(self.vllm_config),
-            self.max_num_reqs,
-            self.model_config.max_model_len,
-            self.max_num_tokens,
-            2 * self.vllm_config.num_speculative_tokens,  # of two steps in flight
-            self.device,
-        )
-
-    def batch_tokens(self, input_batch: InputBatch | None) -> DeviceBatchTokens:
-        """Token ids for the builders."""
-        return DeviceBatchTokens(self._rows, input_batch)
+        return DeviceRows.of(self.vllm_config, self.device)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from vllm.config import get_layers_from_vllm_config, set_current_vllm_config
 from vllm.model_executor.layers.attention import Attention
@@ -11,7 +12,9 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm_sepllm.config import ConfigError
 from vllm_sepllm.engine import settings
 from vllm_sepllm.engine.backend import KEPT_SUFFIX, SepLLMImpl, layer_index
+from vllm_sepllm.engine.kept_rows import Rows
 from vllm_sepllm.engine.rotary import prepare_cache_positions
+from vllm_sepllm.engine.runner_steps import RunnerSteps
 from vllm_sepllm.engine.spec import WindowSpec
 
 if TYPE_CHECKING:
@@ -23,16 +26,18 @@ else:
 class SepLLMWorker(Worker):
     """To be put before a worker class of vLLM's.
 
-    A subclass says where builders of the kept group find token ids.
+    A subclass says what counts, and for which builders.
     """
 
+    kept_builder: ClassVar[type[Any]]
+
+    @abstractmethod
     def replace_model_state(self) -> None:
         """Have the V2 runner's builders find token ids."""
-        raise NotImplementedError
 
-    def tell_builders(self, builders: list[Any]) -> None:
-        """Have ``builders`` of the V1 runner find token ids."""
-        raise NotImplementedError
+    @abstractmethod
+    def make_rows(self) -> Rows:
+        """Rows for as many requests as the V1 runner has."""
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load the model; the V2 runner then keeps our state beside it.
@@ -85,8 +90,7 @@ class SepLLMWorker(Worker):
         """Allocate the KV cache, and connect what needs it."""
         super().initialize_from_config(kv_cache_config)
         if not self.use_v2_model_runner:
-            groups = [group for groups in self.model_runner.attn_groups for group in groups]
-            self.tell_builders([b for group in groups for b in group.metadata_builders])
+            self._tell_builders()
         context = self.vllm_config.compilation_config.static_forward_context
         for name, layer in self.sepllm_layers().items():
             if context[name + KEPT_SUFFIX].kv_cache.data_ptr() != layer.kv_cache.data_ptr():
@@ -94,6 +98,15 @@ class SepLLMWorker(Worker):
                     f"vLLM placed the two KV-cache groups of {name} in different memory: "
                     "this model is not supported by SepLLM attention"
                 )
+
+    def _tell_builders(self) -> None:
+        """Have the V1 runner's builders of kept groups find out about each step."""
+        steps = RunnerSteps(self.make_rows(), self.model_runner)
+        steps.follow()
+        groups = [group for groups in self.model_runner.attn_groups for group in groups]
+        for builder in [b for group in groups for b in group.metadata_builders]:
+            if isinstance(builder, self.kept_builder):
+                builder.steps = steps
 
     def sepllm_layers(self) -> dict[str, Attention]:
         """Attention layers of this rank that are not dense, by name."""

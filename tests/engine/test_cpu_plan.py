@@ -91,27 +91,29 @@ def read_row(rows, row, content, turns=0):
 
 
 def check(policy, ids, pages, plan):
-    seen = set()
+    served = plan.batch.starts.tolist()  # queries up to here have been looked at, per request
     if plan.paged is not None:
         rows = plan.paged
         for row, request in enumerate(rows.requests):
-            queries = int(plan.batch.stops[request] - plan.batch.starts[request])
-            assert rows.query_start[row + 1] - rows.query_start[row] == queries
+            served[request] += int(rows.query_start[row + 1] - rows.query_start[row])
             keys = read_row(rows, row, pages.content)
-            last = int(plan.batch.stops[request]) - 1
+            last = served[request] - 1
             if plan.batch.starts[request] < last:  # causal rows keep the order of positions
+                assert last < policy.window_size
                 assert keys == list(range(last + 1))
             else:
                 assert sorted(keys) == visible(policy, ids[request], last)
-            seen.add(int(request))
     for row in plan.staircase:
-        start, stop = (int(x[row.request]) for x in (plan.batch.starts, plan.batch.stops))
+        chunk, stop = (int(x[row.request]) for x in (plan.batch.starts, plan.batch.stops))
+        start = chunk + row.first_query
+        assert start == served[row.request]
+        assert start >= policy.window_size, "a query that sees all before it, as dense ones do"
         stream = pages.content[row.stream_pages].reshape(-1)
         before = pages.content[row.window_pages].reshape(-1)
         before = before[row.window_first : row.window_first + row.window_length].tolist()
-        window = before + list(range(start, stop))
+        window = before + list(range(chunk + row.chunk_first, stop))
         for position in range(start, stop):
-            own = len(before) + position - start
+            own = len(window) - stop + position
             part = window[max(0, own - policy.window_size + 1) : own + 1]
             limit = row.stream_limits[position - start]
             entries = stream[:limit].tolist()
@@ -121,8 +123,8 @@ def check(policy, ids, pages, plan):
                 assert begin >= sinks
                 entries = entries[:sinks] + entries[begin:]
             assert sorted(entries + part) == visible(policy, ids[row.request], position)
-        seen.add(row.request)
-    assert seen == set(range(len(ids)))
+        served[row.request] = stop
+    assert served == plan.batch.stops.tolist()
 
 
 def check_cache_positions(policy, ids, pages, plan):
@@ -134,7 +136,10 @@ def check_cache_positions(policy, ids, pages, plan):
         for row, request in enumerate(rows.requests):
             last = int(plan.batch.stops[request]) - 1
             if plan.batch.starts[request] < last:
-                continue  # all of it is in the window
+                first, stop = rows.query_start[row : row + 2]
+                given = 0 if turns is None else turns.positions[turns.of_queries[first:stop]]
+                assert not np.any(given), "all of it is in the window"
+                continue
             query = last
             if turns is not None:
                 query += turns.positions[turns.of_queries[rows.query_start[row]]]
@@ -145,6 +150,7 @@ def check_cache_positions(policy, ids, pages, plan):
                 assert query - angle == number[last] - number[key]
     for row in plan.staircase:
         start, stop = (int(x[row.request]) for x in (plan.batch.starts, plan.batch.stops))
+        start += row.first_query
         stream = pages.content[row.stream_pages].reshape(-1)
         angles = pages.angle[row.stream_pages].reshape(-1)
         for i, position in enumerate(range(start, stop)):

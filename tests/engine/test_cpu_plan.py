@@ -201,28 +201,51 @@ def test_plan_of_extreme_texts(share, window):
 
 
 @pytest.mark.parametrize(
-    ("window", "block_size"), [(32, 32), (256, 32), (16, 16), (100, 32), (1, 16)]
+    ("window", "block_size"), [(32, 32), (256, 32), (16, 16), (100, 32), (1, 16), (650, 16)]
 )
-@pytest.mark.parametrize("bound", [None, 1, 20, 37, 300])
+@pytest.mark.parametrize("bound", [None, 1, 20, 37, 300, 100_000])
+@pytest.mark.parametrize("sinks", [3, 90, 100_000])
 @pytest.mark.parametrize("position_mode", ["original", "cache"])
-def test_staging_stays_within_what_is_reserved(window, block_size, bound, position_mode):
+def test_staging_stays_within_what_is_reserved(window, block_size, bound, sinks, position_mode):
     rng = np.random.default_rng(0)
     table = np.arange(VOCABULARY) == SEPARATOR
-    policy = SepLLMPolicy(3, window, table, max_separator_tokens=bound)
+    policy = SepLLMPolicy(sinks, window, table, max_separator_tokens=bound)
     lengths = rng.integers(1, 700, 60).tolist()
     _ids, pages, batch = make_batch(policy, lengths, [1] * 60, block_size, rng)
     in_cache_positions = position_mode == "cache"
     rows = plan_batch(policy, batch, pages.window, block_size, in_cache_positions).paged
-    per_request = np.bincount(rows.staged[0])
+    per_request = np.bincount(rows.staged[0], minlength=1)
     options = SepLLMConfig(
         window_size=window,
-        num_sink_tokens=3,
+        num_sink_tokens=sinks,
         max_separator_tokens=bound,
         position_mode=position_mode,
     )
-    assert per_request.max() <= staging_pages_per_request(options, block_size)
+    assert per_request.max() <= staging_pages_per_request(options, block_size, max(lengths))
     pages_named = rows.block_table[rows.staged]
     assert sorted(pages_named) == list(range(len(pages_named))), "a staging page is used twice"
+
+
+@pytest.mark.parametrize("position_mode", ["original", "cache"])
+@pytest.mark.parametrize("large", ["window_size", "num_sink_tokens", "max_separator_tokens"])
+def test_staging_is_sized_by_what_a_context_can_hold(large, position_mode):
+    """An option larger than any context reserves what the context's length as option does."""
+    options = {"window_size": 64, "max_separator_tokens": 32, "position_mode": position_mode}
+
+    def pages(value):
+        return staging_pages_per_request(SepLLMConfig(**{**options, large: value}), 32, 1024)
+
+    assert pages(100_000) == pages(1024) <= 1024 // 32
+
+
+@pytest.mark.parametrize("position_mode", ["original", "cache"])
+@pytest.mark.parametrize("bound", [None, 100_000])
+def test_a_window_over_every_context_stages_a_handful(bound, position_mode):
+    options = SepLLMConfig(
+        window_size=100_000, max_separator_tokens=bound, position_mode=position_mode
+    )
+    assert staging_pages_per_request(options, 32, 1024) <= 5
+    assert staging_pages_per_request(options, 32, 40) <= 2, "what there is of pages"
 
 
 def test_windows_of_whole_pages_copy_no_entry_of_the_stream():

@@ -43,20 +43,32 @@ IntArray = npt.NDArray[np.int64]
 TableArray = npt.NDArray[np.int32]
 
 
-def staging_pages_per_request(options: SepLLMConfig, block_size: int) -> int:
-    """Staging pages a decode step may need: one, or the packed rest of three pages; with a bound
-    on separators that of five, since the sinks and the newest separators do not meet. In cache
-    positions all parts but the largest, and the ragged ends of that one."""
-    sizes = [options.window_size]
+def staging_pages_per_request(options: SepLLMConfig, block_size: int, max_model_len: int) -> int:
+    """Staging pages a decode step may need, whatever the request has read.
+
+    One, or the packed rest of three pages; with a bound on separators that of five, since the sinks
+    and the newest separators do not meet. In cache positions all parts but the largest, and the
+    ragged ends of that one. Never more than the pages of the longest context, and a part is no
+    larger than what such a context has room for.
+
+    Args:
+        options: window, sinks and bound may be larger than any context.
+        block_size: entries of a page.
+        max_model_len: tokens of the longest context.
+    """
+    window = min(options.window_size, max_model_len)
+    behind = max_model_len - window
+    sizes = [window]
     packed = 1 if options.window_size % block_size == 0 else 3
     if options.max_separator_tokens is not None:
-        sizes += [options.num_sink_tokens, options.max_separator_tokens]
+        sizes += [min(n, behind) for n in (options.num_sink_tokens, options.max_separator_tokens)]
         packed = 5
-    if options.position_mode != "cache":
-        return packed
-    # Without a bound the stream is as large as the window at most, or else the window is staged.
-    entries = sum(sizes) - max(sizes) if len(sizes) > 1 else options.window_size
-    return max(5, -(-(entries + 2 * (block_size - 1)) // block_size))
+    if options.position_mode == "cache":
+        # Without a bound the stream is as large as the window at most, or else the window is
+        # staged.
+        entries = sum(sizes) - max(sizes) if len(sizes) > 1 else min(window, behind)
+        packed = max(5, -(-(entries + 2 * (block_size - 1)) // block_size))
+    return min(packed, -(-max_model_len // block_size))
 
 
 @dataclass(frozen=True)

@@ -131,8 +131,9 @@ class SepLLMCPUImpl(SepLLMImpl):
         num_tokens = int(kept.batch.query_start[-1])
         slots = attn_metadata.slot_mapping[:num_tokens]
         pages.write(key[:num_tokens], value[:num_tokens], slots)
-        if kept.token_index.numel():
-            self._write_stream(kept, pages, key[kept.token_index], value[kept.token_index])
+        if kept.token_index.numel():  # index_select: a third of the time of indexing
+            kept_key, kept_value = (x.index_select(0, kept.token_index) for x in (key, value))
+            self._write_stream(kept, pages, kept_key, kept_value)
         work = self._work(kept, attn_metadata, pages, query.dtype)
         if work.paged is not None:
             self._run_paged(work, pages, query[:num_tokens], output[:num_tokens])
@@ -178,10 +179,10 @@ class SepLLMCPUImpl(SepLLMImpl):
         if work.token_index is None:
             work.paged.run(pages, query, output, *options)
             return
-        part = query[work.token_index]
+        part = query.index_select(0, work.token_index)
         result = torch.empty_like(part)
         work.paged.run(pages, part, result, *options)
-        output[work.token_index] = result
+        output.index_copy_(0, work.token_index, result)
 
     def _run_staircase(
         self,

@@ -1,10 +1,12 @@
 """SepLLM beside vLLM's own CPU attention: decode, prefill, the attention op, the scheduler.
 
     python benchmarks/cpu.py [--contexts 512 4096] [--batches 1 8] [--output FILE]
+    python benchmarks/cpu.py --prefill-only    # short prompts alone; writes no file by default
 
 Both engines live in one process and take turns, a few steps each, so that noise on the machine
 meets both alike; every figure is a ratio of medians. The model is Llama-shaped with random
-weights, the text is a PG19 book, and the contexts are really prefilled.
+weights, the text is a PG19 book, and the contexts are really prefilled. Short prompts, where
+little is left out, are prefilled again and again.
 """
 
 from __future__ import annotations
@@ -50,7 +52,10 @@ DECODE_TARGETS = {
     (1, 16384): 1.3,
     (1, 32768): 1.7,
 }
-PREFILL_TARGET = (16384, 1.4)
+PREFILL_TARGETS = {128: 0.98, 256: 0.98, 512: 0.92}
+PREFILL_CONTEXTS = (128, 256, 512, 1024)
+PREFILL_TURNS = (5, 25)  # of each engine, at least and at most
+PREFILL_SECONDS = 20.0  # after which no turn beyond the least begins
 
 
 class Clock:
@@ -193,6 +198,53 @@ def measure(engines: dict[str, Engine], ids: list[int], context: int, batch: int
     }
 
 
+def measure_prefill(
+    engines: dict[str, Engine], ids: list[int], context: int, batch: int
+) -> dict[str, Any]:
+    """Prefill ``batch`` requests of ``context`` tokens in turns; other text each turn."""
+    seconds: dict[str, list[float]] = {name: [] for name in engines}
+    least, most = PREFILL_TURNS
+    begin = time.perf_counter()
+    for turn in range(-1, most):  # the first one warms
+        if turn >= least and time.perf_counter() - begin > PREFILL_SECONDS:
+            break
+        starts = [997 * (batch * turn + i) % (len(ids) - context) for i in range(batch)]
+        prompts = [ids[start : start + context] for start in starts]
+        for name in sorted(engines, reverse=turn % 2 == 0):  # neither always follows the other
+            taken = engines[name].prefill(prompts)
+            engines[name].abort()
+            if turn >= 0:
+                seconds[name].append(taken)
+    medians = {name: statistics.median(taken) for name, taken in seconds.items()}
+    return {
+        "batch": batch,
+        "context": context,
+        "turns": len(seconds["dense"]),
+        "prefill_seconds": medians,
+        "prefill_ratio": medians["dense"] / medians["sepllm"],
+        "prefill_target": PREFILL_TARGETS.get(context),
+    }
+
+
+def show_prefill(results: list[dict[str, Any]]) -> None:
+    table = Table(title="Prefill of short prompts (engines taking turns)")
+    columns = "batch", "context", "turns", "dense ms", "SepLLM ms", "ratio", "target"
+    for column in columns:
+        table.add_column(column, justify="right")
+    for r in results:
+        seconds = r["prefill_seconds"]
+        table.add_row(
+            str(r["batch"]),
+            f"{r['context']:,}",
+            str(r["turns"]),
+            f"{1e3 * seconds['dense']:.1f}",
+            f"{1e3 * seconds['sepllm']:.1f}",
+            f"{r['prefill_ratio']:.3f}",
+            f"{r['prefill_target']:.2f}" if r["prefill_target"] else "",
+        )
+    Console(width=140).print(table)
+
+
 def show(results: list[dict[str, Any]]) -> None:
     table = Table(title="SepLLM beside CPU_ATTN (one run, engines taking turns)")
     for column in (
@@ -241,23 +293,32 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="+", default=[512, 4096, 16384, 32768])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--scheduler-batch", type=int, default=64)
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/cpu.json")
+    parser.add_argument("--prefill-contexts", type=int, nargs="*", default=PREFILL_CONTEXTS)
+    parser.add_argument("--prefill-only", action="store_true", help="short prompts and no more")
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/cpu.json")
     args = parser.parse_args()
+    output = args.output
+    if output is None and not args.prefill_only:
+        output = ROOT / "benchmarks/results/cpu.json"
     tokenizer = Tokenizer.from_str(shapes.read_gzip(shapes.TOKENIZER))
     ids = tokenizer.encode(shapes.read_gzip(shapes.BOOK)).ids
-    results = []
+    cases = [(batch, context) for context in args.contexts for batch in args.batches]
+    if args.scheduler_batch:
+        cases.insert(0, (args.scheduler_batch, 512))
+    if args.prefill_only:
+        cases = []
+    prompts = [(batch, context) for context in args.prefill_contexts for batch in args.batches]
     with tempfile.TemporaryDirectory() as model:
         shapes.write_model(Path(model), tokenizer, shapes.benchmark_model())
-        cases = [(batch, context) for context in args.contexts for batch in args.batches]
-        if args.scheduler_batch:
-            cases.insert(0, (args.scheduler_batch, 512))
-        max_len = max(context for _, context in cases) + 256
-        max_seqs = max(batch for batch, _ in cases)
+        max_len = max(context for _, context in cases + prompts) + 256
+        max_seqs = max(batch for batch, _ in cases + prompts)
         names = {"dense": None, "sepllm": "sepllm"}
         engines = {
             name: Engine(model, backend, max_len, max_seqs) for name, backend in names.items()
         }
-        measure(engines, ids, 600, 2)  # warm
+        results = []
+        if cases:
+            measure(engines, ids, 600, 2)  # warm
         for batch, context in cases:
             results.append(measure(engines, ids, context, batch))
             r = results[-1]
@@ -266,10 +327,15 @@ def main() -> None:
                 f"prefill x{r['prefill_ratio']:.2f}",
                 flush=True,
             )
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    write(args.output, {**environment(), "results": results})
-    show(results)
-    print(f"written to {args.output}")
+        prefill = [measure_prefill(engines, ids, context, batch) for batch, context in prompts]
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write(output, {**environment(), "results": results, "prefill": prefill})
+    if results:
+        show(results)
+    show_prefill(prefill)
+    if output is not None:
+        print(f"written to {output}")
 
 
 if __name__ == "__main__":

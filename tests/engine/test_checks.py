@@ -330,6 +330,46 @@ def write_whisper_files(path):
     WhisperFeatureExtractor().save_pretrained(path)
 
 
+@pytest.mark.parametrize(
+    ("asked", "space", "counts"),
+    [
+        (1 << 28, "1", 1 << 30),  # both, and they differ
+        (1 << 30, "1", 1 << 30),
+        (1 << 28, "", 1 << 28),  # vLLM takes an empty one for none
+        (1 << 28, None, 1 << 28),
+        (None, "1", 1 << 30),
+    ],
+)
+def test_two_sizes_of_the_kv_cache_are_warned_of(monkeypatch, asked, space, counts):
+    """vLLM's CPU platform takes the environment's, without a word."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    from vllm_sepllm.engine import platform
+
+    said = []
+    monkeypatch.setattr(
+        platform.logger, "warning_once", lambda text, *args: said.append(text % args)
+    )
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    if space is not None:
+        monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", space)
+    args = {"model": MODEL, "max_model_len": 512, "kv_cache_memory_bytes": asked}
+    config = EngineArgs(**args, attention_backend="sepllm").create_engine_config()
+    assert config.cache_config.kv_cache_memory_bytes == counts
+    config.__post_init__()  # as the engine's process does; it has nothing to add
+    assert said == (
+        [
+            f"VLLM_CPU_KVCACHE_SPACE={space} in the environment counts ({counts} bytes of KV "
+            f"cache), and kv_cache_memory_bytes={asked} does not: unset one of the two"
+        ]
+        if asked is not None and asked != counts
+        else []
+    )
+    said.clear()
+    assert EngineArgs(**args).create_engine_config().cache_config.kv_cache_memory_bytes == counts
+    assert said == [], "another backend"
+
+
 def test_good_configurations_are_completed():
     from vllm.engine.arg_utils import EngineArgs
 

@@ -91,27 +91,29 @@ def read_row(rows, row, content, turns=0):
 
 
 def check(policy, ids, pages, plan):
-    seen = set()
+    served = plan.batch.starts.tolist()  # queries up to here have been looked at, per request
     if plan.paged is not None:
         rows = plan.paged
         for row, request in enumerate(rows.requests):
-            queries = int(plan.batch.stops[request] - plan.batch.starts[request])
-            assert rows.query_start[row + 1] - rows.query_start[row] == queries
+            served[request] += int(rows.query_start[row + 1] - rows.query_start[row])
             keys = read_row(rows, row, pages.content)
-            last = int(plan.batch.stops[request]) - 1
+            last = served[request] - 1
             if plan.batch.starts[request] < last:  # causal rows keep the order of positions
+                assert last < policy.window_size
                 assert keys == list(range(last + 1))
             else:
                 assert sorted(keys) == visible(policy, ids[request], last)
-            seen.add(int(request))
     for row in plan.staircase:
-        start, stop = (int(x[row.request]) for x in (plan.batch.starts, plan.batch.stops))
+        chunk, stop = (int(x[row.request]) for x in (plan.batch.starts, plan.batch.stops))
+        start = chunk + row.first_query
+        assert start == served[row.request]
+        assert start >= policy.window_size, "a query that sees all before it, as dense ones do"
         stream = pages.content[row.stream_pages].reshape(-1)
         before = pages.content[row.window_pages].reshape(-1)
         before = before[row.window_first : row.window_first + row.window_length].tolist()
-        window = before + list(range(start, stop))
+        window = before + list(range(chunk + row.chunk_first, stop))
         for position in range(start, stop):
-            own = len(before) + position - start
+            own = len(window) - stop + position
             part = window[max(0, own - policy.window_size + 1) : own + 1]
             limit = row.stream_limits[position - start]
             entries = stream[:limit].tolist()
@@ -121,8 +123,8 @@ def check(policy, ids, pages, plan):
                 assert begin >= sinks
                 entries = entries[:sinks] + entries[begin:]
             assert sorted(entries + part) == visible(policy, ids[row.request], position)
-        seen.add(row.request)
-    assert seen == set(range(len(ids)))
+        served[row.request] = stop
+    assert served == plan.batch.stops.tolist()
 
 
 def check_cache_positions(policy, ids, pages, plan):
@@ -134,7 +136,10 @@ def check_cache_positions(policy, ids, pages, plan):
         for row, request in enumerate(rows.requests):
             last = int(plan.batch.stops[request]) - 1
             if plan.batch.starts[request] < last:
-                continue  # all of it is in the window
+                first, stop = rows.query_start[row : row + 2]
+                given = 0 if turns is None else turns.positions[turns.of_queries[first:stop]]
+                assert not np.any(given), "all of it is in the window"
+                continue
             query = last
             if turns is not None:
                 query += turns.positions[turns.of_queries[rows.query_start[row]]]
@@ -145,6 +150,7 @@ def check_cache_positions(policy, ids, pages, plan):
                 assert query - angle == number[last] - number[key]
     for row in plan.staircase:
         start, stop = (int(x[row.request]) for x in (plan.batch.starts, plan.batch.stops))
+        start += row.first_query
         stream = pages.content[row.stream_pages].reshape(-1)
         angles = pages.angle[row.stream_pages].reshape(-1)
         for i, position in enumerate(range(start, stop)):
@@ -195,28 +201,51 @@ def test_plan_of_extreme_texts(share, window):
 
 
 @pytest.mark.parametrize(
-    ("window", "block_size"), [(32, 32), (256, 32), (16, 16), (100, 32), (1, 16)]
+    ("window", "block_size"), [(32, 32), (256, 32), (16, 16), (100, 32), (1, 16), (650, 16)]
 )
-@pytest.mark.parametrize("bound", [None, 1, 20, 37, 300])
+@pytest.mark.parametrize("bound", [None, 1, 20, 37, 300, 100_000])
+@pytest.mark.parametrize("sinks", [3, 90, 100_000])
 @pytest.mark.parametrize("position_mode", ["original", "cache"])
-def test_staging_stays_within_what_is_reserved(window, block_size, bound, position_mode):
+def test_staging_stays_within_what_is_reserved(window, block_size, bound, sinks, position_mode):
     rng = np.random.default_rng(0)
     table = np.arange(VOCABULARY) == SEPARATOR
-    policy = SepLLMPolicy(3, window, table, max_separator_tokens=bound)
+    policy = SepLLMPolicy(sinks, window, table, max_separator_tokens=bound)
     lengths = rng.integers(1, 700, 60).tolist()
     _ids, pages, batch = make_batch(policy, lengths, [1] * 60, block_size, rng)
     in_cache_positions = position_mode == "cache"
     rows = plan_batch(policy, batch, pages.window, block_size, in_cache_positions).paged
-    per_request = np.bincount(rows.staged[0])
+    per_request = np.bincount(rows.staged[0], minlength=1)
     options = SepLLMConfig(
         window_size=window,
-        num_sink_tokens=3,
+        num_sink_tokens=sinks,
         max_separator_tokens=bound,
         position_mode=position_mode,
     )
-    assert per_request.max() <= staging_pages_per_request(options, block_size)
+    assert per_request.max() <= staging_pages_per_request(options, block_size, max(lengths))
     pages_named = rows.block_table[rows.staged]
     assert sorted(pages_named) == list(range(len(pages_named))), "a staging page is used twice"
+
+
+@pytest.mark.parametrize("position_mode", ["original", "cache"])
+@pytest.mark.parametrize("large", ["window_size", "num_sink_tokens", "max_separator_tokens"])
+def test_staging_is_sized_by_what_a_context_can_hold(large, position_mode):
+    """An option larger than any context reserves what the context's length as option does."""
+    options = {"window_size": 64, "max_separator_tokens": 32, "position_mode": position_mode}
+
+    def pages(value):
+        return staging_pages_per_request(SepLLMConfig(**{**options, large: value}), 32, 1024)
+
+    assert pages(100_000) == pages(1024) <= 1024 // 32
+
+
+@pytest.mark.parametrize("position_mode", ["original", "cache"])
+@pytest.mark.parametrize("bound", [None, 100_000])
+def test_a_window_over_every_context_stages_a_handful(bound, position_mode):
+    options = SepLLMConfig(
+        window_size=100_000, max_separator_tokens=bound, position_mode=position_mode
+    )
+    assert staging_pages_per_request(options, 32, 1024) <= 5
+    assert staging_pages_per_request(options, 32, 40) <= 2, "what there is of pages"
 
 
 def test_windows_of_whole_pages_copy_no_entry_of_the_stream():

@@ -210,15 +210,17 @@ def test_masks_are_kept_and_reused():
     inputs = make_inputs(600, 20, 50, "staircase", 40)
     masks: dict[int, torch.Tensor] = {}
     first = check(inputs, masks=masks)
-    assert sorted(masks) == [0, 256, 512]
+    # The first block's windows differ in size; two tiles of 32 rows leave 24 of the last 88.
+    assert sorted(masks) == [0, 256, 512, 576]
+    assert [mask.shape[1] for _, mask in sorted(masks.items())] == [1, 8, 2, 1]
     made = dict(masks)
     other_layer = (torch.randn_like(inputs[0]), *inputs[1:])
     check(other_layer, masks=masks)
     assert all(masks[key] is mask for key, mask in made.items())
     assert torch.equal(kept_prefill(*inputs, masks=masks), first)
     # A mask passed in decides what is seen, so it is used and not made again.
-    masks[0] = torch.zeros_like(masks[0])
-    masks[0][:, -1] = True
+    masks[0] = torch.full_like(masks[0], float("-inf"))
+    masks[0][..., -1] = 0
     changed = kept_prefill(*inputs, masks=masks)
     assert not torch.allclose(changed[:256], first[:256])
     assert torch.equal(changed[256:], first[256:])
@@ -231,6 +233,9 @@ def test_block_mask_by_hand():
     entries, starts = torch.tensor([0, 3, 4, 5, 6]), torch.tensor([3, 5])
     mask = block_mask(torch.tensor([5, 7]), entries, 2, 1, starts, num_sinks=1)
     assert mask.int().tolist() == [[1, 1, 1, 0, 0, 1, 0], [1, 0, 0, 1, 1, 0, 1]]
+    # Two tiles of one row, each of which ends its own window.
+    mask = block_mask(torch.tensor([0, 2]), torch.arange(2), 3, window_size=2, num_tiles=2)
+    assert mask.int().tolist() == [[0, 0, 0, 1, 1], [1, 1, 0, 1, 1]]
 
 
 @pytest.mark.parametrize("num_rows", [1, 20, 300])

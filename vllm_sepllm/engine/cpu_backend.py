@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from sepllm_kernels.kept_prefill import kept_prefill
 from vllm.forward_context import get_forward_context
@@ -130,8 +131,9 @@ class SepLLMCPUImpl(SepLLMImpl):
         num_tokens = int(kept.batch.query_start[-1])
         slots = attn_metadata.slot_mapping[:num_tokens]
         pages.write(key[:num_tokens], value[:num_tokens], slots)
-        if kept.token_index.numel():
-            self._write_stream(kept, pages, key[kept.token_index], value[kept.token_index])
+        if kept.token_index.numel():  # index_select: a third of the time of indexing
+            kept_key, kept_value = (x.index_select(0, kept.token_index) for x in (key, value))
+            self._write_stream(kept, pages, kept_key, kept_value)
         work = self._work(kept, attn_metadata, pages, query.dtype)
         if work.paged is not None:
             self._run_paged(work, pages, query[:num_tokens], output[:num_tokens])
@@ -163,9 +165,9 @@ class SepLLMCPUImpl(SepLLMImpl):
                 sizes = self.num_heads, self.num_kv_heads, self.head_size
                 paged = PagedCall(rows, *sizes, dtype, pages.isa)
                 if plan.staircase:
-                    starts = batch.query_start.tolist()
-                    spans = [torch.arange(starts[i], starts[i + 1]) for i in rows.requests]
-                    token_index = torch.cat(spans)
+                    firsts, counts = batch.query_start[rows.requests], np.diff(rows.query_start)
+                    spans = zip(firsts.tolist(), counts.tolist(), strict=True)
+                    token_index = torch.cat([torch.arange(i, i + n) for i, n in spans])
             cache[key] = StepWork(plan, paged, token_index, [{} for _ in plan.staircase])
         return cache[key]
 
@@ -177,10 +179,10 @@ class SepLLMCPUImpl(SepLLMImpl):
         if work.token_index is None:
             work.paged.run(pages, query, output, *options)
             return
-        part = query[work.token_index]
+        part = query.index_select(0, work.token_index)
         result = torch.empty_like(part)
         work.paged.run(pages, part, result, *options)
-        output[work.token_index] = result
+        output.index_copy_(0, work.token_index, result)
 
     def _run_staircase(
         self,
@@ -193,21 +195,23 @@ class SepLLMCPUImpl(SepLLMImpl):
         value: torch.Tensor,
         output: torch.Tensor,
     ) -> None:
-        first, stop = (int(x) for x in kept.batch.query_start[row.request : row.request + 2])
+        chunk, stop = (int(x) for x in kept.batch.query_start[row.request : row.request + 2])
+        first = chunk + row.first_query
         stream_key, stream_value = pages.read_pages(torch.from_numpy(row.stream_pages))
-        window_key, window_value = pages.read_pages(torch.from_numpy(row.window_pages))
+        own = key[chunk + row.chunk_first : stop], value[chunk + row.chunk_first : stop]
+        window_key, window_value = (part.transpose(0, 1) for part in own)
+        if row.window_length:
+            read = pages.read_pages(torch.from_numpy(row.window_pages))
+            before = slice(row.window_first, row.window_first + row.window_length)
+            window_key = torch.cat([read[0][:, before], window_key], dim=1)
+            window_value = torch.cat([read[1][:, before], window_value], dim=1)
         starts = row.stream_starts
-        before = slice(row.window_first, row.window_first + row.window_length)
-
-        def with_chunk(window: torch.Tensor, chunk: torch.Tensor) -> torch.Tensor:
-            return torch.cat([window[:, before], chunk[first:stop].transpose(0, 1)], dim=1)
-
         output[first:stop] = kept_prefill(
             query[first:stop],
             stream_key,
             stream_value,
-            with_chunk(window_key, key),
-            with_chunk(window_value, value),
+            window_key,
+            window_value,
             torch.from_numpy(row.stream_limits),
             kept.policy.window_size,
             self.scale,

@@ -2,7 +2,7 @@
 
 Two kinds of rows, by what vLLM's C++ paged kernel can express:
 
-*paged*: one causal call over a block table, ragged only in its last page. Either a request
+*paged*: one causal call over a block table, ragged only in its last page. Either queries
 whose whole context is inside the window (plain causal attention over the window pages), or a
 decode step over the compacted table::
 
@@ -21,8 +21,9 @@ it at one. So it is turned to that of the largest part, and the entries of the o
 with their keys turned the rest of the way: at most about a window of them, or what a bound on
 separators keeps beside it, whichever is less.
 
-*staircase*: a prompt chunk that reaches behind the window. Each of its queries has its own
-limit on the stream, which ``kept_prefill`` takes.
+*staircase*: the queries of a prompt chunk that see less than their whole context. Each has its
+own limit on the stream, which ``kept_prefill`` takes. A chunk that begins inside the first window
+and ends behind it has queries of both kinds.
 """
 
 from __future__ import annotations
@@ -42,20 +43,32 @@ IntArray = npt.NDArray[np.int64]
 TableArray = npt.NDArray[np.int32]
 
 
-def staging_pages_per_request(options: SepLLMConfig, block_size: int) -> int:
-    """Staging pages a decode step may need: one, or the packed rest of three pages; with a bound
-    on separators that of five, since the sinks and the newest separators do not meet. In cache
-    positions all parts but the largest, and the ragged ends of that one."""
-    sizes = [options.window_size]
+def staging_pages_per_request(options: SepLLMConfig, block_size: int, max_model_len: int) -> int:
+    """Staging pages a decode step may need, whatever the request has read.
+
+    One, or the packed rest of three pages; with a bound on separators that of five, since the sinks
+    and the newest separators do not meet. In cache positions all parts but the largest, and the
+    ragged ends of that one. Never more than the pages of the longest context, and a part is no
+    larger than what such a context has room for.
+
+    Args:
+        options: window, sinks and bound may be larger than any context.
+        block_size: entries of a page.
+        max_model_len: tokens of the longest context.
+    """
+    window = min(options.window_size, max_model_len)
+    behind = max_model_len - window
+    sizes = [window]
     packed = 1 if options.window_size % block_size == 0 else 3
     if options.max_separator_tokens is not None:
-        sizes += [options.num_sink_tokens, options.max_separator_tokens]
+        sizes += [min(n, behind) for n in (options.num_sink_tokens, options.max_separator_tokens)]
         packed = 5
-    if options.position_mode != "cache":
-        return packed
-    # Without a bound the stream is as large as the window at most, or else the window is staged.
-    entries = sum(sizes) - max(sizes) if len(sizes) > 1 else options.window_size
-    return max(5, -(-(entries + 2 * (block_size - 1)) // block_size))
+    if options.position_mode == "cache":
+        # Without a bound the stream is as large as the window at most, or else the window is
+        # staged.
+        entries = sum(sizes) - max(sizes) if len(sizes) > 1 else min(window, behind)
+        packed = max(5, -(-(entries + 2 * (block_size - 1)) // block_size))
+    return min(packed, -(-max_model_len // block_size))
 
 
 @dataclass(frozen=True)
@@ -117,7 +130,7 @@ class Turns:
 
 @dataclass(frozen=True)
 class PagedRows:
-    """Requests served by one call of the paged kernel.
+    """Queries served by one call of the paged kernel, the first ones of each request's chunk.
 
     Attributes:
         requests: ``n`` indices into the batch.
@@ -139,25 +152,29 @@ class PagedRows:
 
 @dataclass(frozen=True)
 class StaircaseRow:
-    """One request's chunk that reaches behind the window.
+    """The queries of one request's chunk that see less than their whole context.
 
     Attributes:
         request: index into the batch.
+        first_query: how many of the chunk's queries the paged kernel serves; the others follow.
         stream_pages: pages of the stream up to the last query's limit; with a bound on
             separators those of the sinks, and from the first query's start on.
         window_pages: pages of the window tokens before the chunk.
         window_first: offset in ``window_pages[0]`` of the first of them.
         window_length: how many they are.
+        chunk_first: token of the chunk that the window goes on with, up to the chunk's end.
         stream_limits: ``[num_queries]`` entries of ``stream_pages`` each query sees.
         stream_starts: ``[num_queries]`` with a bound, the first of them beside the sinks.
         stream_lags, sink_lags: ``[num_queries]`` see :meth:`KeptPolicy.stream_lag`.
     """
 
     request: int
+    first_query: int
     stream_pages: TableArray
     window_pages: TableArray
     window_first: int
     window_length: int
+    chunk_first: int
     stream_limits: CountArray
     stream_starts: CountArray | None
     stream_lags: IntArray
@@ -192,10 +209,17 @@ def plan_batch(
     paged, staircase = [], []
     spans = zip(batch.starts.tolist(), batch.stops.tolist(), strict=True)
     for request, (start, stop) in enumerate(spans):
-        if stop == start + 1 or start < stop <= policy.window_size:
+        if stop == start + 1:
             paged.append((request, start, stop))
-        elif start < stop:
-            staircase.append(_plan_staircase(policy, batch, request, window_pages, block_size))
+            continue
+        inside = min(stop, policy.window_size)  # queries up to here see all before them
+        if start < inside:
+            paged.append((request, start, inside))
+        if inside < stop and start < stop:
+            first = max(start, inside)
+            staircase.append(
+                _plan_staircase(policy, batch, request, first, window_pages, block_size)
+            )
     rows = None
     if paged:
         rows = _plan_paged(policy, batch, paged, window_pages, block_size, in_cache_positions)
@@ -203,13 +227,20 @@ def plan_batch(
 
 
 def _plan_staircase(
-    policy: KeptPolicy, batch: Batch, request: int, tables: TableArray, block_size: int
+    policy: KeptPolicy,
+    batch: Batch,
+    request: int,
+    first_position: int,
+    tables: TableArray,
+    block_size: int,
 ) -> StaircaseRow:
+    """Plan the queries of a request from ``first_position`` on."""
     start, stop = int(batch.starts[request]), int(batch.stops[request])
-    prefix, positions = batch.kept_prefix[batch.rows[request]], np.arange(start, stop)
+    prefix, positions = batch.kept_prefix[batch.rows[request]], np.arange(first_position, stop)
     limits = policy.stream_limit(prefix, positions)
     lags = policy.stream_lag(limits, positions), policy.sink_lag(limits, positions)
-    first = int(policy.window_start(start))
+    first = int(policy.window_start(first_position))
+    length = max(0, start - first)
     first_page, last_page = first // block_size, -(-start // block_size)
     stream = batch.stream_pages[request, : -(-int(limits[-1]) // block_size)]
     starts = None
@@ -222,10 +253,12 @@ def _plan_staircase(
         limits, starts = limits - left_out * block_size, starts - left_out * block_size
     return StaircaseRow(
         request,
+        first_position - start,
         stream,
-        tables[request, first_page:last_page],
+        tables[request, first_page:last_page] if length else tables[request, :0],
         first % block_size,
-        start - first,
+        length,
+        max(0, first - start),
         limits,
         starts,
         *lags,

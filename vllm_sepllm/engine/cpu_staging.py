@@ -9,13 +9,35 @@ of unsigned integers as wide as an element.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numba import njit
+from vllm.logger import init_logger
+
+logger = init_logger(f"vllm.{__name__}")
 
 
-@njit(cache=True, nogil=True, boundscheck=False)  # type: ignore[untyped-decorator]
+def compiled(function: Callable[..., None]) -> Any:
+    """``function``, to be compiled by numba at its first call, or read from numba's cache.
+
+    On a read-only file system without a writable home there is no place for a cache.
+    """
+    options = {"nogil": True, "boundscheck": False}
+    try:
+        return njit(cache=True, **options)(function)
+    except RuntimeError as error:  # numba looks for a place at once
+        if "no locator available" not in str(error):
+            raise
+        logger.info_once(
+            "SepLLM attention: numba finds no writable directory for its cache, so a few copies "
+            "are compiled at every start, which takes seconds: NUMBA_CACHE_DIR may name one"
+        )
+        return njit(**options)(function)
+
+
+@compiled
 def merge_pages(
     flat: Any, first_staging_page: int, heads: Any, tails: Any, splits: Any, entry_of: Any
 ) -> None:
@@ -38,7 +60,7 @@ def merge_pages(
                 out[i] = from_new if entry_of[i] < split else from_old
 
 
-@njit(cache=True, nogil=True, boundscheck=False)  # type: ignore[untyped-decorator]
+@compiled
 def gather_entries(
     flat: Any, pages: Any, offsets: Any, key_index: Any, value_index: Any, keys: Any, values: Any
 ) -> None:
@@ -60,7 +82,7 @@ def gather_entries(
                 value[i] = source[value_index[offset, i]]
 
 
-@njit(cache=True, nogil=True, boundscheck=False)  # type: ignore[untyped-decorator]
+@compiled
 def pack_entries(
     flat: Any,
     first_staging_page: int,

@@ -60,13 +60,13 @@ class SepLLMCPUWorker(SepLLMWorker, CPUWorker):
 
         Enough whichever size vLLM splits pages into, and for the layer with the largest.
         """
-        options = settings.options(self.vllm_config)
+        options, length = settings.options(self.vllm_config), self.model_config.max_model_len
         per_request = page = 0
         for spec in window_specs(self.get_kv_cache_spec()):
             for size in SepLLMCPUBackend.get_supported_kernel_block_sizes():
                 size_bytes = spec.copy_with_new_block_size(size).page_size_bytes
                 page = max(page, size_bytes)
-                pages = staging_pages_per_request(options, size)
+                pages = staging_pages_per_request(options, size, length)
                 per_request = max(per_request, pages * size_bytes)
         return per_request, page
 

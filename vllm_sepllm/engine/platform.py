@@ -6,6 +6,7 @@ built from it. With any other backend every method is vLLM's own.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -109,7 +110,9 @@ class SepLLMCpuPlatform(CpuPlatform):
             return
 
         def complete_own() -> None:
+            asked = vllm_config.cache_config.kv_cache_memory_bytes
             super(SepLLMCpuPlatform, cls).check_and_update_config(vllm_config)
+            _say_which_memory_counts(asked, vllm_config.cache_config.kv_cache_memory_bytes)
             if not vllm_config.cache_config.user_specified_block_size:
                 vllm_config.cache_config.block_size = DEFAULT_BLOCK_SIZE
 
@@ -176,6 +179,21 @@ class SepLLMCpuPlatform(CpuPlatform):
                 "use another attention backend"
             )
         return CPU_BACKEND_PATH
+
+
+def _say_which_memory_counts(asked: int | None, given: int | None) -> None:
+    """Warn if vLLM replaced a size of the KV cache, bytes, by that in the environment, GiB."""
+    name = "VLLM_CPU_KVCACHE_SPACE"
+    if asked is None or asked == given or name not in os.environ:
+        return
+    logger.warning_once(
+        "%s=%s in the environment counts (%d bytes of KV cache), and kv_cache_memory_bytes=%d "
+        "does not: unset one of the two",
+        name,
+        os.environ[name],
+        given,
+        asked,
+    )
 
 
 def _keep_refusal_of_ray(parallel_config: ParallelConfig) -> None:

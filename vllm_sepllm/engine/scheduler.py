@@ -7,7 +7,7 @@ preempt it and wait for ever; here it ends with an error.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -17,6 +17,7 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.request_queue import RequestQueue
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
@@ -144,7 +145,7 @@ class SepLLMScheduler(Scheduler):
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """vLLM's; then the pages of this step can be found by the next one."""
         with self._in_small_chunks() if self._chunks else nullcontext():
-            output = super().schedule(*args, **kwargs)
+            output: SchedulerOutput = super().schedule(*args, **kwargs)
         for manager in self._kept_managers:
             manager.step_is_scheduled()
         if self._cold or self._chunks:
@@ -219,12 +220,11 @@ class SepLLMScheduler(Scheduler):
 
     def _ready(self, queue: RequestQueue) -> list[Request]:
         """Those of a queue that wait for memory alone, in its order."""
-        return [
-            request
-            for request in queue
-            if not self._is_blocked_waiting_status(request.status)
-            and (request.drop_stale_output or not request.num_stale_output_tokens)
-        ]
+        return [request for request in queue if self._is_ready(request)]
+
+    def _is_ready(self, request: Request) -> bool:
+        is_settled = request.drop_stale_output or not request.num_stale_output_tokens
+        return is_settled and not self._is_blocked_waiting_status(request.status)
 
     def _give_back(self, session: Request) -> None:
         """Free the pages of a session's turn that waits; it will be computed from its start."""
@@ -234,10 +234,12 @@ class SepLLMScheduler(Scheduler):
         self._enqueue_waiting_request(session)
         self._check_fits(session)
 
-    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[Any, int, int, bool]:
+    def _get_local_prefix_cache_hit(
+        self, request: Request, *args: Any, **kwargs: Any
+    ) -> tuple[Any, int, int, bool]:
         if request.request_id in self._cold:
             return self.kv_cache_manager.empty_kv_cache_blocks, 0, 0, False
-        return super()._get_local_prefix_cache_hit(request)
+        return super()._get_local_prefix_cache_hit(request, *args, **kwargs)
 
     def _update_request_with_output(
         self, request: Request, new_token_ids: list[int], *args: Any, **kwargs: Any
@@ -265,6 +267,7 @@ class SepLLMScheduler(Scheduler):
         vLLM reads them off the pages. Those of the stream hold keys of many lengths, or there are
         none of them. Every manager knows how many token blocks it has noted.
         """
+        managers: Sequence[SingleTypeKVCacheManager]
         managers = self.kv_cache_manager.coordinator.single_type_managers
         return min(m.num_cached_block.get(request.request_id, 0) * m.block_size for m in managers)
 

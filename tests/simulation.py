@@ -350,11 +350,15 @@ class Simulation:
         in_flight = any(earlier.num_scheduled_tokens for earlier, _ in self._in_flight)
         # vLLM starts nothing in a step in which it preempts.
         is_idle &= not (in_flight or has_achieved or output.preempted_req_ids)
-        wanting = RequestStatus.WAITING, RequestStatus.PREEMPTED
-        waits = is_idle and any(r.status in wanting for r in self.scheduler.requests.values())
+        statuses = {request.status for request in self.scheduler.requests.values()}
+        # A session keeps its pages while it waits for its user.
+        is_idle &= RequestStatus.WAITING_FOR_STREAMING_REQ not in statuses
+        waits = is_idle and bool(statuses & {RequestStatus.WAITING, RequestStatus.PREEMPTED})
         self._idle_steps = self._idle_steps + 1 if waits else 0
         assert self._idle_steps < 2, f"{self.live} wait, nothing runs"
         self._fruitless_steps = 0 if has_achieved else self._fruitless_steps + 1
+        if RequestStatus.WAITING_FOR_STREAMING_REQ in statuses:
+            self._fruitless_steps = 0
         tokens = sum(request.num_tokens for request in self.scheduler.requests.values())
         assert self._fruitless_steps < 20 + tokens, f"{self.live} get nowhere"
 

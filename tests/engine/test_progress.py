@@ -192,6 +192,32 @@ def test_a_prefix_that_is_found_costs_no_page_that_is_missing(num_groups, num_bl
     assert simulation.num_held == 0
 
 
+def test_a_request_waits_for_the_pages_of_a_session():
+    """A session that waits for its user keeps its pages; nothing ends, and both are served."""
+    simulation = Simulation(
+        {"window_size": 16, "separator_token_ids": list(SEPARATORS)},
+        next_token,
+        num_blocks=40,
+        block_size=16,
+        max_model_len=600,
+        max_num_batched_tokens=64,
+    )
+    first, other = [SEPARATORS[0]] * 200, [SEPARATORS[1]] * 450
+    simulation.add("session", first, 1, resumable=True)
+    for _ in range(10):
+        simulation.step()
+    simulation.add("other", other, 2)
+    for _ in range(10):
+        simulation.step()
+        simulation.check()
+    assert simulation.live == ["session", "other"]
+    simulation.turn("session", None, 1)
+    simulation.settle()
+    assert simulation.finished["other"] == "length"
+    assert simulation.answers["other"] == answer(other, 2)
+    assert simulation.num_held == 0
+
+
 def test_sessions_do_not_wait_for_each_others_pages():
     """Each holds a part of the pool and needs more than is left."""
     simulation = Simulation(

@@ -59,8 +59,10 @@ class SepLLMScheduler(Scheduler):
         if options.max_separator_tokens is None:
             self._traffic = TrafficShare(settings.plan(self.vllm_config))
         self._num_positions: int | None = None  # of the model, where a text can run past them
-        if options.position_mode == "cache" and largest_cache(options) is None:
-            self._num_positions = trained_length(self.vllm_config.model_config)
+        trained = trained_length(self.vllm_config.model_config)
+        grows = options.position_mode == "cache" and largest_cache(options) is None
+        if grows and self.max_model_len > trained:
+            self._num_positions = trained
         self.kv_cache_manager.estimate_cached_tokens = self._num_cached_tokens
         self._refused: dict[str, str] = {}  # reasons, by request; they end with this step
         self._cold: set[str] = set()  # requests that start without a prefix from the cache
@@ -191,7 +193,8 @@ class SepLLMScheduler(Scheduler):
         more than starting from nothing: pages of the stream that are copied before they are
         appended to, or tokens drafted in the first step. And a request that has grown may fit in
         small chunks only. So it starts from nothing, in chunks with which it fits. Where turns of
-        sessions wait for each other's pages, the last one gives its own back.
+        sessions wait for each other's pages, the last one gives its own back; a session that waits
+        for its user keeps them, as with full attention.
         """
         request = self._first_ready()
         if request is None:
@@ -204,10 +207,12 @@ class SepLLMScheduler(Scheduler):
         elif chunk is not None and name not in self._cold:
             self._cold.add(name)
             self._take_smaller_chunks(request)
-        else:
-            needed = self._admission.pages_needed(name, num_tokens)
-            assert chunk is None, f"{name} fits in chunks of {chunk} tokens and does not start"
-            self._refuse(request, needed)
+        elif chunk is None or self._num_free_pages == self._admission.num_pages:
+            self._refuse(request, self._admission.pages_needed(name, num_tokens))
+
+    @property
+    def _num_free_pages(self) -> int:
+        return int(self.kv_cache_manager.block_pool.get_num_free_blocks())
 
     def _first_ready(self) -> Request | None:
         """The request vLLM has just failed to find pages for, if any."""

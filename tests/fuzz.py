@@ -75,7 +75,7 @@ class Fuzz(Traffic):
     """One engine, drawn from ``rng``."""
 
     def __init__(self, rng: random.Random, model: Any) -> None:
-        self.rule = draw_rule(rng)
+        self.rng, self.rule = rng, draw_rule(rng)
         options = draw_options(rng, self.rule)
         shown = {k: v for k, v in self.rule.items() if k != "separator_token_ids"}
         separators = self.rule.get("separator_token_ids", ())
@@ -87,8 +87,8 @@ class Fuzz(Traffic):
         self.reference = self._make_reference(model, separators)
 
     def _start(self, options: dict[str, Any]) -> Engine:
-        """With the smallest pool that vLLM starts with for these options, and a little more."""
-        num_blocks = 6
+        """With about the smallest pool that vLLM starts with for these options, or some more."""
+        num_blocks = self.rng.choice([6, 20, 60])
         while True:
             try:
                 engine = Engine(self.rule, **options, num_gpu_blocks_override=num_blocks)

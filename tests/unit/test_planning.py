@@ -116,7 +116,9 @@ def test_shares_that_no_text_decides(options, share, source):
         assert not plan.scarce
 
 
-@pytest.mark.parametrize("tokenizer", [None, CHARACTERS, CannotEncode()], ids=str)
+@pytest.mark.parametrize(
+    "tokenizer", [None, CHARACTERS, CannotEncode()], ids=["none", "characters", "cannot encode"]
+)
 @pytest.mark.parametrize("ids", [[46], []], ids=str)
 def test_a_given_share_is_taken_as_it_is(tokenizer, ids):
     plan = plan_of(tokenizer, separator_token_ids=ids, planned_kept_share=0.01)

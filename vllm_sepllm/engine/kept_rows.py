@@ -104,7 +104,8 @@ class KeptRows:
 
     def restart(self, row: int, token_ids: TokenArray) -> None:
         """Give a row to a request whose first ``[num_tokens]`` ids are computed already."""
-        self._count_span(row, token_ids, 0)
+        if len(token_ids):
+            self._count_span(row, token_ids, 0)
         self._counted[row] = len(token_ids)
 
     def step(self, index: torch.Tensor, token_ids: torch.Tensor) -> KeptStep:
@@ -125,9 +126,10 @@ class KeptRows:
         lengths = query_start[1:] - query_start[:-1]
         assert (starts <= self._counted[rows]).all(), "tokens before the step are not counted"
         single = (lengths == 1).nonzero()[0]
-        position = starts[single]
-        flags = self.policy.kept_flags_at(token_ids[query_start[single]], position)
-        self.table[rows[single], position + 1] = self.table[rows[single], position] + flags
+        if single.size:
+            position = starts[single]
+            flags = self.policy.kept_flags_at(token_ids[query_start[single]], position)
+            self.table[rows[single], position + 1] = self.table[rows[single], position] + flags
         for i in (lengths > 1).nonzero()[0]:
             span = token_ids[query_start[i] : query_start[i + 1]]
             self._count_span(int(rows[i]), span, int(starts[i]))

@@ -149,8 +149,13 @@ def test_start_up_serves_every_length_full_attention_serves(
             assert output.finish_reason == "error"
 
 
-def test_a_pool_too_small_for_ordinary_text_is_warned_of(engines, book, monkeypatch):
-    """The window pages of a chunk as long as the context leave nothing to the stream."""
+def test_a_pool_too_small_for_ordinary_text_is_warned_of(
+    engines, book, reference_model, separator_ids, monkeypatch
+):
+    """The window pages of a chunk as long as the context leave nothing to the stream.
+
+    Such a text is served in smaller chunks.
+    """
     from vllm_sepllm.engine import scheduler
 
     said = []
@@ -160,7 +165,12 @@ def test_a_pool_too_small_for_ordinary_text_is_warned_of(engines, book, monkeypa
     [sentence] = said
     for part in ("2048 tokens of ordinary text", "64 there are", "max_num_batched_tokens (2048)"):
         assert part in sentence
-    assert engine.generate([book[:2000]], max_tokens=4)[0].outputs[0].finish_reason == "error"
+    output = engine.generate([book[:2000]], max_tokens=4)[0].outputs[0]
+    assert output.finish_reason == "length"
+    options_of_mask = separator_ids, 4, 64
+    tokens = list(output.token_ids)
+    assert first_difference(reference_model, book[:2000], tokens, *options_of_mask) is None
+    assert engine.pool.get_num_free_blocks() == engine.pool.num_gpu_blocks - 1
     engines(**options, max_num_batched_tokens=256)
     assert len(said) == 1
 

@@ -34,10 +34,10 @@ gpu-bench:  ## kernels on a GPU, with the python that has torch and Triton for i
 	@PYTHONPATH=kernels:.:build/gpu-site $(or $(PYTHON),python3) benchmarks/gpu.py
 
 soak: setup  ## random traffic over a tight pool, checked after every step (MINUTES=10)
-	@PYTHONPATH=tests $(PY) tests/soak.py --minutes $(or $(MINUTES),10)
+	@PYTHONPATH=tests/support:tools $(PY) tools/soak.py --minutes $(or $(MINUTES),10)
 
 fuzz: setup  ## random engines under random traffic, answers against the mask (MINUTES=10)
-	@PYTHONPATH=tests $(PY) tests/fuzz.py --minutes $(or $(MINUTES),10)
+	@PYTHONPATH=tests/support:tools $(PY) tools/fuzz.py --minutes $(or $(MINUTES),10)
 
 clean:  ## remove caches and build output (.venv stays)
 	rm -rf build dist *.egg-info scripts/vllm-name/build scripts/vllm-name/*.egg-info

@@ -24,15 +24,15 @@ import torch
 from gpu_dense import DENSE_KERNELS
 from record import ROOT, provenance, write
 from sepllm_kernels.batch import KeptBatch, PagedKV
-from sepllm_kernels.kept_decode.triton import (
+from sepllm_kernels.kept_metadata import kept_metadata
+from sepllm_kernels.paged.decode.triton import (
     DecodeBuffers,
     kept_decode,
     make_plan,
     plan_for,
     processors,
 )
-from sepllm_kernels.kept_metadata import kept_metadata
-from sepllm_kernels.kept_prefill.triton import kept_prefill_paged
+from sepllm_kernels.paged.prefill.triton import kept_prefill_paged
 from sepllm_kernels.turn_queries import turn_queries
 from sepllm_kernels.write_kv import write_kv
 
@@ -303,7 +303,7 @@ def run_xformers(case: Case, time: Callable[..., float]) -> dict[str, Any]:
     output = torch.empty_like(case.query)
     arguments = case.query, case.pages, case.batch, output, case.shape.head_size**-0.5
     try:
-        from sepllm_kernels.kept_prefill import xformers_window
+        from sepllm_kernels.paged.prefill import xformers_window
 
         spans = xformers_window.window_spans(case.batch, PAGE)
         call = partial(xformers_window.kept_prefill_xformers, *arguments, spans=spans)

@@ -31,9 +31,9 @@ from gpu import (
     time_ms,
 )
 from record import ROOT, write
-from sepllm_kernels.kept_decode import triton as decode
-from sepllm_kernels.kept_prefill import triton as prefill
-from sepllm_kernels.launches import Launch
+from sepllm_kernels.paged.decode import triton as decode
+from sepllm_kernels.paged.launches import Launch
+from sepllm_kernels.paged.prefill import triton as prefill
 
 CONTEXT, BATCH = 32768, 64
 TILES, WARPS, STAGES, PROGRAMS = (32, 64, 128), (2, 4, 8), (3, 5, 7), (2, 4, 6, 10)

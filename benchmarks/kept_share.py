@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from vllm_sepllm.config import ConfigError, SepLLMConfig
+from vllm_sepllm.keep_classes import num_token_ids, resolve_separators
 from vllm_sepllm.planning import kept_share
 from vllm_sepllm.policy import KeptPolicy
 from vllm_sepllm.samples import SAMPLES
 from vllm_sepllm.separator_lists import LIST_OF_SAMPLE
-from vllm_sepllm.separators import num_token_ids, resolve_separators
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKENIZERS = ("examples/models/pg19-5m-sep", "tests/data/20B_tokenizer.json.gz")

@@ -1,6 +1,6 @@
 """Share of prompt tokens served by the prefix cache on a multi-turn chat trace.
 
-    PYTHONPATH=tests .venv/bin/python benchmarks/prefix_cache.py
+    PYTHONPATH=tests/support:tools .venv/bin/python benchmarks/prefix_cache.py
 
 32 users, one system prompt, 8 turns each, on vLLM's own scheduler and block managers without a
 model. SepLLM beside full attention with the same bytes, and with as many blocks as give the same
@@ -13,12 +13,12 @@ import json
 import logging
 from pathlib import Path
 
-import conftest  # sets the environment before vLLM is imported
+import environment  # before vLLM is imported
 from chat_trace import BLOCK_SIZE, ChatTrace, Replay
 from rich.console import Console
 from rich.table import Table
 
-assert conftest
+assert environment
 RESULTS = Path(__file__).parent / "results/prefix_cache.json"
 MEMORY = (0.15, 0.25, 0.35, 0.5, 0.75)
 WINDOWS = (64, 256)

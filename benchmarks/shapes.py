@@ -12,8 +12,8 @@ from tokenizers import Tokenizer
 from transformers import LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast
 
 from vllm_sepllm.config import SepLLMConfig
+from vllm_sepllm.keep_classes import resolve_separators
 from vllm_sepllm.policy import KeptPolicy
-from vllm_sepllm.separators import resolve_separators
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKENIZER = ROOT / "tests/data/20B_tokenizer.json.gz"

@@ -126,8 +126,8 @@ def share_visible(name: str, outputs: list[list[int]]) -> float:
     from transformers import AutoTokenizer
 
     from vllm_sepllm.config import SepLLMConfig
+    from vllm_sepllm.keep_classes import resolve_separators
     from vllm_sepllm.policy import KeptCounts, KeptPolicy
-    from vllm_sepllm.separators import resolve_separators
 
     tokenizer = AutoTokenizer.from_pretrained(HERE.parent / MODEL)
     config = SepLLMConfig(window_size=WINDOW)

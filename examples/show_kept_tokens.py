@@ -11,8 +11,8 @@ from rich.text import Text
 from transformers import AutoTokenizer
 
 from vllm_sepllm.config import SepLLMConfig
+from vllm_sepllm.keep_classes import resolve_separators
 from vllm_sepllm.policy import KeptPolicy
-from vllm_sepllm.separators import resolve_separators
 
 HERE = Path(__file__).resolve().parent
 

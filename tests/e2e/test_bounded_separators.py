@@ -6,7 +6,7 @@ import math
 import pytest
 from helpers import NGRAM, POOL_FILLING_TOKENS, SMALL_POOL
 
-from vllm_sepllm.reference import first_difference
+from vllm_sepllm.oracle.dense_mask import first_difference
 
 pytestmark = pytest.mark.e2e
 

@@ -14,7 +14,7 @@ from helpers import (
 )
 
 from vllm_sepllm.config import ConfigError
-from vllm_sepllm.engine.prefix_index import COUNTS_PER_PAGE
+from vllm_sepllm.engine.scheduling.prefix_index import COUNTS_PER_PAGE
 
 pytestmark = pytest.mark.e2e
 

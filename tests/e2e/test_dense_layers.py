@@ -6,9 +6,9 @@ vLLM gives layers of one kind groups of equal size, so the demo model's 6 layers
 
 import pytest
 
-from vllm_sepllm.engine.junctions import Junctions
-from vllm_sepllm.engine.manager import KeptManager
-from vllm_sepllm.reference import first_difference
+from vllm_sepllm.engine.scheduling.junctions import Junctions
+from vllm_sepllm.engine.scheduling.kept_manager import KeptManager
+from vllm_sepllm.oracle.dense_mask import first_difference
 
 pytestmark = pytest.mark.e2e
 

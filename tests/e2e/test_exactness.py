@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import find_separators
 
-from vllm_sepllm.reference import first_difference, masked_logits, sepllm_mask
+from vllm_sepllm.oracle.dense_mask import first_difference, masked_logits, sepllm_mask
 
 pytestmark = pytest.mark.e2e
 
@@ -70,7 +70,7 @@ def test_the_reference_in_pieces(book, reference_model, separator_ids, monkeypat
     exact = copy.deepcopy(reference_model).double()
     mask = sepllm_mask(book[:1000], separator_ids, 4, 64)
     whole = masked_logits(exact, book[:1000], mask)
-    monkeypatch.setattr("vllm_sepllm.reference.PIECE", 300)
+    monkeypatch.setattr("vllm_sepllm.oracle.dense_mask.PIECE", 300)
     pieces = masked_logits(exact, book[:1000], mask)
     torch.testing.assert_close(pieces, whole, rtol=1e-9, atol=1e-9)
 

@@ -3,8 +3,8 @@
 import pytest
 from helpers import page_bound
 
+from vllm_sepllm.oracle.dense_mask import first_difference
 from vllm_sepllm.policy import SepLLMPolicy, separator_table
-from vllm_sepllm.reference import first_difference
 
 pytestmark = pytest.mark.e2e
 
@@ -156,7 +156,7 @@ def test_a_pool_too_small_for_ordinary_text_is_warned_of(
 
     Such a text is served in smaller chunks.
     """
-    from vllm_sepllm.engine import scheduler
+    from vllm_sepllm.engine.scheduling import scheduler
 
     said = []
     monkeypatch.setattr(scheduler.logger, "warning", lambda text, *a: said.append(text % a))

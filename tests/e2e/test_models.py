@@ -5,7 +5,7 @@ import torch
 from helpers import CacheReference, save_random_model
 
 from vllm_sepllm.config import ConfigError
-from vllm_sepllm.reference import sepllm_mask
+from vllm_sepllm.oracle.dense_mask import sepllm_mask
 
 pytestmark = pytest.mark.e2e
 

@@ -12,7 +12,7 @@ import pytest
 import two_processes
 from helpers import CacheReference
 
-from vllm_sepllm.reference import first_difference
+from vllm_sepllm.oracle.dense_mask import first_difference
 
 pytestmark = pytest.mark.e2e
 

@@ -23,7 +23,7 @@ import pytest
 import two_processes
 from helpers import ROOT, tokenizer
 
-from vllm_sepllm.reference import first_difference, masked_logits, sepllm_mask
+from vllm_sepllm.oracle.dense_mask import first_difference, masked_logits, sepllm_mask
 
 pytestmark = pytest.mark.e2e
 

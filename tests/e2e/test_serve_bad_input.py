@@ -5,7 +5,7 @@ import json
 import pytest
 from serving import NAME, SMALL_POOL
 
-from vllm_sepllm.reference import first_difference
+from vllm_sepllm.oracle.dense_mask import first_difference
 
 pytestmark = pytest.mark.e2e
 

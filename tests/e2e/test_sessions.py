@@ -2,7 +2,7 @@
 
 import pytest
 
-from vllm_sepllm.reference import first_difference
+from vllm_sepllm.oracle.dense_mask import first_difference
 
 pytestmark = pytest.mark.e2e
 

@@ -96,7 +96,7 @@ def make_config(**options):
     ],
 )
 def test_texts_beyond_the_trained_length(monkeypatch, options, cache):
-    from vllm_sepllm.engine import startup
+    from vllm_sepllm.engine.startup import prepare as startup
 
     said = []
     for level in ("info_once", "warning_once"):
@@ -148,7 +148,7 @@ def test_misplaced_options(additional):
 def test_options_of_a_backend_that_is_not_selected_are_warned_of(monkeypatch):
     from vllm.engine.arg_utils import EngineArgs
 
-    from vllm_sepllm.engine import settings
+    from vllm_sepllm.engine.startup import settings
 
     said = []
     monkeypatch.setattr(settings.logger, "warning_once", said.append)
@@ -344,7 +344,7 @@ def test_two_sizes_of_the_kv_cache_are_warned_of(monkeypatch, asked, space, coun
     """vLLM's CPU platform takes the environment's, without a word."""
     from vllm.engine.arg_utils import EngineArgs
 
-    from vllm_sepllm.engine import platform
+    from vllm_sepllm.engine.cpu import platform
 
     said = []
     monkeypatch.setattr(

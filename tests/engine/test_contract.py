@@ -31,7 +31,7 @@ from vllm_sepllm.engine.compat import COMPATIBILITY
 pytestmark = pytest.mark.engine
 
 INSTALLED = project.installed_version()
-AGAIN = "PYTHONPATH=tests .venv/bin/python -m contract --write"
+AGAIN = "PYTHONPATH=tools .venv/bin/python -m contract --write"
 
 
 def others(version):
@@ -98,7 +98,7 @@ def test_every_attribute_of_the_engine_is_accounted_for():
     unknown = {name: where for name, where in usage.untyped.items() if name not in known}
     assert not unknown, (
         f"attributes of unknown objects: {unknown}. Annotate them, or name their class in "
-        "tests/contract/relied.py"
+        "tools/contract/relied.py"
     )
 
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_sepllm.engine.cpu_attention import CpuPages, PagedCall, probe_layout
-from vllm_sepllm.engine.cpu_plan import MergedPages, PackedEntries, PagedRows
-from vllm_sepllm.reference import masked_attention
+from vllm_sepllm.engine.cpu.attention import CpuPages, PagedCall, probe_layout
+from vllm_sepllm.engine.cpu.plan import MergedPages, PackedEntries, PagedRows
+from vllm_sepllm.oracle.dense_mask import masked_attention
 
 pytestmark = pytest.mark.engine
 

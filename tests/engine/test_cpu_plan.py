@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from vllm_sepllm.config import SepLLMConfig
-from vllm_sepllm.engine.cpu_plan import Batch, plan_batch, staging_pages_per_request
+from vllm_sepllm.engine.cpu.plan import Batch, plan_batch, staging_pages_per_request
 from vllm_sepllm.policy import KeptCounts, SepLLMPolicy
 
 pytestmark = pytest.mark.engine

@@ -16,7 +16,7 @@ import logging
 logging.basicConfig(level=logging.INFO)  # vLLM sets it up with its configuration
 import numpy as np
 import vllm_sepllm
-from vllm_sepllm.engine.cpu_staging import merge_pages
+from vllm_sepllm.engine.cpu.staging import merge_pages
 
 print(vllm_sepllm.__file__)
 entry_of = np.array([0, 0, 1, 1], dtype=np.int16)
@@ -33,7 +33,7 @@ def test_numba_does_without_a_cache_where_it_can_write_none(tmp_path):
     shutil.copytree(
         ROOT / "vllm_sepllm", tmp_path / "vllm_sepllm", ignore=lambda *_: ["__pycache__"]
     )
-    (tmp_path / "vllm_sepllm/engine/__pycache__").touch()
+    (tmp_path / "vllm_sepllm/engine/cpu/__pycache__").touch()
     (tmp_path / "file").touch()
     environment = {
         **os.environ,
@@ -54,6 +54,6 @@ def test_numba_does_without_a_cache_where_it_can_write_none(tmp_path):
 
 
 def test_numba_keeps_what_it_compiled():
-    from vllm_sepllm.engine.cpu_staging import merge_pages
+    from vllm_sepllm.engine.cpu.staging import merge_pages
 
     assert merge_pages.stats.cache_path is not None

@@ -18,7 +18,7 @@ def platform(monkeypatch):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     from vllm.platforms.interface import DeviceCapability
 
-    from vllm_sepllm.engine.cuda_platform import SepLLMCudaPlatform
+    from vllm_sepllm.engine.gpu.platform import SepLLMCudaPlatform
 
     capability = classmethod(lambda cls, *args: DeviceCapability(9, 0))
     monkeypatch.setattr(SepLLMCudaPlatform, "get_device_capability", capability)
@@ -76,7 +76,7 @@ def test_refusals(platform):
 
 def test_xformers_is_named_if_it_is_missing(platform, monkeypatch):
     from vllm_sepllm.config import ConfigError
-    from vllm_sepllm.engine import checks
+    from vllm_sepllm.engine.startup import checks
 
     chosen = {"window_size": 64, "prefill_kernel": "xformers"}
     changes = {"additional_config": {"sepllm": chosen}}
@@ -131,7 +131,7 @@ def test_backends_of_layers(platform, monkeypatch):
     ("is_cpu", "cuda", "expected"),
     [
         (True, None, "engine.platform.SepLLMCpuPlatform"),
-        (False, "vllm.platforms.cuda.CudaPlatform", "engine.cuda_platform.SepLLMCudaPlatform"),
+        (False, "vllm.platforms.cuda.CudaPlatform", "engine.gpu.platform.SepLLMCudaPlatform"),
         (False, None, None),
     ],
 )

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vllm_sepllm.config import ConfigError
-from vllm_sepllm.engine import gpu_backend
+from vllm_sepllm.engine.gpu import backend as gpu_backend
 
 pytestmark = pytest.mark.engine
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from kept_builders import PAGE, SINKS, WINDOW, make_batch, make_builders
 
-from vllm_sepllm.engine.device_rows import DeviceRows
-from vllm_sepllm.engine.gpu_metadata import GPUKeptMetadataBuilder
+from vllm_sepllm.engine.gpu.counts import DeviceRows
+from vllm_sepllm.engine.gpu.metadata import GPUKeptMetadataBuilder
 from vllm_sepllm.policy import (
     FixedIntervalPolicy,
     KeptPolicy,

@@ -8,8 +8,8 @@ from helpers import make_kept_manager
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHash
 
-from vllm_sepllm.engine.manager import KeptManager
-from vllm_sepllm.engine.prefix_index import COUNTS_PER_PAGE, LONG_TEXTS, PrefixIndex
+from vllm_sepllm.engine.scheduling.kept_manager import KeptManager
+from vllm_sepllm.engine.scheduling.prefix_index import COUNTS_PER_PAGE, LONG_TEXTS, PrefixIndex
 from vllm_sepllm.policy import SepLLMPolicy, separator_table
 
 pytestmark = pytest.mark.engine

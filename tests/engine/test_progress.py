@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from simulation import Simulation
 from test_scheduling import WORDS, answer, next_token, ngram, propose
 
-from vllm_sepllm.engine.spec import KeptSpec
+from vllm_sepllm.engine.scheduling.spec import KeptSpec
 
 pytestmark = pytest.mark.engine
 

@@ -106,7 +106,7 @@ def test_sliding_window_layers_keep_vllms_backend():
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
     from vllm.v1.attention.selector import AttentionSelectorConfig
 
-    from vllm_sepllm.engine.platform import CPU_BACKEND_PATH
+    from vllm_sepllm.engine.cpu.platform import CPU_BACKEND_PATH
     from vllm_sepllm.engine.registration import register
 
     register()
@@ -126,7 +126,7 @@ def test_sliding_window_layers_keep_vllms_backend():
 
 def test_importing_the_package_imports_neither_torch_nor_vllm():
     code = (
-        "import sys, vllm_sepllm, vllm_sepllm.cli, vllm_sepllm.engine.registration\n"
+        "import sys, vllm_sepllm, vllm_sepllm.cli.main, vllm_sepllm.engine.registration\n"
         "assert not {'torch', 'vllm', 'transformers'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
@@ -191,7 +191,7 @@ def test_default_block_size(monkeypatch, given, expected, sets_default_late):
 
 
 def test_an_untested_version_is_warned_of_once(monkeypatch):
-    from vllm_sepllm.engine import startup
+    from vllm_sepllm.engine.startup import prepare as startup
 
     said = []
     spy = SimpleNamespace(

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from vllm_sepllm.config import ConfigError
-from vllm_sepllm.engine.rotary import (
+from vllm_sepllm.engine.worker.rotary import (
     LongRotaryEmbedding,
     Rotation,
     prepare_cache_positions,
@@ -183,7 +183,7 @@ class Block(nn.Module):
 
 @pytest.fixture
 def prepare(monkeypatch):
-    from vllm_sepllm.engine import rotary
+    from vllm_sepllm.engine.worker import rotary
 
     monkeypatch.setattr(rotary, "Attention", FakeAttention)
 

@@ -22,11 +22,11 @@ from kept_builders import (
 )
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 
-from vllm_sepllm.engine.cpu_metadata import KeptMetadataBuilder
-from vllm_sepllm.engine.device_rows import DeviceRows
-from vllm_sepllm.engine.gpu_metadata import GPUKeptMetadataBuilder
-from vllm_sepllm.engine.kept_rows import KeptRows
-from vllm_sepllm.engine.runner_steps import RunnerSteps
+from vllm_sepllm.engine.cpu.counts import KeptRows
+from vllm_sepllm.engine.cpu.metadata import KeptMetadataBuilder
+from vllm_sepllm.engine.gpu.counts import DeviceRows
+from vllm_sepllm.engine.gpu.metadata import GPUKeptMetadataBuilder
+from vllm_sepllm.engine.worker.runner_steps import RunnerSteps
 from vllm_sepllm.policy import SepLLMPolicy, separator_table
 
 pytestmark = pytest.mark.engine

@@ -5,8 +5,8 @@ from helpers import find_separators
 from simulation import Simulation
 from test_scheduling import WORDS, answer, next_token
 
-from vllm_sepllm.engine import scheduler
-from vllm_sepllm.engine.traffic import FEWEST_TOKENS, TrafficShare
+from vllm_sepllm.engine.scheduling import scheduler
+from vllm_sepllm.engine.scheduling.traffic import FEWEST_TOKENS, TrafficShare
 from vllm_sepllm.planning import Plan
 
 pytestmark = pytest.mark.engine

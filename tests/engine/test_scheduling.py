@@ -2,7 +2,7 @@
 
 Whatever arrives, aborts, preempts, drafts or shares a prefix: every query reads exactly the
 tokens of its own prefix, answers depend on the prompt alone, no request holds a page too few or
-for nothing, and all pages come back (``tests/simulation.py``).
+for nothing, and all pages come back (``tools/simulation.py``).
 """
 
 import itertools

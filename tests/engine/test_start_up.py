@@ -37,7 +37,7 @@ def configuration(sepllm=None, **options):
 
 
 def plan(*args, **options):
-    from vllm_sepllm.engine import settings
+    from vllm_sepllm.engine.startup import settings
 
     return settings.plan(configuration(*args, **options))
 
@@ -45,7 +45,7 @@ def plan(*args, **options):
 @pytest.fixture
 def said(monkeypatch):
     """What start-up logs, by level."""
-    from vllm_sepllm.engine import startup
+    from vllm_sepllm.engine.startup import prepare as startup
 
     lines = {"info": [], "warning": []}
     spy = SimpleNamespace(
@@ -112,7 +112,7 @@ def missing(*args):
 
 @pytest.mark.parametrize("load", [lambda *args: Broken(), missing], ids=["broken", "missing"])
 def test_given_ids_need_no_tokenizer(monkeypatch, said, load):
-    from vllm_sepllm.engine import startup
+    from vllm_sepllm.engine.startup import prepare as startup
     from vllm_sepllm.planning import UNKNOWN_KEPT_SHARE
 
     monkeypatch.setattr(startup, "cached_tokenizer_from_config", load)
@@ -128,7 +128,7 @@ def test_given_ids_need_no_tokenizer(monkeypatch, said, load):
 
 @pytest.mark.parametrize("options", [{}, {"policy": "fixed_interval", "interval": 4}])
 def test_policies_without_separators_do_not_load_a_tokenizer(monkeypatch, options):
-    from vllm_sepllm.engine import startup
+    from vllm_sepllm.engine.startup import prepare as startup
 
     monkeypatch.setattr(startup, "cached_tokenizer_from_config", None)
     found = plan({"policy": "streaming", **options})
@@ -155,7 +155,7 @@ def test_memory_is_planned_for_the_sample_that_keeps_most(characters, said):
 def test_a_pool_that_is_small_for_the_planned_text(characters, monkeypatch):
     """Planned for English, of which these marks keep nothing, a start with 120 blocks was welcome,
     and a Chinese text was then refused. vLLM now refuses the start."""
-    from vllm_sepllm.engine import scheduler
+    from vllm_sepllm.engine.scheduling import scheduler
 
     warnings = []
     monkeypatch.setattr(scheduler, "logger", SimpleNamespace(warning=warnings.append))
@@ -190,8 +190,8 @@ def test_a_pool_that_is_small_for_the_planned_text(characters, monkeypatch):
 
 
 def test_a_given_share_has_no_margin(tmp_path):
-    from vllm_sepllm.engine import settings
-    from vllm_sepllm.engine.spec import KeptSpec
+    from vllm_sepllm.engine.scheduling.spec import KeptSpec
+    from vllm_sepllm.engine.startup import settings
 
     text = tmp_path / "text"
     text.write_text("so it was, " * 100)
@@ -220,7 +220,7 @@ def test_a_given_share_has_no_margin(tmp_path):
 
 
 def test_the_file_is_read_in_the_process_that_builds_the_configuration(tmp_path):
-    from vllm_sepllm.engine import settings
+    from vllm_sepllm.engine.startup import settings
 
     text = tmp_path / "text"
     text.write_text("so it was, " * 100)

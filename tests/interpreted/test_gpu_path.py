@@ -21,8 +21,8 @@ from vllm.forward_context import set_forward_context
 from vllm.platforms import current_platform
 from xformers_masks import attend_under_bias
 
-from vllm_sepllm.engine.device_rows import DeviceRows
-from vllm_sepllm.engine.gpu_backend import SepLLMGPUImpl
+from vllm_sepllm.engine.gpu.backend import SepLLMGPUImpl
+from vllm_sepllm.engine.gpu.counts import DeviceRows
 
 pytestmark = pytest.mark.e2e
 
@@ -222,7 +222,7 @@ def test_other_policies(engines, book, make_reference, options):
 @pytest.fixture
 def xformers_calls(monkeypatch):
     """Tokens of each call of xformers' attention."""
-    from sepllm_kernels.kept_prefill import xformers_window
+    from sepllm_kernels.paged.prefill import xformers_window
 
     def attend(query, *args, **kwargs):
         calls.append(query.shape[1])

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from sepllm_kernels.decode_plan.triton import _decode_plan
-from sepllm_kernels.kept_decode.triton import MERGED, MIN_TILES, _decode, _merge, decode_launches
 from sepllm_kernels.kept_metadata.triton import TILE as TOKENS
 from sepllm_kernels.kept_metadata.triton import _kept_metadata
-from sepllm_kernels.kept_prefill.triton import LAUNCHES, _prefill
-from sepllm_kernels.launches import Launch
-from sepllm_kernels.tiles import tile_entries
+from sepllm_kernels.paged.decode.triton import MERGED, MIN_TILES, _decode, _merge, decode_launches
+from sepllm_kernels.paged.decode_plan.triton import _decode_plan
+from sepllm_kernels.paged.launches import Launch
+from sepllm_kernels.paged.prefill.triton import LAUNCHES, _prefill
+from sepllm_kernels.paged.tiles import tile_entries
 from sepllm_kernels.turn_queries.triton import _turn_queries
 from sepllm_kernels.write_kv.triton import _write_kv
 from triton.backends.compiler import GPUTarget

@@ -7,7 +7,7 @@ import torch
 from batches import DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sepllm_kernels.decode_plan import DecodePlan, decode_plan, decode_plan_reference
+from sepllm_kernels.paged.decode_plan import DecodePlan, decode_plan, decode_plan_reference
 
 pytestmark = pytest.mark.kernels
 

@@ -5,15 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 from batches import Case, Request, Shape, check_close, dense_attention, far_apart, make_case
-from sepllm_kernels.kept_decode import (
+from sepllm_kernels.paged.decode import (
     kept_attention_reference,
     kept_decode,
     make_plan,
     plan_for,
 )
-from sepllm_kernels.kept_decode.triton import MERGED, _decode
-from sepllm_kernels.kept_prefill.triton import kept_prefill_paged
-from sepllm_kernels.tiles import STAGES
+from sepllm_kernels.paged.decode.triton import MERGED, _decode
+from sepllm_kernels.paged.prefill.triton import kept_prefill_paged
+from sepllm_kernels.paged.tiles import STAGES
 from triton.runtime.errors import OutOfResources
 
 pytestmark = pytest.mark.kernels
@@ -63,7 +63,7 @@ def test_reference(soft_cap, bound):
 @pytest.mark.parametrize("num_tokens", [1, 3])
 def test_one_long_request_among_short_ones(monkeypatch, num_tokens):
     """It is cut into more pieces than are merged at a time."""
-    monkeypatch.setattr("sepllm_kernels.kept_decode.triton.PROGRAMS", 200)
+    monkeypatch.setattr("sepllm_kernels.paged.decode.triton.PROGRAMS", 200)
     requests = mixed_requests(num_tokens)
     requests.insert(2, Request.random(5000, num_tokens, 1.0, rng(3)))
     case = make_case(requests, window_size=70)
@@ -246,7 +246,7 @@ def test_launches_that_do_not_fit(operation, monkeypatch):
     owner = type(_decode)
     original = owner.run
     monkeypatch.setattr(owner, "run", run)
-    monkeypatch.setattr("sepllm_kernels.launches._found", {})
+    monkeypatch.setattr("sepllm_kernels.paged.launches._found", {})
     case = make_case(mixed_requests(2), 40)
     with pytest.raises(OutOfResources):
         run_and_check(operation, case)
@@ -262,7 +262,7 @@ def test_launches_that_do_not_fit(operation, monkeypatch):
 
 def test_the_default_type_does_not_matter(operation, monkeypatch):
     """vLLM sets it to the model's while it loads a model."""
-    monkeypatch.setattr("sepllm_kernels.kept_decode.triton.PROGRAMS", 20)  # so pieces are merged
+    monkeypatch.setattr("sepllm_kernels.paged.decode.triton.PROGRAMS", 20)  # so pieces are merged
     case = make_case(mixed_requests(2), 40, Shape(dtype=BF16))
     expected = run_and_check(operation, case)
     output = case.empty_output()

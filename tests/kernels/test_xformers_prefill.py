@@ -9,11 +9,11 @@ from dataclasses import replace
 import pytest
 import torch
 from batches import DEVICE, Request, Shape, check_close, dense_attention, make_case
-from sepllm_kernels.kept_prefill.triton import kept_prefill_paged
+from sepllm_kernels.paged.prefill.triton import kept_prefill_paged
 from xformers_masks import attend_under_bias
 
 xformers_window = pytest.importorskip(
-    "sepllm_kernels.kept_prefill.xformers_window", reason="xformers is not installed"
+    "sepllm_kernels.paged.prefill.xformers_window", reason="xformers is not installed"
 )
 kept_prefill_xformers = xformers_window.kept_prefill_xformers
 

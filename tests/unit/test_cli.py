@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from vllm_sepllm import cli
+from vllm_sepllm.cli import main as cli
+from vllm_sepllm.cli.inspection import TokenClass, classify, summarize, tokenize, visible_text
 from vllm_sepllm.config import ConfigError
-from vllm_sepllm.inspection import TokenClass, classify, summarize, tokenize, visible_text
 from vllm_sepllm.policy import SepLLMPolicy, separator_table
 
 pytestmark = pytest.mark.unit
@@ -431,7 +431,7 @@ def test_doctor_refuses_a_malformed_option(diagnose):
 
 def test_importing_the_command_imports_nothing_heavy():
     code = (
-        "import sys, vllm_sepllm, vllm_sepllm.cli; "
+        "import sys, vllm_sepllm, vllm_sepllm.cli.main; "
         "print(sorted({'torch', 'vllm', 'transformers'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -14,7 +14,8 @@ import pytest
 from rich.cells import chop_cells
 from typer.testing import CliRunner
 
-from vllm_sepllm import cli, config
+from vllm_sepllm import config
+from vllm_sepllm.cli import main as cli
 from vllm_sepllm.policy import KeptPolicy
 
 pytestmark = pytest.mark.unit
@@ -314,7 +315,7 @@ def test_wide_characters_take_two_cells(in_terminal):
     ],
 )
 def test_num_fitting(texts, rows, width, expected):
-    from vllm_sepllm.inspection_terminal import num_fitting
+    from vllm_sepllm.cli.inspection_terminal import num_fitting
 
     assert num_fitting(texts, rows, width) == expected
 

@@ -10,10 +10,10 @@ import pytest
 
 from vllm_sepllm import planning
 from vllm_sepllm.config import ConfigError, SepLLMConfig
+from vllm_sepllm.keep_classes import resolve_separators
 from vllm_sepllm.planning import Plan, lists_for, make_plan, read_planning_text
 from vllm_sepllm.policy import KeptPolicy
 from vllm_sepllm.samples import SAMPLES
-from vllm_sepllm.separators import resolve_separators
 
 pytestmark = pytest.mark.unit
 

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_sepllm.reference import first_difference, masked_attention, sepllm_mask
+from vllm_sepllm.oracle.dense_mask import first_difference, masked_attention, sepllm_mask
 
 pytestmark = pytest.mark.unit
 

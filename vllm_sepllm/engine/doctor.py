@@ -122,7 +122,7 @@ def _platform(diagnosis: Diagnosis) -> None:
 def _model(diagnosis: Diagnosis, model: str, options: dict[str, Any], dtype: str) -> None:
     from vllm.engine.arg_utils import EngineArgs
 
-    from vllm_sepllm.engine import settings
+    from vllm_sepllm.engine.startup import settings
 
     if model.startswith((".", "/", "~")) and not Path(model).expanduser().is_dir():
         diagnosis.note("model", model, f"{model}: no such folder; name one that holds config.json")

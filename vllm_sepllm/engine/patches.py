@@ -34,7 +34,7 @@ def allow_endless_streams() -> None:
     """
     from vllm.engine.arg_utils import EngineArgs
 
-    from vllm_sepllm.engine import settings
+    from vllm_sepllm.engine.startup import settings
 
     original: Callable[..., ModelConfig] = EngineArgs.create_model_config
     if getattr(original, PATCHED, False):

@@ -10,9 +10,9 @@ import copyreg
 from typing import Any
 
 BACKEND_NAME = "SEPLLM"
-BACKEND_PATH = "vllm_sepllm.engine.gpu_backend.SepLLMGPUBackend"
-CPU_PLATFORM_PATH = "vllm_sepllm.engine.platform.SepLLMCpuPlatform"
-CUDA_PLATFORM_PATH = "vllm_sepllm.engine.cuda_platform.SepLLMCudaPlatform"
+BACKEND_PATH = "vllm_sepllm.engine.gpu.backend.SepLLMGPUBackend"
+CPU_PLATFORM_PATH = "vllm_sepllm.engine.cpu.platform.SepLLMCpuPlatform"
+CUDA_PLATFORM_PATH = "vllm_sepllm.engine.gpu.platform.SepLLMCudaPlatform"
 
 
 def platform() -> str | None:

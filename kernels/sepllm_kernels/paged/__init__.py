@@ -1,0 +1,1 @@
+"""Attention over pages: the plan of a decode step, decode, and prompts."""

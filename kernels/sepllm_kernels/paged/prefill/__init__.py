@@ -1,0 +1,1 @@
+"""Attention of the tokens of prompts over pages; imported where there is Triton."""

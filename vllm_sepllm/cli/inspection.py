@@ -1,0 +1,325 @@
+"""Which tokens of a text SepLLM attends to, for people to look at.
+
+The last token of the text is the query; each token gets the one reason why it is seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+
+from vllm_sepllm.config import SEPARATOR_MATCHES, SepLLMConfig
+from vllm_sepllm.keep_classes import (
+    match_separators,
+    missing_texts,
+    num_token_ids,
+    resolve_separators,
+    token_texts,
+)
+from vllm_sepllm.planning import NEXT_TO_NOTHING
+from vllm_sepllm.policy import KeptPolicy
+from vllm_sepllm.separator_lists import DEFAULT_SEPARATORS, SEPARATOR_LISTS, separator_texts
+
+LEAST_TOKENS = 32  # fewer tokens between sinks and window say nothing about a text
+
+
+class TokenClass(StrEnum):
+    """Why the last query sees a token, or that it does not."""
+
+    SINK = "sink"
+    CHOSEN = "chosen"  # by the policy: with "sepllm" a separator
+    WINDOW = "window"
+    DROPPED = "dropped"
+
+
+CLASSES = tuple(TokenClass)
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token as shown.
+
+    Attributes:
+        position: index in the text's tokens.
+        token_id: id in the vocabulary.
+        text: its part of the text; all parts together are the text.
+        kind: why it is seen.
+    """
+
+    position: int
+    token_id: int
+    text: str
+    kind: TokenClass
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Counts over one text; all but the pages are in tokens.
+
+    Attributes:
+        num_tokens: tokens of the text.
+        num_of: tokens of each class.
+        num_kept: sinks and chosen tokens, those inside the window included.
+        num_between: tokens between sinks and window.
+        num_chosen_between: those of them that the policy chooses, whatever its bound.
+        block_size: tokens per page.
+        kept_pages, window_pages, full_pages: pages of the stream, of the last query's window, and
+            of full attention.
+    """
+
+    num_tokens: int
+    num_of: dict[TokenClass, int]
+    num_kept: int
+    num_between: int
+    num_chosen_between: int
+    block_size: int
+    kept_pages: int
+    window_pages: int
+    full_pages: int
+
+    @property
+    def num_seen(self) -> int:
+        """Tokens that the last query sees."""
+        return self.num_tokens - self.num_of[TokenClass.DROPPED]
+
+
+@dataclass(frozen=True)
+class Excerpt:
+    """The tokens that are shown.
+
+    Attributes:
+        head, tail: tokens before and after the ones left out.
+        num_hidden: tokens left out.
+    """
+
+    head: list[Token]
+    num_hidden: int
+    tail: list[Token]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A text with the reason of each token.
+
+    Attributes:
+        config: options as given.
+        num_separators: separators in the vocabulary.
+        missing: texts asked for that are no token, by the name of their list, "" without one.
+        better: where the text has next to none of the separators, what has more.
+        token_ids, texts, kinds: ``[num_tokens]``, as in :class:`Token`.
+        summary: counts over all tokens.
+    """
+
+    config: SepLLMConfig
+    num_separators: int
+    missing: dict[str, list[str]]
+    better: Better | None
+    token_ids: list[int]
+    texts: list[str]
+    kinds: list[TokenClass]
+    summary: Summary
+
+    def ends(self, limit: int) -> Excerpt:
+        """``limit`` tokens of both ends together, 0 for all."""
+        total = len(self.token_ids)
+        if limit == 0 or limit >= total:
+            return self.excerpt(total, 0)
+        return self.excerpt(limit - limit // 2, limit // 2)
+
+    def excerpt(self, num_head: int, num_tail: int) -> Excerpt:
+        """So many tokens of the beginning and of the end; no token is shown twice."""
+        total = len(self.token_ids)
+        num_head = min(num_head, total)
+        start = max(num_head, total - num_tail)
+        return Excerpt(self._tokens(0, num_head), start - num_head, self._tokens(start, total))
+
+    def _tokens(self, start: int, stop: int) -> list[Token]:
+        parts = (each[start:stop] for each in (self.token_ids, self.texts, self.kinds))
+        return [Token(*each) for each in zip(range(start, stop), *parts, strict=True)]
+
+
+def inspect_text(tokenizer: Any, config: SepLLMConfig, text: str, block_size: int) -> Inspection:
+    """Tokenize, classify and count ``text``.
+
+    Args:
+        tokenizer: one of ``transformers``.
+        config: options as given.
+        text: at least one character.
+        block_size: tokens per page.
+
+    Raises:
+        ConfigError: the tokenizer has none of the separators.
+        ValueError: the tokenizer makes no tokens of the text, or a separator's id lies outside
+            its vocabulary.
+    """
+    found = resolve_separators(config, tokenizer)
+    policy = KeptPolicy.from_config(
+        config.with_separator_ids(found.token_ids), num_token_ids(tokenizer)
+    )
+    ids, parts = tokenize(tokenizer, text)
+    if not ids:
+        raise ValueError("the text has no tokens in this tokenizer: give a longer text")
+    summary = summarize(ids, policy, block_size)
+    better = None
+    if keeps_next_to_nothing(config, summary):
+        start = config.num_sink_tokens
+        between = ids[start : start + summary.num_between]
+        better = better_separators(config, token_texts(tokenizer), between)
+    missing = missing_texts(config, found)
+    kinds = classify(ids, policy)
+    return Inspection(config, len(found.token_ids), missing, better, ids, parts, kinds, summary)
+
+
+def classify(token_ids: Sequence[int], policy: KeptPolicy) -> list[TokenClass]:
+    """Why the last of ``token_ids`` sees each of them.
+
+    The classes are disjoint. The window comes first, so that sinks and chosen tokens together are
+    the stream entries below the last query's limit.
+
+    Args:
+        token_ids: ``[num_tokens]``, from position 0 on.
+        policy: sinks, window and what is kept beside them.
+    """
+    return [CLASSES[code] for code in _codes(token_ids, policy)]
+
+
+def _codes(token_ids: Sequence[int], policy: KeptPolicy) -> list[int]:
+    """Indices into ``CLASSES``."""
+    if not len(token_ids):
+        return []
+    kept = policy.kept_flags(token_ids)
+    position = np.arange(kept.size)
+    start = int(policy.window_start(kept.size - 1))
+    first_entry = int(policy.stream_start(int(kept[:start].sum())))
+    entries = kept.cumsum() - 1  # of kept tokens
+    unseen = (policy.num_sink_tokens <= entries) & (entries < first_entry)
+    window, sink = position >= start, position < policy.num_sink_tokens
+    reasons = {TokenClass.WINDOW: window, TokenClass.DROPPED: ~kept | unseen, TokenClass.SINK: sink}
+    chosen = CLASSES.index(TokenClass.CHOSEN)
+    codes = np.select(list(reasons.values()), [CLASSES.index(kind) for kind in reasons], chosen)
+    return [int(code) for code in codes]
+
+
+def summarize(token_ids: Sequence[int], policy: KeptPolicy, block_size: int) -> Summary:
+    """Count classes and pages; ``token_ids`` holds at least one token."""
+    num_tokens = len(token_ids)
+    counted = np.bincount(_codes(token_ids, policy), minlength=len(CLASSES))
+    kept = policy.kept_flags(token_ids)
+    num_kept = int(np.count_nonzero(kept))
+    last, sinks = num_tokens - 1, policy.num_sink_tokens
+    start = int(policy.window_start(last))
+    sink_pages = -(-sinks // block_size)
+    left = max(0, int(policy.stream_start(int(kept[:start].sum()))) // block_size - sink_pages)
+    return Summary(
+        num_tokens=num_tokens,
+        num_of={kind: int(n) for kind, n in zip(CLASSES, counted, strict=True)},
+        num_kept=num_kept,
+        num_between=max(0, start - sinks),
+        num_chosen_between=int(kept[sinks:start].sum()),
+        block_size=block_size,
+        kept_pages=-(-num_kept // block_size) - left,
+        window_pages=last // block_size - start // block_size + 1,
+        full_pages=-(-num_tokens // block_size),
+    )
+
+
+def keeps_next_to_nothing(config: SepLLMConfig, summary: Summary) -> bool:
+    """Whether separators were asked for and a text of some length has next to none.
+
+    The bound on separators is left out: it keeps few on purpose.
+    """
+    return (
+        config.policy == "sepllm"
+        and config.separator_token_ids != ()
+        and summary.num_between >= LEAST_TOKENS
+        and summary.num_chosen_between < NEXT_TO_NOTHING * summary.num_between
+    )
+
+
+@dataclass(frozen=True)
+class Better:
+    """Separators that a text has more of.
+
+    Attributes:
+        separators: names of lists and texts.
+        match: ``separator_match``.
+        share: of the tokens between sinks and window.
+    """
+
+    separators: tuple[str, ...]
+    match: str
+    share: float
+
+
+def better_separators(
+    config: SepLLMConfig, texts: Sequence[str], token_ids: Sequence[int]
+) -> Better | None:
+    """The list that, added to the separators, keeps most of ``token_ids``; ``None`` if none helps.
+
+    Lists are tried with ``separator_match="exact"`` first, as the paper has it.
+
+    Args:
+        config: options as given.
+        texts: the text of every token id.
+        token_ids: tokens between sinks and window.
+    """
+    own = config.separators
+    if own == DEFAULT_SEPARATORS or config.separator_token_ids is not None:
+        own = ("default",)
+    for match in SEPARATOR_MATCHES:
+        tried = []
+        for name in SEPARATOR_LISTS:
+            wanted = tuple(dict.fromkeys((*own, name)))
+            ids = match_separators(texts, separator_texts(wanted), match)
+            tried.append(Better(wanted, match, float(np.isin(token_ids, ids).mean())))
+        best = max(tried, key=lambda each: each.share)  # the first of equals
+        if best.share >= NEXT_TO_NOTHING:
+            return best
+    return None
+
+
+def tokenize(tokenizer: Any, text: str) -> tuple[list[int], list[str]]:
+    """Token ids of ``text``, special tokens as in a prompt, and the part of it each one shows.
+
+    Special tokens that the tokenizer adds show their own text; all other parts, joined, are
+    ``text``. A character cut into several tokens is shown with the first of them.
+    """
+    fast = bool(getattr(tokenizer, "is_fast", False))
+    encoded = tokenizer(text, return_offsets_mapping=fast, return_special_tokens_mask=True)
+    ids: list[int] = list(encoded["input_ids"])
+    ends = [stop for _, stop in encoded["offset_mapping"]] if fast else [None] * len(ids)
+    texts = token_texts(tokenizer)
+    parts, cursor, last = [], 0, -1
+    for token_id, added, end in zip(ids, encoded["special_tokens_mask"], ends, strict=True):
+        own = texts[token_id] if token_id < len(texts) else ""
+        if added:
+            parts.append(own)
+            continue
+        if end is not None and not text.startswith(own, cursor):
+            own = text[cursor:end]  # part of a character, or text that the tokenizer rewrote
+        parts.append(own)
+        cursor, last = cursor + len(own), len(parts) - 1
+    if fast and last >= 0:
+        parts[last] += text[cursor:]
+    return ids, parts
+
+
+_DRAWN: dict[int, str] = {
+    **{code: chr(0x2400 + code) for code in range(0x20)},
+    **dict.fromkeys(range(0x7F, 0xA0), "\ufffd"),
+    **dict.fromkeys(range(0xD800, 0xE000), "\ufffd"),  # surrogates: no encoding has them
+    **dict.fromkeys((0x2028, 0x2029), "\ufffd"),  # line ends to some terminals
+    **dict.fromkeys((*range(0x202A, 0x202F), *range(0x2066, 0x206A)), "\ufffd"),  # reorder text
+    0x09: "\t",
+    0x0A: "↵\n",
+    0x7F: "\u2421",
+}
+
+
+def visible_text(text: str) -> str:
+    """``text`` with line ends marked and control characters drawn, none of them left in it."""
+    return text.translate(_DRAWN)

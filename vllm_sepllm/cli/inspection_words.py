@@ -1,0 +1,143 @@
+"""What ``vllm-sepllm inspect`` calls things, for each policy."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from vllm_sepllm.cli.inspection import Inspection, TokenClass, keeps_next_to_nothing
+from vllm_sepllm.config import SepLLMConfig
+from vllm_sepllm.planning import NEXT_TO_NOTHING
+
+
+@dataclass(frozen=True)
+class Wording:
+    """What a policy and the tokens it chooses are called.
+
+    Attributes:
+        policy: the policy.
+        chosen: one token it chooses; empty if it chooses none.
+        many: such tokens.
+        meaning: of the class, for the legend.
+    """
+
+    policy: str
+    chosen: str
+    many: str
+    meaning: str
+
+    @staticmethod
+    def of(config: SepLLMConfig) -> Wording:
+        """Names of the policy that ``config`` selects; one that is not known here has its own."""
+        if config.policy == "sepllm":
+            bound = config.max_separator_tokens
+            which = "separator" if bound is None else f"one of the {bound:,} newest separators"
+            return Wording("SepLLM", "separator", "separators", f"{which} outside the window")
+        if config.policy == "streaming":
+            return Wording("StreamingLLM", "", "", "")
+        if config.policy == "fixed_interval":
+            meaning = f"position is a multiple of {config.interval}, outside the window"
+            return Wording("FixLLM", "interval", "kept by the interval", meaning)
+        meaning = f"kept by the policy {config.policy!r}, outside the window"
+        return Wording(config.policy, "chosen", "chosen by the policy", meaning)
+
+
+def labels(config: SepLLMConfig) -> dict[TokenClass, str]:
+    """What each class is called; one that the policy never gives is left out."""
+    found = {kind: kind.value for kind in TokenClass}
+    found[TokenClass.CHOSEN] = Wording.of(config).chosen
+    return {kind: label for kind, label in found.items() if label}
+
+
+def legend(config: SepLLMConfig) -> dict[TokenClass, str]:
+    """What each class of :func:`labels` means."""
+    meanings = {
+        TokenClass.SINK: "one of the first tokens, always seen",
+        TokenClass.CHOSEN: f"{Wording.of(config).meaning}, seen all the same",
+        TokenClass.WINDOW: "the last token and those just before it",
+        TokenClass.DROPPED: "not seen any more, its KV cache is freed",
+    }
+    return {kind: meanings[kind] for kind in labels(config)}
+
+
+def describe(inspection: Inspection) -> str:
+    """The options in one line."""
+    config = inspection.config
+    parts = [f"{config.num_sink_tokens:,} sinks", f"window of {config.window_size:,}"]
+    if config.policy == "sepllm":
+        parts.append(f"{inspection.num_separators:,} separators in the vocabulary")
+        if config.max_separator_tokens is not None:
+            parts.append(f"the {config.max_separator_tokens:,} newest of a text seen")
+    if config.interval is not None:
+        parts.append(f"one token of every {config.interval:,}")
+    if config.position_mode != "original":
+        parts.append(f"positions of the {config.position_mode}")
+    if config.dense_layers:
+        parts.append(f"all tokens in layers {list(config.dense_layers)}, not shown here")
+    return f"{Wording.of(config).policy}: {', '.join(parts)}"
+
+
+def summary_rows(inspection: Inspection) -> list[tuple[str, str]]:
+    """The summary as ``(what, value)`` texts."""
+    config, summary = inspection.config, inspection.summary
+    words = Wording.of(config)
+    rows = [("tokens", f"{summary.num_tokens:,}")]
+    many = {TokenClass.SINK: "sinks", TokenClass.CHOSEN: f"{words.many} outside the window"}
+    rows += [(many.get(k, label), f"{summary.num_of[k]:,}") for k, label in labels(config).items()]
+    rows.append(("seen by the last token", f"{summary.num_seen / summary.num_tokens:.1%}"))
+    if config.position_mode == "cache":
+        rows.append(("cache position of the last token", f"{summary.num_seen - 1:,}"))
+    pages = summary.kept_pages + summary.window_pages
+    return [
+        *rows,
+        (
+            f"pages of {summary.block_size} tokens, {words.policy}",
+            f"{pages:,} ({summary.kept_pages:,} kept + {summary.window_pages:,} window)",
+        ),
+        (f"pages of {summary.block_size} tokens, full attention", f"{summary.full_pages:,}"),
+    ]
+
+
+def notices(inspection: Inspection) -> list[str]:
+    """What a person should know before believing the picture, one sentence each."""
+    config, summary = inspection.config, inspection.summary
+    found = []
+    if summary.num_tokens <= config.window_size:
+        found.append(
+            f"window_size={config.window_size} covers all {summary.num_tokens} tokens, so nothing "
+            f"is dropped: try a longer text or -o window_size={max(1, summary.num_tokens // 4)}"
+        )
+    found += _missing(inspection)
+    if keeps_next_to_nothing(config, summary):
+        found.append(
+            f"only {summary.num_chosen_between:,} of the {summary.num_between:,} tokens between "
+            f"sinks and window are separators (under {NEXT_TO_NOTHING:.0%}), so this is "
+            f"StreamingLLM in effect: {_remedy(inspection)}"
+        )
+    return found
+
+
+def _missing(inspection: Inspection) -> list[str]:
+    """That separators asked for are no tokens; the paper's nine suit every language a little."""
+    named = {name: texts for name, texts in inspection.missing.items() if name != "default"}
+    own = [repr(text) for text in named.pop("", ())]
+    lists = [f"{len(texts)} texts of {name!r}" for name, texts in named.items()]
+    if not own and not lists:
+        return []
+    return [
+        f"not among this tokenizer's tokens: {', '.join([*own, *lists])}; nothing is kept for "
+        "them, so leave them out, or set separator_token_ids"
+    ]
+
+
+def _remedy(inspection: Inspection) -> str:
+    better = inspection.better
+    if better is None:
+        return (
+            "no list of separators helps, as the text has no such marks or the tokenizer no tokens "
+            "for them; -o policy=fixed_interval -o interval=8 keeps one token of every 8"
+        )
+    drop = "" if inspection.config.separator_token_ids is None else "drop separator_token_ids, and "
+    names = json.dumps(better.separators, ensure_ascii=False)
+    match = "" if better.match == "exact" else f" -o separator_match={better.match}"
+    return f"{drop}-o 'separators={names}'{match} keeps {better.share:.1%} of them"

@@ -1,0 +1,235 @@
+"""SepLLM attention on CPU: vLLM's C++ paged kernel for decode, torch for chunks of prompts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from sepllm_kernels.sequence import kept_prefill
+from vllm.forward_context import get_forward_context
+from vllm.v1.attention.backend import AttentionBackend
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, _get_attn_isa
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
+
+from vllm_sepllm.engine.cpu.attention import CpuPages, PagedCall
+from vllm_sepllm.engine.cpu.metadata import KeptMetadata, KeptMetadataBuilder
+from vllm_sepllm.engine.cpu.plan import BatchPlan, IntArray, StaircaseRow
+from vllm_sepllm.engine.worker.backend import SepLLMBackend, SepLLMImpl
+from vllm_sepllm.engine.worker.metadata import WindowMetadata, WindowMetadataBuilder
+
+
+class SepLLMCPUBackend(SepLLMBackend):
+    """Window group of the backend on CPU."""
+
+    supported_dtypes: ClassVar[list[torch.dtype]] = CPUAttentionBackend.supported_dtypes
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "float16", "bfloat16"]
+
+    @staticmethod
+    def get_impl_cls() -> type[SepLLMCPUImpl]:
+        """The implementation."""
+        return SepLLMCPUImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[Any]:
+        """The builder of this group."""
+        return WindowMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
+        """Pages are split into what the C++ kernel works in, which keeps staging small."""
+        return [32, 16]
+
+    @classmethod
+    def get_supported_head_sizes(cls) -> list[int]:
+        """Head sizes of vLLM's C++ kernel."""
+        return CPUAttentionBackend.get_supported_head_sizes()
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        """Each layer's pages in one piece, heads first."""
+        return CPUAttentionBackend.supported_kv_cache_layouts()
+
+
+class KeptCPUBackend(SepLLMCPUBackend):
+    """Kept group of the backend on CPU."""
+
+    @staticmethod
+    def get_builder_cls() -> type[Any]:
+        """The builder of this group."""
+        return KeptMetadataBuilder
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        """The spec is ours already."""
+        return spec
+
+
+@dataclass
+class StepWork:
+    """What a step's plan turns into, shared by all layers of a group."""
+
+    plan: BatchPlan
+    paged: PagedCall | None
+    token_index: torch.Tensor | None  # batch index of the paged queries; None: all, in order
+    masks: list[dict[int, torch.Tensor]] = field(default_factory=list)
+
+
+class SepLLMCPUImpl(SepLLMImpl):
+    """Attention of one layer over its window and its kept stream, on CPU."""
+
+    kept_backend = KeptCPUBackend
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._pages: CpuPages | None = None
+
+    @classmethod
+    def dense_backend(cls) -> type[AttentionBackend]:
+        """vLLM's backend for layers that keep full attention."""
+        return CPUAttentionBackend
+
+    def bind_pages(self, kv_cache: torch.Tensor, staging_start: int) -> None:
+        """Find this layer's pages in the buffer vLLM has just allocated.
+
+        Args:
+            kv_cache: the layer's view of the buffer.
+            staging_start: bytes of the buffer that belong to layers; staging pages follow.
+        """
+        isa = _get_attn_isa(kv_cache.dtype, kv_cache.shape[2], self.head_size, "auto")
+        self._pages = CpuPages(kv_cache, staging_start, isa)
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: WindowMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Write the step's keys and values, then attend.
+
+        Args:
+            layer: the attention layer.
+            query: ``[num_tokens, num_heads, head_size]``.
+            key, value: ``[num_tokens, num_kv_heads, head_size]``.
+            kv_cache: the layer's pages.
+            attn_metadata: the window group's part of the batch; ``None`` when vLLM warms up.
+            output: ``[num_tokens, num_heads, head_size]``, written.
+            output_scale, output_block_scale: fused output quantization, never given on CPU.
+        """
+        if attn_metadata is None:
+            return output.zero_()
+        kept: KeptMetadata = get_forward_context().attn_metadata[self.kept_name]
+        pages = self._pages
+        assert pages is not None, "SepLLMCPUImpl.bind_pages was not called"
+        num_tokens = int(kept.batch.query_start[-1])
+        slots = attn_metadata.slot_mapping[:num_tokens]
+        pages.write(key[:num_tokens], value[:num_tokens], slots)
+        if kept.token_index.numel():  # index_select: a third of the time of indexing
+            kept_key, kept_value = (x.index_select(0, kept.token_index) for x in (key, value))
+            self._write_stream(kept, pages, kept_key, kept_value)
+        work = self._work(kept, attn_metadata, pages, query.dtype)
+        if work.paged is not None:
+            self._run_paged(work, pages, query[:num_tokens], output[:num_tokens])
+        for row, masks in zip(work.plan.staircase, work.masks, strict=True):
+            self._run_staircase(kept, row, masks, pages, query, key, value, output)
+        return output
+
+    def _write_stream(
+        self, kept: KeptMetadata, pages: CpuPages, key: torch.Tensor, value: torch.Tensor
+    ) -> None:
+        """Write the kept tokens' ``[num_kept, num_kv_heads, head_size]``."""
+        lags = kept.key_lags
+        if self.rotation is not None and lags is not None:
+            rows = kept.rows(self.rotation, "keys", lambda: lags)
+            key = self.rotation.turn(key, rows)
+        pages.write(key, value, kept.slot_mapping)
+
+    def _work(
+        self, kept: KeptMetadata, window: WindowMetadata, pages: CpuPages, dtype: torch.dtype
+    ) -> StepWork:
+        """The step's work, made by the first layer that asks."""
+        cache = kept.work
+        key = (id(window), self.num_heads)
+        if key not in cache:
+            plan = kept.plan(window, pages.block_size)
+            paged, token_index = None, None
+            if plan.paged is not None:
+                batch, rows = plan.batch, plan.paged
+                sizes = self.num_heads, self.num_kv_heads, self.head_size
+                paged = PagedCall(rows, *sizes, dtype, pages.isa)
+                if plan.staircase:
+                    firsts, counts = batch.query_start[rows.requests], np.diff(rows.query_start)
+                    spans = zip(firsts.tolist(), counts.tolist(), strict=True)
+                    token_index = torch.cat([torch.arange(i, i + n) for i, n in spans])
+            cache[key] = StepWork(plan, paged, token_index, [{} for _ in plan.staircase])
+        return cache[key]
+
+    def _run_paged(
+        self, work: StepWork, pages: CpuPages, query: torch.Tensor, output: torch.Tensor
+    ) -> None:
+        assert work.paged is not None
+        options = self.scale, self.logits_soft_cap, self.rotation
+        if work.token_index is None:
+            work.paged.run(pages, query, output, *options)
+            return
+        part = query.index_select(0, work.token_index)
+        result = torch.empty_like(part)
+        work.paged.run(pages, part, result, *options)
+        output.index_copy_(0, work.token_index, result)
+
+    def _run_staircase(
+        self,
+        kept: KeptMetadata,
+        row: StaircaseRow,
+        masks: dict[int, torch.Tensor],
+        pages: CpuPages,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        output: torch.Tensor,
+    ) -> None:
+        chunk, stop = (int(x) for x in kept.batch.query_start[row.request : row.request + 2])
+        first = chunk + row.first_query
+        stream_key, stream_value = pages.read_pages(torch.from_numpy(row.stream_pages))
+        own = key[chunk + row.chunk_first : stop], value[chunk + row.chunk_first : stop]
+        window_key, window_value = (part.transpose(0, 1) for part in own)
+        if row.window_length:
+            read = pages.read_pages(torch.from_numpy(row.window_pages))
+            before = slice(row.window_first, row.window_first + row.window_length)
+            window_key = torch.cat([read[0][:, before], window_key], dim=1)
+            window_value = torch.cat([read[1][:, before], window_value], dim=1)
+        starts = row.stream_starts
+        output[first:stop] = kept_prefill(
+            query[first:stop],
+            stream_key,
+            stream_value,
+            window_key,
+            window_value,
+            torch.from_numpy(row.stream_limits),
+            kept.policy.window_size,
+            self.scale,
+            self.logits_soft_cap,
+            masks,
+            stream_starts=None if starts is None else torch.from_numpy(starts),
+            num_sinks=kept.policy.num_sink_tokens,
+            stream_query=self._turned(kept, row, row.stream_lags, query[first:stop]),
+            sink_query=self._turned(kept, row, row.sink_lags, query[first:stop]),
+        )
+
+    def _turned(
+        self, kept: KeptMetadata, row: StaircaseRow, lags: IntArray, query: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Queries of a chunk as they meet keys at cache positions; ``None`` is as they are."""
+        if self.rotation is None or kept.key_lags is None:
+            return None
+        key = row.request, lags is row.sink_lags
+        return self.rotation.turn(
+            query, kept.rows(self.rotation, key, lambda: torch.from_numpy(lags))
+        )

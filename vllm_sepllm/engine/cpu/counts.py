@@ -1,0 +1,186 @@
+"""``kept_prefix`` of every request of a CPU worker, by position, and the kept tokens of a step.
+
+Indexed by position, a row needs no roll-back: whatever is computed again (rejected drafts, a
+preempted request) is simply written again. The ids of a step's tokens are the model's own input.
+Those before it (a prefix found in the cache) are counted when a request starts or resumes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from vllm.config import VllmConfig
+
+from vllm_sepllm.engine.cpu.plan import IntArray
+from vllm_sepllm.engine.startup import settings
+from vllm_sepllm.policy import CountArray, KeptPolicy
+
+TokenArray = npt.NDArray[np.int32]
+
+
+class Rows(Protocol):
+    """Counts of kept tokens, a row per request. They change in two ways and no other.
+
+    A row is restarted when its request starts or resumes, from ids that are final on the host. A
+    step's tokens are counted from the model's own input; that twice is as good as once.
+    """
+
+    def __len__(self) -> int:
+        """Requests that there is room for."""
+
+    def restart(self, row: int, token_ids: TokenArray) -> None:
+        """Give a row to a request whose first ``[num_tokens]`` ids are computed already."""
+
+    def step(self, index: torch.Tensor, token_ids: torch.Tensor) -> Any:
+        """What builders of kept groups ask about a step.
+
+        Args:
+            index: ``[num_reqs]`` int, row of each request, where the rows are.
+            token_ids: int32, of all requests one after the other, where the rows are.
+        """
+
+
+def computed_ids(req_id: str, token_ids: Sequence[int] | None, num_computed: int) -> TokenArray:
+    """``[num_computed]`` ids of a request that starts or resumes, as the scheduler sends them."""
+    known = 0 if token_ids is None else len(token_ids)
+    assert known >= num_computed, f"{num_computed} tokens of {req_id} are computed, {known} known"
+    return np.asarray((token_ids or ())[:num_computed], dtype=np.int32)
+
+
+@dataclass(frozen=True)
+class KeptTokens:
+    """Requests of a step and the kept ones of its tokens, alike for all kept groups.
+
+    Attributes:
+        rows: ``[num_reqs]`` int64, row of each request.
+        query_start: ``[num_reqs + 1]`` int32, where each request's tokens begin.
+        starts: ``[num_reqs]`` position of each request's first token.
+        stops: ``[num_reqs]`` position behind each request's last token.
+        index: ``[num_kept]`` int64, batch index of each kept token.
+        request: ``[num_kept]`` int64, its request.
+        position: ``[num_kept]`` int64, its position.
+        entry: ``[num_kept]`` int32, its entry in the stream.
+    """
+
+    rows: IntArray
+    query_start: CountArray
+    starts: IntArray
+    stops: IntArray
+    index: IntArray
+    request: IntArray
+    position: IntArray
+    entry: CountArray
+
+
+class KeptRows:
+    """Kept tokens below each position, a row per request; see :class:`Rows`.
+
+    Attributes:
+        policy: which tokens are kept.
+        table: ``[max_num_reqs, max_model_len + 1]`` int32; memory is touched as rows grow.
+    """
+
+    def __init__(self, policy: KeptPolicy, max_num_reqs: int, max_model_len: int) -> None:
+        self.policy = policy
+        self.table: CountArray = np.zeros((max_num_reqs, max_model_len + 1), dtype=np.int32)
+        self._counted = np.zeros(max_num_reqs, dtype=np.int64)
+
+    @classmethod
+    def of(cls, vllm_config: VllmConfig) -> KeptRows:
+        """Rows of a worker."""
+        return cls(
+            settings.kept_policy(vllm_config),
+            vllm_config.scheduler_config.max_num_seqs,
+            vllm_config.model_config.max_model_len,
+        )
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def restart(self, row: int, token_ids: TokenArray) -> None:
+        """Give a row to a request whose first ``[num_tokens]`` ids are computed already."""
+        if len(token_ids):
+            self._count_span(row, token_ids, 0)
+        self._counted[row] = len(token_ids)
+
+    def step(self, index: torch.Tensor, token_ids: torch.Tensor) -> KeptStep:
+        """See :class:`Rows`."""
+        return KeptStep(self, index.numpy(), token_ids.numpy())
+
+    def count(
+        self, rows: IntArray, token_ids: TokenArray, query_start: CountArray, starts: IntArray
+    ) -> None:
+        """Count the tokens of a step.
+
+        Args:
+            rows: ``[num_reqs]`` row of each request; earlier tokens are counted.
+            token_ids: ``[num_tokens]`` of all requests, one after the other.
+            query_start: ``[num_reqs + 1]`` where each request's tokens begin.
+            starts: ``[num_reqs]`` position of each request's first token.
+        """
+        lengths = query_start[1:] - query_start[:-1]
+        assert (starts <= self._counted[rows]).all(), "tokens before the step are not counted"
+        single = (lengths == 1).nonzero()[0]
+        if single.size:
+            position = starts[single]
+            flags = self.policy.kept_flags_at(token_ids[query_start[single]], position)
+            self.table[rows[single], position + 1] = self.table[rows[single], position] + flags
+        for i in (lengths > 1).nonzero()[0]:
+            span = token_ids[query_start[i] : query_start[i + 1]]
+            self._count_span(int(rows[i]), span, int(starts[i]))
+        self._counted[rows] = starts + lengths
+
+    def _count_span(self, row: int, token_ids: TokenArray, start: int) -> None:
+        kept = self.policy.kept_flags(token_ids, start)
+        below, stop = self.table[row], start + len(token_ids)
+        np.cumsum(kept, out=below[start + 1 : stop + 1])
+        below[start + 1 : stop + 1] += below[start]
+
+
+class KeptStep:
+    """One step, for the builders of all kept groups.
+
+    Args:
+        rows: of all requests.
+        index: ``[num_reqs]`` row of each request.
+        token_ids: ``[num_tokens]`` of all requests, one after the other; may be longer.
+    """
+
+    def __init__(self, rows: KeptRows, index: IntArray, token_ids: TokenArray) -> None:
+        self.rows = rows
+        self._index = index
+        self._token_ids = token_ids
+        self._found: KeptTokens | None = None
+
+    def kept_tokens(self, query_start: CountArray, stops: IntArray) -> KeptTokens:
+        """The step's kept tokens. The first group's question has them counted, once.
+
+        Args:
+            query_start: ``[num_reqs + 1]`` where each request's tokens begin.
+            stops: ``[num_reqs]`` position behind each request's last token.
+        """
+        if self._found is None:
+            num_reqs = len(self._index)
+            self._found = self._find(query_start[: num_reqs + 1], stops[:num_reqs])
+        return self._found
+
+    def _find(self, query_start: CountArray, stops: IntArray) -> KeptTokens:
+        rows = self._index
+        num_reqs, lengths = len(rows), query_start[1:] - query_start[:-1]
+        starts = stops - lengths
+        self.rows.count(rows, self._token_ids, query_start, starts)
+        if query_start[-1] == num_reqs == np.count_nonzero(lengths > 0):  # one token each
+            request, row, position = np.arange(num_reqs), rows, starts
+        else:
+            request = np.repeat(np.arange(num_reqs), lengths)
+            offset = starts - query_start[:-1]  # position less batch index
+            row, position = rows[request], np.arange(request.size) + offset[request]
+        entry = self.rows.table[row, position]
+        index = (self.rows.table[row, position + 1] > entry).nonzero()[0]
+        where = request[index], position[index], entry[index]
+        return KeptTokens(rows, query_start, starts, stops, index, *where)

@@ -1,0 +1,150 @@
+"""``kept_prefix`` of every request of a GPU worker, on the device.
+
+A row is a ring: only the counts of a request's window and of the step being computed are needed, so
+its size does not depend on the length of requests. Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from sepllm_kernels.kept_metadata import kept_metadata
+from vllm.config import VllmConfig
+
+from vllm_sepllm.engine.cpu.counts import TokenArray
+from vllm_sepllm.engine.startup import settings
+from vllm_sepllm.policy import (
+    FixedIntervalPolicy,
+    KeptPolicy,
+    SepLLMPolicy,
+    StreamingPolicy,
+)
+
+
+class DeviceRows:
+    """Kept tokens below each recent position, a row per request; see
+    :class:`vllm_sepllm.engine.cpu.counts.Rows`.
+
+    Args:
+        policy: which tokens are kept.
+        max_num_reqs: rows.
+        max_model_len: tokens of a request.
+        max_step_tokens: tokens of a request in one step.
+        max_rejected: tokens of a step that may be computed again in the next: rejected drafts.
+        device: of the table.
+
+    Raises:
+        ValueError: the policy is none that the kernel knows.
+    """
+
+    def __init__(
+        self,
+        policy: KeptPolicy,
+        max_num_reqs: int,
+        max_model_len: int,
+        max_step_tokens: int,
+        max_rejected: int,
+        device: torch.device,
+    ) -> None:
+        chosen = np.zeros(1, dtype=np.bool_)
+        self._interval = 0
+        if isinstance(policy, SepLLMPolicy):
+            chosen = policy.is_separator
+        elif isinstance(policy, FixedIntervalPolicy):
+            self._interval = policy.interval
+        elif not isinstance(policy, StreamingPolicy):
+            raise ValueError(
+                f"{type(policy).__name__} is not known to the Triton kernel kept_metadata: "
+                "use another policy"
+            )
+        self.policy = policy
+        self._is_chosen = torch.from_numpy(chosen.copy()).to(device)
+        recent = policy.window_size + max_step_tokens + max_rejected
+        ring = min(max_model_len, recent) + 1
+        self._kept_prefix = torch.zeros(max_num_reqs, ring, dtype=torch.int32, device=device)
+
+    @classmethod
+    def of(cls, vllm_config: VllmConfig, device: torch.device) -> DeviceRows:
+        """Rows of a worker."""
+        scheduler = vllm_config.scheduler_config
+        return cls(
+            settings.kept_policy(vllm_config),
+            scheduler.max_num_seqs,
+            vllm_config.model_config.max_model_len,
+            scheduler.max_num_batched_tokens,
+            2 * vllm_config.num_speculative_tokens,  # of two steps in flight
+            device,
+        )
+
+    def __len__(self) -> int:
+        return len(self._kept_prefix)
+
+    def restart(self, row: int, token_ids: TokenArray) -> None:
+        """Give a row to a request whose first ``[num_tokens]`` ids are computed already."""
+        num_tokens, ring = len(token_ids), self._kept_prefix.shape[1]
+        below = np.zeros(num_tokens + 1, dtype=np.int32)
+        np.cumsum(self.policy.kept_flags(token_ids), out=below[1:])
+        recent = np.arange(max(0, num_tokens + 1 - ring), num_tokens + 1)
+        counts = np.zeros(min(ring, num_tokens + 1), dtype=np.int32)
+        counts[recent % ring] = below[recent]
+        source = torch.from_numpy(counts)
+        if self._kept_prefix.is_cuda:
+            source = source.pin_memory()
+        self._kept_prefix[row, : len(counts)].copy_(source, non_blocking=True)
+
+    def step(self, index: torch.Tensor, token_ids: torch.Tensor) -> DeviceStep:
+        """See :class:`vllm_sepllm.engine.cpu.counts.Rows`."""
+        return DeviceStep(self, index, token_ids)
+
+    def count(
+        self,
+        token_ids: torch.Tensor,
+        rows: torch.Tensor,
+        query_start: torch.Tensor,
+        seq_lens: torch.Tensor,
+        kept_table: torch.Tensor,
+        page_size: int,
+        stream_slots: torch.Tensor,
+        stream_ranges: torch.Tensor,
+        lags: torch.Tensor | None = None,
+    ) -> None:
+        """Count a step's tokens; see :func:`sepllm_kernels.kept_metadata.kept_metadata`.
+
+        It starts from the counts before the step and writes those behind its tokens alone, so
+        counting twice is as good as once. What comes of it for one group, its slots, is written to
+        the arguments.
+        """
+        kept_metadata(
+            token_ids,
+            query_start,
+            seq_lens,
+            rows,
+            kept_table,
+            self._is_chosen,
+            self._kept_prefix,
+            stream_slots,
+            stream_ranges,
+            num_sink_tokens=self.policy.num_sink_tokens,
+            window_size=self.policy.window_size,
+            page_size=page_size,
+            interval=self._interval,
+            max_separator_tokens=self.policy.max_separator_tokens,
+            lags=lags,
+        )
+
+
+@dataclass(frozen=True)
+class DeviceStep:
+    """One step, for the builders of all kept groups. Each has it counted again, to the same end.
+
+    Attributes:
+        rows: of all requests.
+        index: ``[num_reqs]`` int, row of each request, on the device.
+        token_ids: int32, of all requests one after the other, on the device.
+    """
+
+    rows: DeviceRows
+    index: torch.Tensor
+    token_ids: torch.Tensor

@@ -1,0 +1,336 @@
+"""Pages of the kept stream: how many a request needs, and when they go back.
+
+The stream is append-only: the token at position ``p``, if kept, is entry ``kept_prefix[p]``::
+
+    position   0  1  2  3  4  5  6  7  8         a = 2, B = 2, S = {"."}
+    token      A  b  .  c  d  .  e  .  f
+    entry      0  1  2        3     4
+    pages      [0    ][1      ] [2   ]           tokens 0..5 need 2 pages, tokens 0..7 need 3
+
+So a request holds ``ceil(kept / B)`` pages. Tokens whose ids are not known yet (the one being
+sampled, drafts) are counted as kept: at most a page too many, never one too few. With a bound on
+separators, pages of entries that no query to come sees go back, those with sinks excepted; null
+pages take their places.
+
+Pages are shared between requests with the same prefix (``prefix_index.py``). A shared page that
+is partly filled is copied before the request that found it appends to it, by vLLM's own path
+for such copies. The worker copies before it computes a step, and works through steps in their
+order, so a page may be found by any later step than the one that fills it: keys noted while a
+step is scheduled wait in ``_pending`` until that is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from vllm.utils.math_utils import cdiv
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import (
+    BlockHash,
+    BlockHashList,
+    KVCacheBlock,
+    make_block_hash_with_group_id,
+    resolve_block_hashes,
+)
+from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
+from vllm.v1.kv_cache_interface import KVCacheSpec
+from vllm.v1.request import Request
+
+from vllm_sepllm.engine.scheduling.junctions import Junctions, refresh
+from vllm_sepllm.engine.scheduling.prefix_index import PrefixIndex, done_key
+from vllm_sepllm.engine.scheduling.spare_pages import SparePages, leaving_pages
+from vllm_sepllm.policy import CountArray, KeptCounts, KeptPolicy
+
+
+class KeptManager(SingleTypeKVCacheManager):
+    """Manager of the kept group; one per engine, on the scheduler's side.
+
+    :meth:`attach` must be called before the first request.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._policy: KeptPolicy | None = None
+        self._requests: Mapping[str, Request] = {}
+        self._num_in_flight = 0
+        # By request: tokens known, tokens in flight, pages at most.
+        self._most: dict[str, tuple[int, int, int]] = {}
+        self._counts: dict[str, KeptCounts] = {}
+        self._index = PrefixIndex.of(self.block_pool)
+        self._spare = SparePages.of(self.block_pool)
+        self._junctions = Junctions.of(self.block_pool)
+        self._asked: tuple[str, int, int] | None = None  # request, tokens and pages, last asked for
+        self._resumed: set[str] = set()  # requests whose first step was seen
+        # With a bound: pages of a request up to its last junction, which others resume at.
+        self._shared: dict[str, int] = {}
+        self._scheduling = False
+        # Keys of this step's pages, by request: key, page, tokens of the prefix.
+        self._pending: dict[str, list[tuple[BlockHash, KVCacheBlock, int]]] = {}
+
+    def attach(
+        self, policy: KeptPolicy, requests: Mapping[str, Request], num_in_flight: int
+    ) -> None:
+        """Give access to the token ids of requests.
+
+        Args:
+            policy: which tokens are kept.
+            requests: the scheduler's own mapping of live requests by id.
+            num_in_flight: tokens of a request that steps in flight compute at most.
+        """
+        self._policy, self._requests = policy, requests
+        self._num_in_flight = num_in_flight
+
+    def num_kept(self, request_id: str, num_tokens: int) -> int:
+        """Stream entries that the first ``num_tokens`` tokens of a request take at most."""
+        request = self._requests[request_id]
+        counts = self._counts.get(request_id)
+        if counts is None:
+            assert self._policy is not None, "KeptManager.attach was not called"
+            counts = self._counts[request_id] = KeptCounts(self._policy)
+        if request.num_computed_tokens:
+            # Ids at computed positions are final; later ones may have been replaced.
+            counts.truncate(request.num_computed_tokens)
+        if counts.num_tokens < num_tokens:
+            token_ids = request.all_token_ids
+            counts.extend(token_ids[counts.num_tokens : min(num_tokens, len(token_ids))])
+        return counts.kept(num_tokens)
+
+    def num_pages(self, request_id: str, num_tokens: int) -> int:
+        """Pages that the first ``num_tokens`` tokens of a request take at most."""
+        return cdiv(self.num_kept(request_id, num_tokens), self.block_size)
+
+    def counted(self, request_id: str) -> tuple[int, int]:
+        """Kept tokens, and tokens, of those that a request is known to have behind its sinks."""
+        counts = self._counts.get(request_id)
+        if counts is None or self._policy is None:
+            return 0, 0
+        num_sinks = min(self._policy.num_sink_tokens, counts.num_tokens)
+        return counts.kept(counts.num_tokens) - num_sinks, counts.num_tokens - num_sinks
+
+    def cache_size(self, request_id: str, num_tokens: int) -> int:
+        """Tokens that the last of the first ``num_tokens`` of a request sees, without a bound."""
+        assert self._policy is not None
+        self.num_kept(request_id, num_tokens)
+        first = int(self._policy.window_start(num_tokens - 1))
+        return self._counts[request_id].kept(first) + num_tokens - first
+
+    def most_pages(self, request_id: str, num_tokens: int, num_in_flight: int) -> int:
+        """Pages that a request holds at most at any time while its tokens are computed.
+
+        Args:
+            request_id: of the request.
+            num_tokens: of its tokens.
+            num_in_flight: tokens of it that steps in flight compute at most.
+        """
+        pages = self.num_pages(request_id, num_tokens)
+        assert self._policy is not None
+        if self._policy.max_separator_tokens is None:
+            return pages
+        prefix = self._counts[request_id].prefix
+        found = self._most.get(request_id)
+        # Asked again and again while a request waits.
+        if found is None or found[:2] != (len(prefix), num_in_flight):
+            most = self._count_most(self._policy, prefix, num_in_flight)
+            found = self._most[request_id] = len(prefix), num_in_flight, most
+        return min(pages, found[2])
+
+    def _count_most(self, policy: KeptPolicy, prefix: CountArray, num_in_flight: int) -> int:
+        computed = np.arange(len(prefix))
+        ahead = prefix[np.minimum(computed + num_in_flight, len(prefix) - 1)]
+        starts = policy.stream_start(policy.stream_limit(prefix, computed))
+        left = starts // self.block_size - self.kv_cache_spec.num_sink_pages
+        return int((-(-ahead // self.block_size) - np.maximum(0, left)).max())
+
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        total_computed_tokens: int,
+        num_local_computed_tokens: int,
+        num_tokens_main_model: int,
+        apply_admission_cap: bool = False,
+        prefill_end: int = 0,
+    ) -> int:
+        """Pages to take from the pool so that ``num_tokens`` tokens fit.
+
+        vLLM asks before it allocates. Pages of a prefix found in the cache that nobody holds
+        count too, and so does the copy of a partly filled one. Before it admits a request, it
+        asks for all its tokens: then pages that leave in between are not needed twice, and the
+        copy is not counted, since the page it is made of is free again after one step.
+        """
+        held = self.req_to_blocks.get(request_id, ())
+        pages = self.num_pages(request_id, num_tokens)
+        self._asked = request_id, num_tokens, pages
+        num_blocks = max(0, pages - len(held) - len(new_computed_blocks))
+        if apply_admission_cap:
+            present = sum(not page.is_null for page in (*held, *new_computed_blocks))
+            most = self.most_pages(request_id, num_tokens, self._num_in_flight) - present
+            num_blocks = max(0, min(num_blocks, most))
+        if new_computed_blocks:
+            num_blocks += self._get_num_evictable_blocks(new_computed_blocks)
+            if not apply_admission_cap:
+                entries = self.num_kept(request_id, num_local_computed_tokens)
+                num_blocks += entries % self.block_size > 0
+        return num_blocks
+
+    def add_local_computed_blocks(
+        self,
+        request_id: str,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        num_local_computed_tokens: int,
+        num_external_computed_tokens: int,
+    ) -> None:
+        """Take part in the pages of a prefix found in the cache."""
+        assert num_external_computed_tokens == 0, "KV connectors are refused at start-up"
+        blocks = self.req_to_blocks[request_id]
+        assert not blocks
+        full, tail = divmod(self.num_kept(request_id, num_local_computed_tokens), self.block_size)
+        assert len(new_computed_blocks) == full + (tail > 0)
+        self.block_pool.touch(new_computed_blocks)
+        blocks.extend(new_computed_blocks)
+        self.num_cached_block[request_id] = num_local_computed_tokens // self.block_size
+        if tail:
+            self._partial_hit_reqs[request_id] = (full, new_computed_blocks[-1])
+
+    def allocate_new_blocks(
+        self, request_id: str, num_tokens: int, num_tokens_main_model: int
+    ) -> list[KVCacheBlock]:
+        """Take pages from the pool; returns the new ones, a copied one among them."""
+        new_blocks: list[KVCacheBlock] = []
+        blocks = self.req_to_blocks[request_id]
+        asked, self._asked = self._asked, None  # a moment ago, so counting again would be the same
+        if asked is not None and asked[:2] == (request_id, num_tokens):
+            missing = asked[2] - len(blocks)
+        else:
+            missing = self.num_pages(request_id, num_tokens) - len(blocks)
+        if missing <= 0 and request_id not in self._partial_hit_reqs:
+            return new_blocks
+        self._spare.make_room(max(0, missing) + (request_id in self._partial_hit_reqs))
+        if request_id in self._partial_hit_reqs:
+            index, source = self._partial_hit_reqs.pop(request_id)
+            new_blocks = self.block_pool.get_new_blocks(1)
+            self._apply_cow(request_id, index, source, new_blocks[0])
+        if missing > 0:
+            added = self.block_pool.get_new_blocks(missing)
+            blocks.extend(added)
+            new_blocks = new_blocks + added
+        return new_blocks
+
+    def remove_skipped_blocks(
+        self, request_id: str, processed_computed_tokens: int, *args: Any, **kwargs: Any
+    ) -> None:
+        """Give back pages whose entries no token from here on sees; none without a bound."""
+        assert self._policy is not None
+        if self._policy.max_separator_tokens is None or not self.req_to_blocks.get(request_id):
+            return
+        self.num_kept(request_id, processed_computed_tokens)
+        counts = self._counts[request_id]
+        # Where ids are not known yet, fewer are taken for kept: rather a page too late.
+        start = int(self._policy.window_start(processed_computed_tokens))
+        num_kept = int(counts.prefix[min(start, counts.num_tokens)])
+        first = self.kv_cache_spec.first_entry(num_kept) // self.block_size
+        self._remove_blocks_in_range(request_id, self.kv_cache_spec.num_sink_pages, first)
+
+    def _remove_blocks_in_range(self, request_id: str, first_block: int, last_block: int) -> None:
+        leaving = leaving_pages(self.req_to_blocks.get(request_id, []), first_block, last_block)
+        super()._remove_blocks_in_range(request_id, first_block, last_block)
+        for index, page in reversed(leaving):
+            if index >= self._shared.get(request_id, 0):
+                self._spare.add(page)
+
+    def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        """Note the keys of pages that this step's full token blocks touch."""
+        request_id, size = request.request_id, self.block_size
+        hashes = resolve_block_hashes(request.block_hashes, self.block_pool.hash_block_size, size)
+        first = self.num_cached_block.get(request_id, 0)
+        if request_id not in self._resumed:
+            self._resumed.add(request_id)
+            self._visit_junctions(request_id, hashes, first)
+        stop = min(num_tokens // size, len(hashes))
+        if stop <= first:
+            return
+        self.num_kept(request_id, stop * size)
+        kept_prefix = self._counts[request_id].prefix
+        pages = self.req_to_blocks[request_id]
+        pending = self._pending.setdefault(request_id, [])
+        for i in range(first, stop):
+            before, count = int(kept_prefix[i * size]), int(kept_prefix[(i + 1) * size])
+            self._index.store(hashes[i], count)
+            if count // size > before // size:
+                pending.append((done_key(hashes[i]), pages[before // size], (i + 1) * size))
+            if count % size:
+                pending.append((hashes[i], pages[count // size], (i + 1) * size))
+        pending[:] = [entry for entry in pending if not entry[1].is_null]  # has left meanwhile
+        self.num_cached_block[request_id] = stop
+        if not self._scheduling:  # asynchronous scheduling also notes what a past step computed
+            self.step_is_scheduled()
+
+    def _visit_junctions(self, request_id: str, hashes: Sequence[BlockHash], found: int) -> None:
+        """Keep what others need at the junctions along a prompt.
+
+        These are the partly filled pages of those that the request has passed by a hit of
+        ``found`` blocks, and with a bound all pages up to the last one.
+        """
+        assert self._policy is not None
+        is_bounded = self._policy.max_separator_tokens is not None
+        for end in self._junctions.among(hashes if is_bounded else hashes[:found]):
+            if end <= found:
+                refresh(self.block_pool, hashes[end - 1 : end], self.kv_cache_group_id)
+            if is_bounded:
+                count = self._index.kept_count(hashes[end - 1]) or 0
+                self._shared[request_id] = cdiv(count, self.block_size)
+
+    def new_step_starts(self) -> None:
+        """vLLM begins to schedule a step."""
+        self._scheduling = True
+
+    def step_is_scheduled(self) -> None:
+        """The step is complete and will be computed: later ones may find its pages."""
+        self._scheduling = False
+        for entries in self._pending.values():
+            for key, page, num_tokens in entries:
+                named = make_block_hash_with_group_id(key, self.kv_cache_group_id)
+                self.block_pool._insert_block_hash(named, page, num_tokens=num_tokens)
+        self._pending.clear()
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        """Forget a request that ended or was preempted; returns its pages.
+
+        If it is preempted while the step is scheduled, its keys of that step are dropped: the
+        pages will not be filled.
+        """
+        self._counts.pop(request_id, None)
+        self._shared.pop(request_id, None)
+        self._most.pop(request_id, None)
+        self._pending.pop(request_id, None)
+        self._resumed.discard(request_id)
+        return super().pop_blocks_for_free(request_id)
+
+    @classmethod
+    def find_longest_cache_hit(
+        cls,
+        block_hashes: BlockHashList,
+        max_length: int,
+        kv_cache_group_ids: list[int],
+        block_pool: BlockPool,
+        kv_cache_spec: KVCacheSpec,
+        drop_eagle_block: bool,
+        alignment_tokens: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
+        """Pages of the longest cached prefix of at most ``max_length`` tokens."""
+        assert not drop_eagle_block, "speculative decoding is refused at start-up"
+        size = kv_cache_spec.block_size
+        hashes = resolve_block_hashes(block_hashes, block_pool.hash_block_size, size)
+        pages, length = PrefixIndex.of(block_pool).find(
+            hashes[: max_length // size],
+            block_pool,
+            kv_cache_group_ids,
+            kv_cache_spec,
+            alignment_tokens,
+        )
+        return tuple(pages), length

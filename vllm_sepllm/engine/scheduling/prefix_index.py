@@ -1,0 +1,156 @@
+"""Prefix caching of the kept stream: which pages hold the kept tokens of a known prefix.
+
+vLLM hashes a prompt in blocks of tokens, chained, so a hash names a whole prefix. Pages of the
+stream do not line up with those blocks, but how a prefix fills them follows from the text alone:
+
+``kept_count[h]``
+    kept tokens in the prefix that ends with the block of hash ``h``;
+*done* key of ``h``
+    the page which that block completed, if it completed one;
+*open* key ``h``
+    the page it left partly filled, if any: entries up to ``kept_count[h]`` are those of the
+    prefix, whatever was appended to the page later.
+
+::
+
+    token blocks   h1          h2          h3            pages of 4 entries
+    kept tokens    3           6           8
+    pages          [0 1 2 .]   [0 1 2 3]   [4 5 6 7]
+                               [4 5 . .]
+    keys           open h1: p0  done h2: p0  done h3: p1
+                                open h2: p1
+
+The keys live in vLLM's block pool, which lets one page carry several and drops them all when it
+gives the page away. ``kept_count`` is a function of content and can never be stale.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+from vllm.utils.math_utils import cdiv
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
+
+if TYPE_CHECKING:
+    from vllm_sepllm.engine.scheduling.spec import KeptSpec
+
+# A page of the stream serves many token blocks: five or six on English text of 18 % separators.
+COUNTS_PER_PAGE = 32
+# With a bound on separators a text outgrows the pool, and its pages are found by way of all its
+# blocks. So many texts of the full length are remembered, about 200 bytes per block of tokens.
+LONG_TEXTS = 4
+
+_indices: WeakKeyDictionary[BlockPool, PrefixIndex] = WeakKeyDictionary()
+
+
+def done_key(block_hash: BlockHash) -> BlockHash:
+    """Key of the page that a token block completed."""
+    return BlockHash(block_hash + b"done")
+
+
+class PrefixIndex:
+    """Kept tokens of known prefixes, by the hash of their last token block.
+
+    Bounded: the prefixes that were looked up or stored least recently are forgotten first. A
+    forgotten prefix is computed again, never wrong.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._kept_count: OrderedDict[BlockHash, int] = OrderedDict()
+
+    @classmethod
+    def of(cls, block_pool: BlockPool) -> PrefixIndex:
+        """The index that belongs to a block pool."""
+        index = _indices.get(block_pool)
+        if index is None:
+            index = _indices[block_pool] = cls(COUNTS_PER_PAGE * block_pool.num_gpu_blocks)
+        return index
+
+    def __len__(self) -> int:
+        return len(self._kept_count)
+
+    def make_room(self, max_model_len: int, block_size: int) -> None:
+        """Remember a few texts of the full length, however small the pool is."""
+        self._capacity = max(self._capacity, LONG_TEXTS * cdiv(max_model_len, block_size))
+
+    def store(self, block_hash: BlockHash, kept_count: int) -> None:
+        """Remember the kept tokens of a prefix."""
+        self._kept_count[block_hash] = kept_count
+        self._kept_count.move_to_end(block_hash)
+        if len(self._kept_count) > self._capacity:
+            self._kept_count.popitem(last=False)
+
+    def kept_count(self, block_hash: BlockHash) -> int | None:
+        """Kept tokens of a prefix, or ``None`` if it is not known."""
+        count = self._kept_count.get(block_hash)
+        if count is not None:
+            self._kept_count.move_to_end(block_hash)
+        return count
+
+    def find(
+        self,
+        block_hashes: Sequence[BlockHash],
+        block_pool: BlockPool,
+        group_ids: list[int],
+        spec: KeptSpec,
+        alignment: int,
+    ) -> tuple[list[list[KVCacheBlock]], int]:
+        """Pages of the longest prefix whose kept tokens, as far as they will be seen, are cached.
+
+        Args:
+            block_hashes: hashes of the token blocks that may be used, in order.
+            block_pool: where the keys live.
+            group_ids: kept groups to look in; a page must be there for each.
+            spec: of the kept group; a token block has as many tokens as a page entries.
+            alignment: the prefix must be a multiple of so many tokens.
+
+        Returns:
+            Pages of each group and the length of the prefix in tokens; null pages where a bound
+            on separators leaves entries unseen. If the last page is partly filled it may only be
+            read: copy it before appending.
+        """
+        block_size = spec.block_size
+        is_bounded = spec.max_separator_tokens is not None
+        nothing = [block_pool.null_block] * len(group_ids)
+        full: list[list[KVCacheBlock]] = []  # done pages; each one page per group
+        lost: list[int] = []  # of those, the ones that are no longer cached
+        counts: list[int] = []
+        for block_hash in block_hashes:
+            count = self.kept_count(block_hash)
+            if count is None:
+                break
+            if count // block_size > len(full):
+                page = block_pool.get_cached_block(done_key(block_hash), group_ids)
+                if page is None:
+                    if not is_bounded or len(full) < spec.num_sink_pages:
+                        break
+                    lost.append(len(full))
+                full.append(page or nothing)
+            counts.append(count)
+        for i in range(len(counts) - 1, -1, -1):
+            if (i + 1) * block_size % alignment:
+                continue
+            pages = full[: counts[i] // block_size]
+            if is_bounded:
+                # The window begins inside a block; up to that block's start, fewer are kept.
+                before = ((i + 1) * block_size - spec.window_size + 1) // block_size
+                first = spec.first_entry(counts[before - 1] if before > 0 else 0) // block_size
+                at = bisect_left(lost, first)
+                if at < len(lost) and lost[at] < len(pages):
+                    continue
+                unseen = slice(spec.num_sink_pages, max(first, spec.num_sink_pages))
+                pages[unseen] = [nothing] * len(pages[unseen])
+            if counts[i] % block_size:
+                page = block_pool.get_cached_block(block_hashes[i], group_ids)
+                if page is None:
+                    continue
+                pages = [*pages, page]
+            per_group = [[page[g] for page in pages] for g in range(len(group_ids))]
+            return per_group, (i + 1) * block_size
+        return [[] for _ in group_ids], 0

@@ -1,0 +1,303 @@
+"""vLLM's scheduler, with token ids for the kept group and an end for requests that never fit.
+
+With full attention vLLM makes sure at start-up that one request of ``max_model_len`` tokens
+fits. With SepLLM the pages depend on the text, so a request may outgrow the pool. vLLM would
+preempt it and wait for ever; here it ends with an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.request_queue import RequestQueue
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+
+from vllm_sepllm.engine.scheduling.admission import Admission
+from vllm_sepllm.engine.scheduling.kept_manager import KeptManager
+from vllm_sepllm.engine.scheduling.prefix_index import PrefixIndex
+from vllm_sepllm.engine.scheduling.traffic import TrafficShare
+from vllm_sepllm.engine.startup import settings
+from vllm_sepllm.engine.startup.checks import largest_cache, trained_length
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+class SepLLMScheduler(Scheduler):
+    """Set as ``scheduler_cls`` at start-up when the SEPLLM backend is selected."""
+
+    max_num_scheduled_tokens: int
+    scheduler_reserve_full_isl: bool
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        policy = settings.kept_policy(self.vllm_config)
+        pool = self.kv_cache_manager.block_pool
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        self._kept_managers = [m for m in managers if isinstance(m, KeptManager)]
+        for manager in self._kept_managers:
+            manager.attach(policy, self.requests, self._in_flight_tokens)
+            PrefixIndex.of(pool).make_room(self.max_model_len, manager.block_size)
+        self._admission = Admission(
+            managers,
+            pool.num_gpu_blocks - 1,  # one is the null block
+            self.scheduler_config.max_num_batched_tokens,
+            self.vllm_config.max_concurrent_batches,
+        )
+        options = settings.options(self.vllm_config)
+        # With a bound the share says little about memory.
+        self._traffic: TrafficShare | None = None
+        if options.max_separator_tokens is None:
+            self._traffic = TrafficShare(settings.plan(self.vllm_config))
+        self._num_positions: int | None = None  # of the model, where a text can run past them
+        trained = trained_length(self.vllm_config.model_config)
+        grows = options.position_mode == "cache" and largest_cache(options) is None
+        if grows and self.max_model_len > trained:
+            self._num_positions = trained
+        self.kv_cache_manager.estimate_cached_tokens = self._num_cached_tokens
+        self._refused: dict[str, str] = {}  # reasons, by request; they end with this step
+        self._cold: set[str] = set()  # requests that start without a prefix from the cache
+        self._chunks: dict[str, int] = {}  # tokens per step, of requests that fit in no larger ones
+        self._warn_of_small_pool()
+
+    def _warn_of_small_pool(self) -> None:
+        """Say so if a request of ``max_model_len`` tokens of ordinary text will not fit.
+
+        Start-up accepts every length full attention could serve, but the window pages of a large
+        prompt chunk leave less to the stream than such a request needs.
+        """
+        needed, size = 0, (self.max_model_len, self._in_flight_tokens)
+        for manager in self.kv_cache_manager.coordinator.single_type_managers:
+            if isinstance(manager, KeptManager):
+                needed += manager.kv_cache_spec.expected_pages(*size)
+            else:
+                needed += self._admission.positional_pages(manager, *size)
+        if self._kept_managers and needed > self._admission.num_pages:
+            logger.warning(
+                "SepLLM attention: %d tokens of ordinary text need about %d KV cache blocks, %d "
+                "there are. Such requests are computed in small chunks, and longer ones may end "
+                "with an error: give the KV cache more memory, or lower max_num_batched_tokens "
+                "(%d) or max_model_len.",
+                self.max_model_len,
+                needed,
+                self._admission.num_pages,
+                self.scheduler_config.max_num_batched_tokens,
+            )
+
+    @property
+    def _in_flight_tokens(self) -> int:
+        return int(self.vllm_config.max_in_flight_tokens)
+
+    def add_request(self, request: Request) -> None:
+        """Queue a request; one that can never fit ends with the next step.
+
+        vLLM also calls this with the next turn of a streaming session, or its end.
+        """
+        is_new = request.request_id not in self.requests
+        super().add_request(request)
+        if is_new:
+            self._check_fits(request)
+
+    def _update_request_as_session(self, session: Request, update: Any) -> None:
+        super()._update_request_as_session(session, update)
+        self._check_fits(session)
+
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        super()._preempt_request(request, *args, **kwargs)
+        self._check_fits(request)
+        if not self.running:  # nobody else took the pages it lacks
+            self._take_smaller_chunks(request)
+
+    def _check_fits(self, request: Request) -> None:
+        """Refuse a request that does not fit into an empty pool, or the model's positions."""
+        self._refused.pop(request.request_id, None)
+        needed = self._admission.pages_needed(request.request_id, self._num_tokens(request))
+        if needed > self._admission.num_pages:
+            self._refuse(request, needed)
+        elif self._num_positions is not None and self._cache_size(request) > self._num_positions:
+            self._refused[request.request_id] = (
+                f"the {request.num_tokens} tokens of this request leave {self._cache_size(request)}"
+                f" in the cache, more than the {self._num_positions} positions of the model: "
+                "shorten it, or have the engine started with max_separator_tokens"
+            )
+
+    def _cache_size(self, request: Request) -> int:
+        """Places in cache positions that a text takes; all kept groups count alike."""
+        return self._kept_managers[0].cache_size(request.request_id, request.num_tokens)
+
+    def _num_tokens(self, request: Request) -> int:
+        return min(request.num_tokens, self.max_model_len)
+
+    def _refuse(self, request: Request, needed: int) -> None:
+        self._refused[request.request_id] = (
+            f"the {request.num_tokens} tokens of this request need {needed} KV cache blocks "
+            f"under SepLLM attention, more than the {self._admission.num_pages} there are: shorten "
+            "it, give the KV cache more memory, or choose fewer separators"
+        )
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        """vLLM's; then the pages of this step can be found by the next one."""
+        with self._in_small_chunks() if self._chunks else nullcontext():
+            output: SchedulerOutput = super().schedule(*args, **kwargs)
+        for manager in self._kept_managers:
+            manager.step_is_scheduled()
+        if self._cold or self._chunks:
+            self._cold -= output.num_scheduled_tokens.keys() | output.finished_req_ids
+            for name in self._chunks.keys() & output.num_scheduled_tokens.keys():
+                if not self.requests[name].is_prefill_chunk:
+                    del self._chunks[name]
+        # vLLM tries none of those that wait in a step in which it preempts others.
+        if not (output.num_scheduled_tokens or self.running or output.preempted_req_ids):
+            self._unblock()
+        return output
+
+    def _take_smaller_chunks(self, request: Request) -> None:
+        name, num_tokens = request.request_id, self._num_tokens(request)
+        chunk = self._admission.largest_chunk(name, num_tokens)
+        if chunk is not None and chunk < self.scheduler_config.max_num_batched_tokens:
+            self._chunks[name] = chunk
+
+    @contextmanager
+    def _in_small_chunks(self) -> Iterator[None]:
+        """While requests that fit in no larger chunks are in their prompt, steps are as small.
+
+        vLLM has no limit of a single request. Its admission counts pages of full chunks.
+        """
+        most = self.max_num_scheduled_tokens
+        reserves = self.scheduler_reserve_full_isl
+        self._chunks = {name: n for name, n in self._chunks.items() if name in self.requests}
+        is_theirs = not self.running or any(r.request_id in self._chunks for r in self.running)
+        if self._chunks and is_theirs:
+            self.max_num_scheduled_tokens = min(most, *self._chunks.values())
+            self.scheduler_reserve_full_isl = False
+        try:
+            yield
+        finally:
+            self.max_num_scheduled_tokens = most
+            self.scheduler_reserve_full_isl = reserves
+
+    def _unblock(self) -> None:
+        """Help the request that nothing but memory keeps from starting, though nothing runs.
+
+        With full attention that cannot be: vLLM makes sure at start-up that every request fits.
+        Here a request may need all pages there are. Then starting behind a prefix can ask for
+        more than starting from nothing: pages of the stream that are copied before they are
+        appended to, or tokens drafted in the first step. And a request that has grown may fit in
+        small chunks only. So it starts from nothing, in chunks with which it fits. Where turns of
+        sessions wait for each other's pages, the last one gives its own back; a session that waits
+        for its user keeps them, as with full attention.
+        """
+        request = self._first_ready()
+        if request is None:
+            return
+        name, num_tokens = request.request_id, self._num_tokens(request)
+        holders = self._ready(self.kv_holding_waiting)
+        chunk = self._admission.largest_chunk(name, num_tokens)
+        if holders:
+            self._give_back(holders[-1])
+        elif chunk is not None and name not in self._cold:
+            self._cold.add(name)
+            self._take_smaller_chunks(request)
+        elif chunk is None or self._num_free_pages == self._admission.num_pages:
+            self._refuse(request, self._admission.pages_needed(name, num_tokens))
+
+    @property
+    def _num_free_pages(self) -> int:
+        return int(self.kv_cache_manager.block_pool.get_num_free_blocks())
+
+    def _first_ready(self) -> Request | None:
+        """The request vLLM has just failed to find pages for, if any."""
+        is_paused = self.pause_state != PauseState.UNPAUSED
+        is_full = self.num_waiting_for_streaming_input >= self.max_num_active_reqs
+        if is_paused or is_full or self.deferred_frees:
+            return None
+        ready = self._ready(self.kv_holding_waiting) or self._ready(self.waiting)
+        return ready[0] if ready else None
+
+    def _ready(self, queue: RequestQueue) -> list[Request]:
+        """Those of a queue that wait for memory alone, in its order."""
+        return [request for request in queue if self._is_ready(request)]
+
+    def _is_ready(self, request: Request) -> bool:
+        is_settled = request.drop_stale_output or not request.num_stale_output_tokens
+        return is_settled and not self._is_blocked_waiting_status(request.status)
+
+    def _give_back(self, session: Request) -> None:
+        """Free the pages of a session's turn that waits; it will be computed from its start."""
+        self.kv_holding_waiting.remove_request(session)
+        self.kv_cache_manager.free(session)
+        session.num_computed_tokens = 0
+        self._enqueue_waiting_request(session)
+        self._check_fits(session)
+
+    def _get_local_prefix_cache_hit(
+        self, request: Request, *args: Any, **kwargs: Any
+    ) -> tuple[Any, int, int, bool]:
+        if request.request_id in self._cold:
+            return self.kv_cache_manager.empty_kv_cache_blocks, 0, 0, False
+        return super()._get_local_prefix_cache_hit(request, *args, **kwargs)
+
+    def _update_request_with_output(
+        self, request: Request, new_token_ids: list[int], *args: Any, **kwargs: Any
+    ) -> tuple[list[int], bool]:
+        """vLLM's; a text that has filled the model's positions ends as at ``max_model_len``."""
+        tokens, stopped = super()._update_request_with_output(
+            request, new_token_ids, *args, **kwargs
+        )
+        if self._num_positions is not None and not stopped:
+            stopped = self._cache_size(request) >= self._num_positions
+            if stopped:
+                request.status = RequestStatus.FINISHED_LENGTH_CAPPED
+        return tokens, stopped
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        if self._traffic is not None and self._kept_managers:
+            warning = self._traffic.add(*self._kept_managers[0].counted(request.request_id))
+            if warning is not None:
+                logger.warning("%s.", warning)
+        return super()._free_request(request, *args, **kwargs)
+
+    def _num_cached_tokens(self, request: Request) -> int:
+        """Tokens of a request in the prefix cache, for the counts of what was added to it.
+
+        vLLM reads them off the pages. Those of the stream hold keys of many lengths, or there are
+        none of them. Every manager knows how many token blocks it has noted.
+        """
+        managers: Sequence[SingleTypeKVCacheManager]
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        return min(m.num_cached_block.get(request.request_id, 0) * m.block_size for m in managers)
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        """vLLM's update, then an error output for each request that can never fit."""
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        if self._refused:
+            refused, self._refused = self._refused, {}
+            for request in self.finish_requests(refused, RequestStatus.FINISHED_ERROR):
+                reason = refused[request.request_id]
+                logger.error("Request %s ended: %s.", request.request_id, reason)
+                output = EngineCoreOutput(
+                    request_id=request.request_id,
+                    new_token_ids=[],
+                    finish_reason=request.get_finished_reason(),
+                    stop_reason=reason,
+                    events=request.take_events(),
+                    trace_headers=request.trace_headers,
+                )
+                client = outputs.setdefault(request.client_index, EngineCoreOutputs())
+                client.outputs.append(output)
+        return outputs
+
+
+class SepLLMAsyncScheduler(SepLLMScheduler, AsyncScheduler):
+    """Set instead where vLLM schedules asynchronously, as it does by default on CUDA."""

@@ -1,0 +1,127 @@
+"""The two KV-cache groups of a SepLLM layer, as vLLM sees them.
+
+==========  =================================  ==============================================
+group       holds                              pages a request of ``T`` tokens holds
+==========  =================================  ==============================================
+window      every token, at its position;      ``ceil((n-1)/B) + 1`` and the pages of the chunk
+            pages behind the window are freed  being computed
+kept        sinks and separators only, densely ``ceil(kept/B)``; with a bound on separators
+            packed in order ("the stream")     those of the sinks and of the newest ones
+==========  =================================  ==============================================
+
+Both draw pages of the same size from vLLM's one block pool.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.utils.math_utils import cdiv
+from vllm.v1.kv_cache_interface import AttentionSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cache_spec
+
+from vllm_sepllm.engine.scheduling.kept_manager import KeptManager
+from vllm_sepllm.engine.scheduling.window_manager import WindowManager
+from vllm_sepllm.planning import PLANNING_MARGIN
+
+# The registry only loads vLLM's own entries while it is empty.
+KVCacheSpecRegistry._ensure_registered()
+
+
+@register_kv_cache_spec(manager_class=WindowManager)
+@dataclass(frozen=True, kw_only=True)
+class WindowSpec(SlidingWindowSpec):
+    """The window group.
+
+    A type of its own, so that a model's real sliding-window layers of the same width never
+    share its group: the window and the kept layers of one attention layer must sit at the same
+    place of their groups to share one buffer.
+    """
+
+    def max_admission_blocks_per_request(
+        self, max_in_flight_tokens: int, max_model_len: int
+    ) -> int:
+        """vLLM's bound, which adds a page for a window that starts inside one; a window over
+        the whole context starts at 0 and needs no such page."""
+        bound = super().max_admission_blocks_per_request(max_in_flight_tokens, max_model_len)
+        return min(bound, cdiv(max_model_len, self.block_size))
+
+
+@register_kv_cache_spec(manager_class=KeptManager)
+@dataclass(frozen=True, kw_only=True)
+class KeptSpec(AttentionSpec):
+    """The kept group.
+
+    Attributes:
+        window_size: ``n``, tokens.
+        num_sink_tokens: ``a``, tokens.
+        max_separator_tokens: ``s``, kept tokens seen before the window beside the sinks.
+        expected_kept_share: kept tokens per token of the text that memory is planned for.
+        planning_margin: memory planned is this times that share.
+    """
+
+    window_size: int
+    num_sink_tokens: int
+    expected_kept_share: float
+    max_separator_tokens: int | None = None
+    planning_margin: float = PLANNING_MARGIN
+
+    @property
+    def uses_slot_mapping(self) -> bool:
+        """Stream slots follow from kept counts, not from positions."""
+        return False
+
+    def first_entry(self, num_kept: int) -> int:
+        """First entry beside the sinks that a query sees before whose window so many are kept."""
+        if self.max_separator_tokens is None:
+            return 0
+        return max(min(num_kept, self.num_sink_tokens), num_kept - self.max_separator_tokens)
+
+    @property
+    def num_sink_pages(self) -> int:
+        """Pages that hold sinks, which stay whatever leaves."""
+        return cdiv(self.num_sink_tokens, self.block_size)
+
+    def expected_pages(self, num_tokens: int, num_in_flight: int) -> int:
+        """Pages planned for a request of the text that memory is planned for.
+
+        Args:
+            num_tokens: of the request.
+            num_in_flight: tokens of it that steps in flight compute at most.
+        """
+        share = min(1.0, self.planning_margin * self.expected_kept_share)
+        kept = math.ceil(min(num_tokens, self.num_sink_tokens + share * num_tokens))
+        pages = cdiv(kept, self.block_size)
+        if self.max_separator_tokens is None:
+            return pages
+        recent = math.ceil(share * (self.window_size - 1 + num_in_flight))
+        # Their first entry may lie anywhere in its page.
+        bounded = cdiv(self.max_separator_tokens + recent, self.block_size) + 1
+        return min(pages, self.num_sink_pages + bounded)
+
+    def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
+        """Memory planned for a request of ``max_model_len`` tokens of ordinary text.
+
+        Together with the window group never more than full attention takes, so whatever length
+        full attention can serve passes vLLM's check at start-up. Where that limit is what
+        counts, the scheduler warns; a request that outgrows the pool is ended with an error.
+        """
+        max_len = vllm_config.model_config.max_model_len
+        kept = self.expected_pages(max_len, vllm_config.max_in_flight_tokens)
+        full = cdiv(max_len, self.block_size)
+        return min(kept, full - self._window_pages(vllm_config)) * self.page_size_bytes
+
+    def _window_pages(self, vllm_config: VllmConfig) -> int:
+        window: Any = WindowSpec(
+            block_size=self.block_size,
+            num_kv_heads=self.num_kv_heads,
+            head_size=self.head_size,
+            dtype=self.dtype,
+            sliding_window=self.window_size,
+        )
+        return window.max_admission_blocks_per_request(
+            vllm_config.max_in_flight_tokens, vllm_config.model_config.max_model_len
+        )

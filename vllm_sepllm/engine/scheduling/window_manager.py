@@ -1,0 +1,95 @@
+"""Pages of the window group: which are worth keeping in the prefix cache behind the window.
+
+With full attention a prefix is found as long as all its pages are there. Here the stream's
+pages and the window's ``ceil((n - 1) / B)`` pages before the end of the prefix are enough. All
+other window pages serve only requests that part from the text in just that place::
+
+    turn 1  [system prompt ][question ][answer ]      o  where later requests resume
+    pages    . . . . . . o o . . . . . . . . o o      o o  pages they need there
+    turn 2  [system prompt ][question ][answer ][question ][answer ]
+
+So a page that leaves the window becomes spare: still found while there is memory, evicted before
+anything else. The exception are pages before a *junction*, a point at which requests have
+resumed, or would have, more than once: the end of a shared system prompt. A conversation's
+last window needs no rule: its pages are given back with the stream when the request ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from vllm.utils.math_utils import cdiv
+from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock, resolve_block_hashes
+from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
+from vllm.v1.request import Request
+
+from vllm_sepllm.engine.scheduling.junctions import Junctions, refresh
+from vllm_sepllm.engine.scheduling.prefix_index import PrefixIndex
+from vllm_sepllm.engine.scheduling.spare_pages import SparePages, leaving_pages
+
+
+class WindowManager(SlidingWindowManager):
+    """vLLM's manager of a sliding window, with spare pages and junctions."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._index = PrefixIndex.of(self.block_pool)
+        self._spare = SparePages.of(self.block_pool)
+        self._all_junctions = Junctions.of(self.block_pool)
+        self._counts_visits = self._all_junctions.claim()
+        self._pages_for_hit = cdiv(self.sliding_window - 1, self.block_size)
+        # Junctions of each live request, in token blocks.
+        self._junctions: dict[str, list[int]] = {}
+
+    def allocate_new_blocks(
+        self, request_id: str, num_tokens: int, num_tokens_main_model: int
+    ) -> list[KVCacheBlock]:
+        """vLLM's, from spare pages before others that are cached."""
+        missing = cdiv(num_tokens, self.block_size) - len(self.req_to_blocks[request_id])
+        if missing > 0:
+            self._spare.make_room(missing)
+        return super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
+
+    def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        """vLLM's; at a request's first step also find the junctions it passes."""
+        if request.request_id not in self._junctions:
+            self._junctions[request.request_id] = self._visit_junctions(request)
+        super().cache_blocks(request, num_tokens, *args, **kwargs)
+
+    def _visit_junctions(self, request: Request) -> list[int]:
+        """Count where this request resumed, and where it would have with memory to spare.
+
+        Returns:
+            The junctions in its prompt, in token blocks.
+        """
+        hashes: Sequence[BlockHash] = resolve_block_hashes(
+            request.block_hashes, self.block_pool.hash_block_size, self.block_size
+        )
+        found = self.num_cached_block.get(request.request_id, 0)
+        known = found
+        while known < len(hashes) and self._index.kept_count(hashes[known]) is not None:
+            known += 1
+        for end in {found, known} - {0} if self._counts_visits else ():
+            self._all_junctions.visit(hashes[end - 1])
+        ends = self._all_junctions.among(hashes)
+        for end in ends:
+            if end < found:  # behind the window it resumed with, so not touched yet
+                first = max(0, end - self._pages_for_hit)
+                refresh(self.block_pool, hashes[first:end], self.kv_cache_group_id)
+        return ends
+
+    def _remove_blocks_in_range(self, request_id: str, first_block: int, last_block: int) -> None:
+        leaving = leaving_pages(self.req_to_blocks.get(request_id, []), first_block, last_block)
+        if not leaving:
+            return  # most steps; vLLM's own walk compares pages field by field
+        super()._remove_blocks_in_range(request_id, first_block, last_block)
+        junctions = self._junctions.get(request_id, ())
+        for block, page in reversed(leaving):
+            if not any(end - self._pages_for_hit <= block < end for end in junctions):
+                self._spare.add(page)
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        """Forget a request that ended or was preempted; returns its pages."""
+        self._junctions.pop(request_id, None)
+        return super().pop_blocks_for_free(request_id)

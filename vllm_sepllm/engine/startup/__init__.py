@@ -1,0 +1,1 @@
+"""What is decided once, when an engine starts."""

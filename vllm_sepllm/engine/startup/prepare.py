@@ -1,0 +1,197 @@
+"""Start-up of an engine that uses SepLLM: check, resolve separators, say what was found."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from vllm.config import ModelConfig, VllmConfig
+from vllm.logger import init_logger
+from vllm.tokenizers import cached_tokenizer_from_config
+
+from vllm_sepllm.config import ConfigError, SepLLMConfig
+from vllm_sepllm.engine.compat import caution, vllm_version
+from vllm_sepllm.engine.startup import settings
+from vllm_sepllm.engine.startup.checks import Hardware, largest_cache, refusals, trained_length
+from vllm_sepllm.keep_classes import Separators, missing_sentence, resolve_separators
+from vllm_sepllm.planning import NEXT_TO_NOTHING, Plan, make_plan
+from vllm_sepllm.policy import KeptPolicy
+from vllm_sepllm.separator_lists import DEFAULT_SEPARATORS
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+def prepare(vllm_config: VllmConfig, hardware: Hardware) -> Separators | None:
+    """Check a configuration and write its resolved options back into it.
+
+    Args:
+        vllm_config: changed.
+        hardware: it is to run on.
+
+    Returns:
+        The separators found, or ``None`` if this was done before: vLLM completes the same
+        configuration again in the engine's process.
+
+    Raises:
+        ConfigError: it cannot be served.
+    """
+    try:
+        options = settings.options(vllm_config)
+        problems = refusals(vllm_config, options, hardware)
+        if problems:
+            raise ConfigError("; ".join(problems))
+        if settings.is_resolved(vllm_config):
+            return None
+        separators = _resolve(vllm_config, options)
+    except ValueError as error:
+        raise ConfigError(f"SepLLM attention: {error}") from None
+    # vLLM's default of 0 keeps the window pages of a prompt's end only, so a prefix shared up to
+    # any other point would be computed again. All of them stay found until memory is needed.
+    if vllm_config.cache_config.prefix_cache_retention_interval == 0:
+        vllm_config.cache_config.prefix_cache_retention_interval = None
+    return separators
+
+
+def _resolve(vllm_config: VllmConfig, options: SepLLMConfig) -> Separators:
+    model_config = vllm_config.model_config
+    vocab_size = model_config.get_vocab_size()
+    looks_up = options.policy == "sepllm" and options.separator_token_ids is None
+    tokenizer = _tokenizer(model_config, options, looks_up)
+    separators = resolve_separators(options, tokenizer)
+    if looks_up:
+        # Tokens added to the tokenizer alone are never part of a prompt.
+        separators = separators.below(vocab_size)
+        if not separators.token_ids:
+            raise ConfigError(
+                f"all separators found have ids from the vocabulary size {vocab_size} of the model "
+                "on, so no prompt has them: set separators to other texts"
+            )
+    resolved = options.with_separator_ids(separators.token_ids)
+    if resolved.dense_layers:
+        resolved = resolved.with_dense_layers_of(model_config.get_total_num_hidden_layers())
+    policy = KeptPolicy.from_config(resolved, vocab_size)  # checks the ids
+    plan = make_plan(resolved, policy, tokenizer)
+    if looks_up:
+        plan = plan.with_help(tokenizer, separators.texts)
+    settings.store(vllm_config, resolved, plan, _notes(options, separators, plan))
+    return separators
+
+
+def _tokenizer(model_config: ModelConfig, options: SepLLMConfig, looks_up: bool) -> Any:
+    """The model's tokenizer; ``None`` where there is none and nothing has to be looked up."""
+    if model_config.skip_tokenizer_init:
+        if looks_up:
+            raise ConfigError(
+                "skip_tokenizer_init=True leaves no tokenizer to find separators in: "
+                "set separator_token_ids"
+            )
+        return None
+    if options.policy in ("streaming", "fixed_interval"):
+        return None
+    try:
+        return cached_tokenizer_from_config(model_config)
+    except Exception as error:  # what is raised differs by tokenizer and by file
+        if not looks_up:
+            return None
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".: ")
+        raise ConfigError(
+            f"the tokenizer of {model_config.model} cannot be loaded ({reason}), so separators "
+            "cannot be looked up: name another with --tokenizer, or set separator_token_ids"
+        ) from error
+
+
+def _notes(options: SepLLMConfig, separators: Separators, plan: Plan) -> list[str]:
+    """What is worth a warning about the separators, one sentence each without its full stop."""
+    notes = []
+    missing = missing_sentence(options, separators)
+    if missing is not None:
+        notes.append(missing)
+    if plan.most_kept and not plan.largest_share and plan.source.startswith("sample"):
+        notes.append(
+            "no sample text has any of the separators, so memory is planned as if nothing were "
+            "kept: set planned_kept_share or planning_text"
+        )
+    return notes
+
+
+def announce(vllm_config: VllmConfig, separators: Separators) -> None:
+    """The one INFO line, and WARNINGs of separators and of a vLLM not run with all tests."""
+    options, plan = settings.options(vllm_config), settings.plan(vllm_config)
+    found = vllm_version() or "unknown"
+    bound = options.max_separator_tokens
+    logger.info_once(
+        "SepLLM attention: policy=%s, %d sinks, window of %d tokens, %d separator ids (%s), "
+        "memory planned for %.1f%% kept behind the window (%s)%s, block size %d, vLLM %s%s%s",
+        options.policy,
+        options.num_sink_tokens,
+        options.window_size,
+        len(separators.token_ids),
+        _shown(separators),
+        100 * plan.share,
+        plan.source if plan.margin == 1 else f"{plan.source}; planned_kept_share sets it",
+        f" and at most {bound} separators" if bound is not None else "",
+        vllm_config.cache_config.block_size,
+        found,
+        f", full attention in layers {list(options.dense_layers)}" if options.dense_layers else "",
+        _scarce_clause(options, plan),
+    )
+    notes = settings.notes(vllm_config)
+    if notes:
+        logger.warning_once("SepLLM attention: %s.", "; ".join(notes))
+    if options.position_mode == "cache":
+        _announce_length(vllm_config.model_config, options, plan.share)
+    warning = caution(found) if found != "unknown" else None
+    if warning is not None:
+        logger.warning_once("SepLLM attention is %s.", warning)
+
+
+def _shown(separators: Separators) -> str:
+    """Texts of some separators, and which of the default ones are none."""
+    shown = [repr(text) for text in separators.texts[:12]]
+    if len(separators.texts) > len(shown):
+        shown.append("...")
+    if separators.absent:
+        shown.append(f"but not {' '.join(map(repr, separators.absent))}")
+    return " ".join(shown)
+
+
+def _scarce_clause(options: SepLLMConfig, plan: Plan) -> str:
+    """Of which texts next to nothing is kept, and the separators that would keep more."""
+    if not plan.scarce or not plan.largest_share:  # of which there is a warning
+        return ""
+    clause = f"; under {NEXT_TO_NOTHING:.0%} is kept of the sample texts {', '.join(plan.scarce)}"
+    if not plan.helpful:
+        return clause
+    if options.separators == DEFAULT_SEPARATORS:
+        return f"{clause}: separators={json.dumps(['default', *plan.helpful])} keeps more"
+    return f"{clause}: {', '.join(map(repr, plan.helpful))} in separators keeps more"
+
+
+def _announce_length(model_config: ModelConfig, options: SepLLMConfig, share: float) -> None:
+    """That texts may be longer than the model's positions, and from where on their cache is."""
+    length, trained = model_config.max_model_len, trained_length(model_config)
+    if length <= trained:
+        return
+    seen_by_all = options.num_sink_tokens + options.window_size
+    cache = largest_cache(options) or math.ceil(seen_by_all + share * (length - seen_by_all))
+    if cache <= trained:
+        logger.info_once(
+            "SepLLM attention: texts of up to %d tokens in %s%d of the model's %d positions",
+            length,
+            "" if largest_cache(options) else "about ",
+            cache,
+            trained,
+        )
+        return
+    remedy = "set max_separator_tokens"
+    if options.policy == "fixed_interval":
+        remedy = "raise interval, lower max_model_len, or use policy='sepllm' with a bound"
+    logger.warning_once(
+        "SepLLM attention: texts of up to %d tokens are let in, but the model's %d positions hold "
+        "what is kept of about %d tokens: %s.",
+        length,
+        trained,
+        seen_by_all + (trained - seen_by_all) / share,
+        remedy,
+    )

@@ -1,0 +1,1 @@
+"""The worker's side: what CPU and GPU share."""

@@ -1,0 +1,191 @@
+"""What backends of SepLLM attention share: two KV-cache groups per layer, one attention over both.
+
+vLLM gives the attention layer the window group. A second, small layer object
+(:class:`KeptLayer`) stands for the kept group: vLLM plans, allocates and binds its pages like
+any layer's, and this layer's implementation finds them by name.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionType
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheSpec, replace_as
+
+from vllm_sepllm.config import ConfigError
+from vllm_sepllm.engine.registration import BACKEND_NAME
+from vllm_sepllm.engine.scheduling.spec import KeptSpec, WindowSpec
+from vllm_sepllm.engine.startup import settings
+from vllm_sepllm.engine.startup.checks import OTHER_BACKEND
+from vllm_sepllm.engine.worker.rotary import Rotation
+
+KEPT_SUFFIX = ".kept"
+# Fields of a layer's spec that its groups do not have.
+_DROPPED = ("sliding_window", "attention_chunk_size", "non_causal")
+
+
+def layer_index(name: str) -> int:
+    """Index of the layer an attention module belongs to, counted over all pipeline stages."""
+    return int(extract_layer_index(name))
+
+
+class SepLLMBackend(AttentionBackend):
+    """Window group of a backend, and what vLLM selects by name."""
+
+    forward_includes_kv_cache_update: bool = True
+
+    @staticmethod
+    def get_name() -> str:
+        """The member of vLLM's enumeration."""
+        return BACKEND_NAME
+
+    @classmethod
+    def supports_kv_connector(cls) -> bool:
+        """Connectors move pages they take for dense ones."""
+        return False
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        """Full attention in, the window group out; anything else stays what it is."""
+        if type(spec) is not FullAttentionSpec:
+            return spec
+        options = settings.options(get_current_vllm_config())
+        return replace_as(spec, WindowSpec, drop=_DROPPED, sliding_window=options.window_size)
+
+
+class KeptLayer(torch.nn.Module, AttentionLayerBase):
+    """Stands for the kept group of one attention layer.
+
+    Args:
+        backend: of the kept group.
+        window_spec: of the attention layer.
+    """
+
+    def __init__(self, backend: type[AttentionBackend], window_spec: FullAttentionSpec) -> None:
+        super().__init__()
+        self._backend = backend
+        self._window_spec = window_spec
+        self.kv_cache = torch.tensor([])
+
+    def get_attn_backend(self) -> type[AttentionBackend]:
+        """The backend of the kept group."""
+        return self._backend
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
+        """The kept group's spec, with pages like the window group's."""
+        options, plan = settings.options(vllm_config), settings.plan(vllm_config)
+        return replace_as(
+            self._window_spec,
+            KeptSpec,
+            drop=_DROPPED,
+            block_size=vllm_config.cache_config.block_size,
+            window_size=options.window_size,
+            num_sink_tokens=options.num_sink_tokens,
+            expected_kept_share=plan.share,
+            planning_margin=plan.margin,
+            max_separator_tokens=options.max_separator_tokens,
+        )
+
+
+class SepLLMImpl(AttentionImpl):
+    """Attention of one layer over its window and its kept stream.
+
+    A subclass computes it on one kind of hardware.
+
+    Attributes:
+        kept_backend: of the kept group.
+        kept_name: of the layer that stands for the kept group.
+        rotation: in cache positions, how the layer turns its keys; ``None`` if it does not.
+    """
+
+    kept_backend: ClassVar[type[AttentionBackend]]
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int,
+        alibi_slopes: list[float] | None,
+        sliding_window: int | None,
+        kv_cache_dtype: str,
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+    ) -> None:
+        if alibi_slopes is not None:
+            raise ConfigError(f"ALiBi needs the distance of every key: {OTHER_BACKEND}")
+        if kv_sharing_target_layer_name is not None:
+            raise ConfigError(
+                f"a layer shares the KV cache of {kv_sharing_target_layer_name}, which SepLLM "
+                f"attention does not support: {OTHER_BACKEND}"
+            )
+        assert sliding_window is None, "sliding-window layers are given another backend"
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        self.num_kv_heads = num_kv_heads
+        self.kv_cache_dtype = kv_cache_dtype
+        self.logits_soft_cap = float(logits_soft_cap or 0.0)
+        self.kept_name = ""
+        self.rotation: Rotation | None = None
+
+    @classmethod
+    @abstractmethod
+    def dense_backend(cls) -> type[AttentionBackend]:
+        """vLLM's backend for layers that keep full attention."""
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Register the kept layer beside this one, before vLLM collects KV-cache specs."""
+        vllm_config = get_current_vllm_config()
+        layers = vllm_config.compilation_config.static_forward_context
+        name, layer = next(
+            (name, layer)
+            for name, layer in layers.items()
+            if isinstance(layer, Attention) and layer.impl is self
+        )
+        if layer.head_size_v != layer.head_size:
+            raise ConfigError(
+                f"{name} has values of size {layer.head_size_v} and keys of size "
+                f"{layer.head_size}, SepLLM attention needs both alike: {OTHER_BACKEND}"
+            )
+        dense = settings.options(vllm_config).dense_layers
+        if dense and layer_index(name) in dense:
+            self._make_dense(layer, act_dtype)
+            return
+        self.kept_name = name + KEPT_SUFFIX
+        spec = layer.get_kv_cache_spec(vllm_config)
+        layers.setdefault(self.kept_name, KeptLayer(self.kept_backend, spec))
+        self.prepare(vllm_config, layer)
+
+    def prepare(self, vllm_config: VllmConfig, layer: Attention) -> None:
+        """Allocate what attention of this layer needs beside pages."""
+
+    def _make_dense(self, layer: Attention, act_dtype: torch.dtype) -> None:
+        """Give the layer vLLM's own backend; only now is it known which layer it is."""
+        backend = self.dense_backend()
+        layer.attn_backend = backend
+        layer.backend = AttentionBackendEnum[backend.get_name()]
+        layer.impl = self._dense_impl(backend.get_impl_cls())
+        layer.impl.process_weights_after_loading(act_dtype)
+
+    def _dense_impl(self, impl_class: type[AttentionImpl[Any]]) -> AttentionImpl[Any]:
+        return impl_class(
+            self.num_heads,
+            self.head_size,
+            self.scale,
+            self.num_kv_heads,
+            None,
+            None,
+            self.kv_cache_dtype,
+            self.logits_soft_cap or None,
+            AttentionType.DECODER,
+            None,
+        )

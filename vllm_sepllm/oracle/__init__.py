@@ -1,0 +1,1 @@
+"""What SepLLM attention computes, as dense masks: everything is compared with it."""

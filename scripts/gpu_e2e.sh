@@ -7,6 +7,7 @@
 # What is measured is not measured again: call it again to go on where time ran out.
 # PYTHON chooses the interpreter, RESULTS the folder (build/gpu-e2e). If there is an archive of
 # scripts/gpu_bundle.py (BUNDLE, build/gpu-bundle.tar.xz), vLLM comes from it.
+# MODES lists what is tried, the fullest mode first ("compiled graphs eager").
 # SMOKE=1: tiny shapes beside vLLM's default backend, for a machine without a GPU.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -15,6 +16,7 @@ LIMIT=${1:-540}
 PYTHON=${PYTHON:-python3}
 RESULTS=${RESULTS:-build/gpu-e2e}
 BUNDLE=${BUNDLE:-build/gpu-bundle.tar.xz}
+read -ra MODES <<<"${MODES:-compiled graphs eager}"
 FULL=( # model, backend, type of the KV cache: what matters most first
   "llama-3-8b SEPLLM auto" "llama-3-8b FLASH_ATTN auto" "llama-3-8b SEPLLM fp8"
   "llama-3-8b TRITON_ATTN auto" "llama-3-8b FLASH_ATTN fp8" "llama-3-8b TRITON_ATTN fp8"
@@ -52,7 +54,7 @@ unpack() {
 # The fullest mode in which greedy tokens equal the reference's; one that failed is not tried again.
 choose_mode() {
   local mode
-  for mode in compiled graphs eager; do
+  for mode in "${MODES[@]}"; do
     if [[ ! -f $RESULTS/check-$mode.json && ! -f $RESULTS/check-$mode.failed ]]; then
       if ! step check "$RESULTS" --mode "$mode" >"$RESULTS/check-$mode.log" 2>&1; then
         out_of_time && say "check, $mode: no time left" && exit 1

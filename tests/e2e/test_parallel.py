@@ -1,6 +1,7 @@
 """Two tensor-parallel ranks or pipeline stages give the tokens of one process.
 
-Kept sets follow from token ids, so the ranks need no agreement about them.
+Kept sets follow from token ids, so the ranks need no agreement about them. Ranks in positions of
+the text: test_ray.py, and test_serve_processes.py behind a server.
 """
 
 import json
@@ -17,9 +18,7 @@ from vllm_sepllm.oracle.dense_mask import first_difference
 pytestmark = pytest.mark.e2e
 
 WAYS = {
-    "ranks": {"tensor_parallel_size": 2, "enforce_eager": True},
     # Stages need compilation on CPU, in vLLM itself.
-    "stages": {"pipeline_parallel_size": 2},
     "stages with a dense layer each": {
         "pipeline_parallel_size": 2,
         "sepllm": {"dense_layers": [0, 5]},

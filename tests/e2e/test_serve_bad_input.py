@@ -180,7 +180,7 @@ def test_a_request_that_can_never_fit(server, check_goes_on, separator_ids):
 
 
 def test_a_chat_that_can_never_fit(server, check_goes_on):
-    messages = [{"role": "user", "content": ".\n" * 970}]
+    messages = [{"role": "user", "content": ".\n" * 995}]
     status, text = server.ask("chat/completions", messages=messages, max_tokens=8)
     assert status == 400
     too_large(text)

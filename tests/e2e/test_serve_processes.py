@@ -16,8 +16,8 @@ from serving import SMALL_POOL, check_concurrent
 
 pytestmark = pytest.mark.e2e
 
-TWO_RANKS = (*SMALL_POOL, "--enforce-eager", "--tensor-parallel-size", "2")
-TWO_REPLICAS = (*SMALL_POOL, "--enforce-eager", "--data-parallel-size", "2")
+TWO_RANKS = (*SMALL_POOL, "--tensor-parallel-size", "2")
+TWO_REPLICAS = (*SMALL_POOL, "--data-parallel-size", "2")
 # vLLM binds each process to cores of its own, and these machines may have only one.
 NO_BINDING = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 

@@ -7,11 +7,11 @@ from soak import Soak
 
 pytestmark = pytest.mark.e2e
 
-STEPS = 250
+STEPS = 100
 
 
 # With all separators kept, and with a bound on them.
-@pytest.mark.parametrize("seed", [73, 264])
+@pytest.mark.parametrize("seed", [304, 301])
 def test_soak(reference_model, seed):
     soak = Soak(random.Random(seed), check_share=0.2, reference=reference_model)
     soak.run(lambda: soak.counts["steps"] < STEPS)

@@ -17,11 +17,10 @@ SYNCHRONOUS = {
         "aborts_in_every or overtake or least_urgent or reset",
     ),
     "drafts": (1, "test_speculation.py", "64-32"),
-    "cache positions": (1, "test_cache_positions.py", "drafts and 20"),
 }
 ASYNCHRONOUS = {
     "eviction": (1, "test_prefix_caching.py", "pressure"),
-    "random traffic": (1, "test_soak.py", "264"),
+    "random traffic": (1, "test_soak.py", "301"),
 }
 
 

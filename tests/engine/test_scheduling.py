@@ -133,7 +133,7 @@ def test_random_traffic(asynchronous, drafts, bounds):
     seen = Counter()
 
     @settings(
-        max_examples=150 if bounds == [None] else 250,
+        max_examples=80 if bounds == [None] else 120,
         deadline=None,
         derandomize=True,
         suppress_health_check=list(HealthCheck),

@@ -1,12 +1,13 @@
 """The GPU backend in an engine on a CPU, run by ``e2e/test_gpu_path.py`` for each model runner.
 
 Triton's interpreter takes milliseconds for each program of a kernel: so prompts are short, and the
-model is the first half of the demo model's layers.
+model is the first of the demo model's layers.
 """
 
 import copy
 import os
 import shutil
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -47,23 +48,38 @@ def options_with(**sepllm):
     return {**OPTIONS, "sepllm": {**OPTIONS["sepllm"], **sepllm}}
 
 
-LAYERS = 3
+LAYERS = 2
 
 
 @pytest.fixture(scope="session")
-def reference_model():
-    return AutoModelForCausalLM.from_pretrained(
-        MODEL, num_hidden_layers=LAYERS, dtype=torch.float32
-    )
+def model_of(tmp_path_factory):
+    """A function: the model with so many layers, in Transformers, and its folder."""
+
+    @cache
+    def make(num_layers):
+        model = AutoModelForCausalLM.from_pretrained(
+            MODEL, num_hidden_layers=num_layers, dtype=torch.float32
+        )
+        path = tmp_path_factory.mktemp("model")
+        model.save_pretrained(path)
+        for file in Path(MODEL).glob("tokenizer*"):
+            shutil.copy(file, path)
+        return model, str(path)
+
+    return make
 
 
 @pytest.fixture(scope="session")
-def engines(engines, reference_model, tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    reference_model.save_pretrained(path)
-    for file in Path(MODEL).glob("tokenizer*"):
-        shutil.copy(file, path)
-    return lambda **options: engines(model=str(path), **options)
+def reference_model(model_of):
+    return model_of(LAYERS)[0]
+
+
+@pytest.fixture(scope="session")
+def engines(engines, model_of):
+    def get(num_layers=LAYERS, **options):
+        return engines(model=model_of(num_layers)[1], **options)
+
+    return get
 
 
 @pytest.fixture
@@ -80,11 +96,11 @@ def engine(engines):
 
 
 @pytest.fixture
-def make_reference(reference_model, separator_ids):
+def make_reference(model_of, separator_ids):
     """A reference with other options than its window and sinks."""
 
-    def make(kind=Reference, *, separators=separator_ids, window=WINDOW, **options):
-        return kind(reference_model, separators, SINKS, window, **options)
+    def make(kind=Reference, *, separators=separator_ids, window=WINDOW, layers=LAYERS, **options):
+        return kind(model_of(layers)[0], separators, SINKS, window, **options)
 
     return make
 
@@ -426,9 +442,9 @@ def test_several_groups(engines, book, separator_ids, make_reference, monkeypatc
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda *_: (9, 0))
     window = 6
     sizes = {"block_size": 32, "max_model_len": 64, "num_gpu_blocks_override": 12}
-    engine = engines(**{**options_with(dense_layers=[-2], window_size=window), **sizes})
+    engine = engines(3, **{**options_with(dense_layers=[-2], window_size=window), **sizes})
     assert [type(manager).__name__ for manager in engine.managers].count("KeptManager") == 2
-    reference = make_reference(window=window, dense_layers=[LAYERS - 2])
+    reference = make_reference(window=window, layers=3, dense_layers=[1])
     outputs, preempted, restarts = [], set(), []
     restart = DeviceRows.restart
 

@@ -60,9 +60,11 @@ def cases() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], Sequence[Laun
             (16, "fp32", 0.0, L40),
         ):
             usual, widest = head_size == 128, head_size == 256
-            wanted = usual or (capability != A100 and not cap)
+            wanted = usual or (capability != A100 and not cap and (widest or pages == "bf16"))
             if pages == "fp32":
                 wanted = widest or (usual and capability == H200)
+            if head_size == 64:
+                wanted = capability == L40 and pages == "bf16"
             if not wanted:
                 continue
             types = dict.fromkeys(("key_pages", "value_pages"), f"*{pages}")

@@ -25,8 +25,10 @@ START_SECONDS = 400
 BIN = Path(sys.executable).parent
 
 # float32, so that tokens can be compared, a pool that 2,000 separators outgrow, and a log that
-# shows which requests have reached the engine.
+# shows which requests have reached the engine. Not compiled, as the start then takes longer than
+# what is asked; `serve_endless.sh` and `offline.py` are run as they are.
 SMALL_POOL = (
+    "--enforce-eager",
     "--enable-log-requests",
     *("--dtype", "float32"),
     *("--max-num-batched-tokens", "256"),

@@ -19,7 +19,7 @@ from typing import Any
 from vllm_sepllm.config import ConfigError, SepLLMConfig
 from vllm_sepllm.keep_classes import num_token_ids, resolve_separators
 from vllm_sepllm.planning import kept_share
-from vllm_sepllm.policy import KeptPolicy
+from vllm_sepllm.policy import KeepRule
 from vllm_sepllm.samples import SAMPLES
 from vllm_sepllm.separator_lists import LIST_OF_SAMPLE
 
@@ -121,16 +121,14 @@ def measure(tokenizer: Any, found: list[Text]) -> list[dict[str, Any]]:
     return rows
 
 
-def policy_of(
-    tokenizer: Any, vocab_size: int, separators: tuple[str, ...], match: str
-) -> KeptPolicy:
+def policy_of(tokenizer: Any, vocab_size: int, separators: tuple[str, ...], match: str) -> KeepRule:
     """The policy with these separators, or with none if the tokenizer has no such tokens."""
     config = SepLLMConfig(separators=separators, separator_match=match)
     try:
         ids = resolve_separators(config, tokenizer).token_ids
     except ConfigError:
         ids = ()
-    return KeptPolicy.from_config(config.with_separator_ids(ids), vocab_size)
+    return KeepRule.of(config.with_separator_ids(ids), vocab_size)
 
 
 def markdown(path: str, tokenizer: Any, rows: list[dict[str, Any]]) -> str:

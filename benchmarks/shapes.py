@@ -13,7 +13,7 @@ from transformers import LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast
 
 from vllm_sepllm.config import SepLLMConfig
 from vllm_sepllm.keep_classes import resolve_separators
-from vllm_sepllm.policy import KeptPolicy
+from vllm_sepllm.policy import KeepRule
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKENIZER = ROOT / "tests/data/20B_tokenizer.json.gz"
@@ -62,12 +62,12 @@ def kv_bytes(max_len: int, max_seqs: int) -> int:
 
 
 @cache
-def policy() -> KeptPolicy:
+def policy() -> KeepRule:
     """The default one, for the benchmarks' tokenizer."""
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(read_gzip(TOKENIZER)))
     config = SepLLMConfig(window_size=WINDOW)
     ids = resolve_separators(config, tokenizer).token_ids
-    return KeptPolicy.from_config(config.with_separator_ids(ids), MODEL["vocab_size"])
+    return KeepRule.of(config.with_separator_ids(ids), MODEL["vocab_size"])
 
 
 def kept_share(prompts: list[list[int]]) -> float:

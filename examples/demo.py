@@ -127,12 +127,12 @@ def share_visible(name: str, outputs: list[list[int]]) -> float:
 
     from vllm_sepllm.config import SepLLMConfig
     from vllm_sepllm.keep_classes import resolve_separators
-    from vllm_sepllm.policy import KeptCounts, KeptPolicy
+    from vllm_sepllm.policy import KeepRule, KeptCounts
 
     tokenizer = AutoTokenizer.from_pretrained(HERE.parent / MODEL)
     config = SepLLMConfig(window_size=WINDOW)
     config = config.with_separator_ids(resolve_separators(config, tokenizer).token_ids)
-    policy = KeptPolicy.from_config(config, len(tokenizer))
+    policy = KeepRule.of(config, len(tokenizer))
     total = 0.0
     for prompt, output in zip(prompts(book(tokenizer)), outputs, strict=True):
         counts = KeptCounts(policy)

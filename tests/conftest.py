@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from typing import Any
 
 import environment  # before vLLM or torch is imported
 import pytest
-from helpers import MODEL, POOL_FILLING_TOKENS, SMALL_POOL, Engine, Reference, book_tokens
+from helpers import MODEL, POOL_FILLING_TOKENS, ROOT, SMALL_POOL, Engine, Reference, book_tokens
 
 assert environment
 
@@ -33,6 +34,18 @@ def separator_ids() -> tuple[int, ...]:
     from helpers import find_separators
 
     return find_separators()
+
+
+@pytest.fixture
+def added_policy(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The policy that CONTRIBUTING adds as an example, by its name."""
+    from vllm_sepllm import policy
+
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    example = text[text.index("    def _even(") :].partition("\n\nThe ")[0]
+    monkeypatch.setitem(policy.POLICIES, "even", None)  # taken back at the end
+    exec(textwrap.dedent(example), vars(policy))
+    return "even"
 
 
 @pytest.fixture(scope="session")

@@ -37,7 +37,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 from vllm_sepllm.engine.scheduling.kept_manager import KeptManager
 from vllm_sepllm.engine.scheduling.scheduler import SepLLMAsyncScheduler
 from vllm_sepllm.engine.scheduling.spec import KeptSpec, WindowSpec
-from vllm_sepllm.engine.startup import settings
+from vllm_sepllm.engine.startup.settings import Settings
 
 HEADS = {"num_kv_heads": 4, "head_size": 32, "dtype": torch.bfloat16}
 NextToken = Callable[[str, int, int], int]
@@ -150,7 +150,7 @@ class Worker:
         return sampled
 
     def _write(self, request: WorkerRequest, start: int, stop: int) -> None:
-        size, policy = self.simulation.block_size, self.simulation.policy
+        size, policy = self.simulation.block_size, self.simulation.rule
         blocks, groups = request.blocks, self.simulation.groups
         for group in groups[FullAttentionSpec] + groups[WindowSpec]:
             for position in range(start, stop):
@@ -167,7 +167,7 @@ class Worker:
                 page[entry % size] = request.identities[position]
 
     def _read(self, name: str, request: WorkerRequest, position: int) -> None:
-        policy, groups = self.simulation.policy, self.simulation.groups
+        policy, groups = self.simulation.rule, self.simulation.groups
         for group in groups[FullAttentionSpec]:
             self._read_positions(name, request, group, 0, position)
         if policy is None:
@@ -187,7 +187,7 @@ class Worker:
             assert found == request.identities[seen], f"{name} at {position}: wrong at {seen}"
 
     def _read_stream(self, name: str, request: WorkerRequest, group: int, before: int) -> None:
-        size, policy = self.simulation.block_size, self.simulation.policy
+        size, policy = self.simulation.block_size, self.simulation.rule
         assert policy is not None
         kept = policy.kept_flags(request.token_ids[:before]).nonzero()[0].tolist()
         bound = len(kept) if policy.max_separator_tokens is None else policy.max_separator_tokens
@@ -238,7 +238,7 @@ class Simulation:
         ).create_engine_config()
         self.block_size = config.cache_config.block_size
         self.asynchronous, self.propose = asynchronous, propose
-        self.policy = None if sepllm is None else settings.kept_policy(config)
+        self.rule = None if sepllm is None else Settings.of(config).rule
         layout = CPUAttentionBackend.supported_kv_cache_layouts()[0]
         config.cache_config.kv_cache_layout = layout.name
         specs = self._specs(config, num_layers, num_dense)
@@ -263,17 +263,17 @@ class Simulation:
 
     def _specs(self, config: Any, num_layers: int, num_dense: int) -> dict[str, Any]:
         common = {"block_size": self.block_size, **HEADS}
-        if self.policy is None:
+        if self.rule is None:
             return {f"layer{i}": FullAttentionSpec(**common) for i in range(num_layers)}
         dense = {f"dense{i}": FullAttentionSpec(**common) for i in range(num_dense)}
-        window = WindowSpec(**common, sliding_window=self.policy.window_size)
+        window = WindowSpec(**common, sliding_window=self.rule.window_size)
         kept = KeptSpec(
             **common,
-            window_size=self.policy.window_size,
-            num_sink_tokens=self.policy.num_sink_tokens,
-            expected_kept_share=settings.plan(config).share,
-            planning_margin=settings.plan(config).margin,
-            max_separator_tokens=self.policy.max_separator_tokens,
+            window_size=self.rule.window_size,
+            num_sink_tokens=self.rule.num_sink_tokens,
+            expected_kept_share=Settings.of(config).plan.share,
+            planning_margin=Settings.of(config).plan.margin,
+            max_separator_tokens=self.rule.max_separator_tokens,
         )
         layers = range(num_layers)
         ours = {f"layer{i}": window for i in layers} | {f"layer{i}.kept": kept for i in layers}
@@ -282,7 +282,7 @@ class Simulation:
     def _make_scheduler(self, config: Any, kv_cache_config: Any) -> Any:
         scheduler_class = config.scheduler_config.get_scheduler_cls()
         if self.asynchronous:
-            scheduler_class = AsyncScheduler if self.policy is None else SepLLMAsyncScheduler
+            scheduler_class = AsyncScheduler if self.rule is None else SepLLMAsyncScheduler
             config.scheduler_config.async_scheduling = True
         scheduler_size, hash_size = resolve_kv_cache_block_sizes(kv_cache_config, config)
         scheduler = scheduler_class(
@@ -409,7 +409,7 @@ class Simulation:
         """Integrity of the block pool, and of the number of stream pages each request holds."""
         if not self.scheduler.deferred_frees:
             check_integrity(self.managers, self.pool)
-        if self.policy is None:
+        if self.rule is None:
             return
         ahead = (2 if self.asynchronous else 1) * (1 + self.scheduler.num_spec_tokens)
         for manager in self.managers:
@@ -420,22 +420,22 @@ class Simulation:
 
     def _check_bound(self, name: str, num_pages: int) -> None:
         """What a request holds follows from the bound, however long it is."""
-        assert self.policy is not None
-        if self.policy.max_separator_tokens is None:
+        assert self.rule is not None
+        if self.rule.max_separator_tokens is None:
             return
-        recent = self.policy.window_size - 1 + self.config.max_in_flight_tokens
-        entries = self.policy.max_separator_tokens + recent
-        most = math.ceil(self.policy.num_sink_tokens / self.block_size)
+        recent = self.rule.window_size - 1 + self.config.max_in_flight_tokens
+        entries = self.rule.max_separator_tokens + recent
+        most = math.ceil(self.rule.num_sink_tokens / self.block_size)
         most += math.ceil(entries / self.block_size) + 1
         assert num_pages <= most, f"{name} holds {num_pages} pages, the bound allows {most}"
 
     def _check_stream(self, name: str, num_pages: int, ahead: int) -> None:
-        assert self.policy is not None
+        assert self.rule is not None
         request, worker = self.scheduler.requests[name], self.worker.requests.get(name)
         ids = list(request.all_token_ids)
-        most = int(self.policy.kept_flags(ids).sum()) + ahead
+        most = int(self.rule.kept_flags(ids).sum()) + ahead
         assert num_pages <= math.ceil(most / self.block_size), f"{name} holds pages for nothing"
         if worker is not None and num_pages:
             computed = worker.token_ids[: worker.computed]
-            least = int(self.policy.kept_flags(computed).sum())
+            least = int(self.rule.kept_flags(computed).sum())
             assert num_pages >= math.ceil(least / self.block_size), f"{name} lacks a page"

@@ -27,9 +27,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from vllm_sepllm.option_names import hint
+from vllm_sepllm.policy import POLICIES, Policy
 from vllm_sepllm.separator_lists import DEFAULT_SEPARATORS
 
-POLICIES = ("sepllm", "streaming", "fixed_interval")
 SEPARATOR_MATCHES = ("exact", "composed")
 POSITION_MODES = ("original", "cache")
 PREFILL_KERNELS = ("triton", "xformers")
@@ -45,7 +45,7 @@ class SepLLMConfig:
     """Validated options. All sizes are counts of tokens, never ratios.
 
     Attributes:
-        policy: which tokens outside the window are kept; see ``POLICIES``.
+        policy: which tokens outside the window are kept, a name in ``POLICIES``.
         num_sink_tokens: first tokens of a request, always kept.
         window_size: most recent tokens attended densely, the query's own included.
         max_separator_tokens: newest separators kept per request; ``None`` keeps all.
@@ -84,7 +84,7 @@ class SepLLMConfig:
     planning_text: str | None = None
 
     def __post_init__(self) -> None:
-        _check_choice("policy", self.policy, POLICIES)
+        _check_choice("policy", self.policy, tuple(POLICIES))
         _check_choice("separator_match", self.separator_match, SEPARATOR_MATCHES)
         _check_choice("position_mode", self.position_mode, POSITION_MODES)
         _check_choice("prefill_kernel", self.prefill_kernel, PREFILL_KERNELS)
@@ -121,16 +121,16 @@ class SepLLMConfig:
             )
 
     def _check_combinations(self) -> None:
-        if self.interval is not None and self.policy != "fixed_interval":
+        if self.interval is not None and not self.method.uses_interval:
             raise ConfigError(
                 f"interval={self.interval} with policy={self.policy!r}: only "
                 "policy='fixed_interval' has an interval; drop one of the two"
             )
-        if self.policy == "fixed_interval" and self.interval is None:
+        if self.method.uses_interval and self.interval is None:
             raise ConfigError(
-                "policy='fixed_interval' without interval: set interval, e.g. interval=5"
+                f"policy={self.policy!r} without interval: set interval, e.g. interval=5"
             )
-        if self.policy == "sepllm":
+        if self.method.uses_separators:
             return
         given: dict[str, object] = {
             "max_separator_tokens": self.max_separator_tokens,
@@ -145,6 +145,22 @@ class SepLLMConfig:
                     f"{name}={value!r} with policy={self.policy!r}: "
                     "only policy='sepllm' has separators; drop one of the two"
                 )
+
+    @property
+    def method(self) -> Policy:
+        """The policy of this name."""
+        return POLICIES[self.policy]
+
+    @property
+    def looks_up_separators(self) -> bool:
+        """Whether separators are to be found in a tokenizer: they are wanted, and no ids given."""
+        return self.method.uses_separators and self.separator_token_ids is None
+
+    @property
+    def keeps_nothing(self) -> bool:
+        """Whether sinks and window are all that a query sees."""
+        share = self.method.share
+        return self.separator_token_ids == () if share is None else share(self) == 0
 
     @classmethod
     def from_dict(cls, options: object) -> SepLLMConfig:
@@ -180,25 +196,9 @@ class SepLLMConfig:
         """The same options with the tokenizer's answer filled in."""
         return replace(self, separator_token_ids=token_ids)
 
-    def with_dense_layers_of(self, num_layers: int) -> SepLLMConfig:
-        """The same options for a model of ``num_layers`` layers: indices count from the front.
-
-        Raises:
-            ConfigError: a layer does not exist, or none is left for SepLLM attention.
-        """
-        for index in self.dense_layers:
-            if not -num_layers <= index < num_layers:
-                raise ConfigError(
-                    f"dense_layers holds {index}: the model has {num_layers} layers, so indices "
-                    f"go from {-num_layers} to {num_layers - 1}"
-                )
-        found = tuple(sorted({index % num_layers for index in self.dense_layers}))
-        if len(found) == num_layers:
-            raise ConfigError(
-                f"dense_layers names all {num_layers} layers, so SepLLM attention has nothing to "
-                "do: leave some out, or use another attention backend"
-            )
-        return replace(self, dense_layers=found)
+    def with_dense_layers(self, indices: tuple[int, ...]) -> SepLLMConfig:
+        """The same options with ``dense_layers`` of a model, see :mod:`vllm_sepllm.layers`."""
+        return replace(self, dense_layers=indices)
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

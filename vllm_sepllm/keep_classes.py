@@ -58,7 +58,7 @@ _cache: WeakKeyDictionary[Any, dict[tuple[object, ...], Separators]] = WeakKeyDi
 def resolve_separators(config: SepLLMConfig, tokenizer: Tokenizer | None) -> Separators:
     """Find the separators ``config`` asks for; remembered per tokenizer and options.
 
-    A policy other than ``"sepllm"`` has none, and given ids are taken as they are: nothing is
+    A policy without separators has none, and given ids are taken as they are: nothing is
     looked up for them. The tokenizer then only shows their texts, if it can.
 
     Args:
@@ -68,7 +68,7 @@ def resolve_separators(config: SepLLMConfig, tokenizer: Tokenizer | None) -> Sep
     Raises:
         ConfigError: the tokenizer has none of them, or cannot be read.
     """
-    if config.policy != "sepllm":
+    if not config.method.uses_separators:
         return Separators((), ())
     if config.separator_token_ids is not None:
         ids = config.separator_token_ids
@@ -156,7 +156,7 @@ def missing_texts(config: SepLLMConfig, found: Separators) -> dict[str, list[str
         config: options as given.
         found: separators of these options.
     """
-    if config.policy != "sepllm" or config.separator_token_ids is not None:
+    if not config.looks_up_separators:
         return {}
     there = set(found.texts)
     if config.separator_match == "composed":

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from vllm_sepllm.config import ConfigError, SepLLMConfig
-from vllm_sepllm.policy import KeptPolicy
+from vllm_sepllm.policy import KeepRule
 from vllm_sepllm.samples import SAMPLES
 from vllm_sepllm.separator_lists import LIST_OF_SAMPLE, SEPARATOR_LISTS
 from vllm_sepllm.token_texts import Tokenizer, token_texts
@@ -70,12 +70,12 @@ class Plan:
         return self.share * self.margin >= self.largest_share
 
 
-def make_plan(options: SepLLMConfig, policy: KeptPolicy, tokenizer: Tokenizer | None) -> Plan:
+def make_plan(options: SepLLMConfig, rule: KeepRule, tokenizer: Tokenizer | None) -> Plan:
     """The plan of resolved options.
 
     Args:
         options: resolved.
-        policy: of these options.
+        rule: of these options.
         tokenizer: ``None`` if there is none.
 
     Raises:
@@ -85,8 +85,8 @@ def make_plan(options: SepLLMConfig, policy: KeptPolicy, tokenizer: Tokenizer | 
     known = _known_plan(options)
     if known is not None and text is None and options.planned_kept_share is None:
         return known
-    shares = sample_shares(policy, tokenizer)
-    plan = _first_plan(options, policy, tokenizer, shares, text)
+    shares = sample_shares(rule, tokenizer)
+    plan = _first_plan(options, rule, tokenizer, shares, text)
     if not shares:
         return plan
     most = max(shares, key=lambda name: shares[name])
@@ -96,18 +96,18 @@ def make_plan(options: SepLLMConfig, policy: KeptPolicy, tokenizer: Tokenizer | 
 
 def _known_plan(options: SepLLMConfig) -> Plan | None:
     """The plan where the share does not depend on the text."""
-    if options.policy == "fixed_interval" and options.interval:
-        return Plan(1 / options.interval, f"interval={options.interval}", margin=1.0)
-    if options.policy == "streaming":
-        return Plan(0.0, "policy='streaming'", margin=1.0)
-    if options.policy == "sepllm" and options.separator_token_ids == ():
+    share = options.method.share
+    if share is not None:
+        option = "interval" if options.method.uses_interval else "policy"
+        return Plan(share(options), f"{option}={getattr(options, option)!r}", margin=1.0)
+    if options.keeps_nothing:
         return Plan(0.0, "separator_token_ids=[]", margin=1.0)
     return None
 
 
 def _first_plan(
     options: SepLLMConfig,
-    policy: KeptPolicy,
+    rule: KeepRule,
     tokenizer: Tokenizer | None,
     shares: dict[str, float],
     text: str | None,
@@ -116,7 +116,7 @@ def _first_plan(
     if options.planned_kept_share is not None:
         return Plan(options.planned_kept_share, "planned_kept_share", margin=1.0)
     if text is not None:
-        return Plan(_share_of_text(options, policy, tokenizer, text), "planning_text")
+        return Plan(_share_of_text(options, rule, tokenizer, text), "planning_text")
     if shares:
         share, name = max((share, name) for name, share in shares.items())
         return Plan(share, f"sample text: {name}")
@@ -125,7 +125,7 @@ def _first_plan(
 
 
 def _share_of_text(
-    options: SepLLMConfig, policy: KeptPolicy, tokenizer: Tokenizer | None, text: str
+    options: SepLLMConfig, rule: KeepRule, tokenizer: Tokenizer | None, text: str
 ) -> float:
     where = f"planning_text={options.planning_text!r}"
     if tokenizer is None:
@@ -145,22 +145,22 @@ def _share_of_text(
             f"{where} has {len(ids)} tokens: must have at least {FEWEST_TOKENS} to tell a share; "
             "give a longer text, or planned_kept_share"
         )
-    return kept_share(policy, ids)
+    return kept_share(rule, ids)
 
 
-def kept_share(policy: KeptPolicy, token_ids: list[int]) -> float:
+def kept_share(rule: KeepRule, token_ids: list[int]) -> float:
     """Share of tokens kept, sinks left out; ``token_ids`` has at least one."""
-    return float(policy.kept_flags(token_ids, first_position=policy.num_sink_tokens).mean())
+    return float(rule.kept_flags(token_ids, first_position=rule.num_sink_tokens).mean())
 
 
-def sample_shares(policy: KeptPolicy, tokenizer: Tokenizer | None) -> dict[str, float]:
+def sample_shares(rule: KeepRule, tokenizer: Tokenizer | None) -> dict[str, float]:
     """Share kept of every sample text that the tokenizer can cut, by its name."""
     shares = {}
     for name, text in SAMPLES.items() if tokenizer is not None else ():
         try:
             ids = tokenizer.encode(text, add_special_tokens=False)  # type: ignore[union-attr]
             if ids:
-                shares[name] = kept_share(policy, ids)
+                shares[name] = kept_share(rule, ids)
         except Exception:  # an estimate never ends a start
             continue
     return shares

@@ -5,8 +5,8 @@ With ``a`` sinks, a window of ``n`` tokens (the query's own included) and separa
 
     visible(q, k)  =  k <= q  and  ( k < a  or  id[k] in S  or  k > q - n )
 
-A *kept* token is a sink or a separator; it stays visible for ever. (Other policies choose other
-tokens instead of separators; all else is the same.) ``kept_prefix[x]`` counts
+A *kept* token is a sink or a separator; it stays visible for ever. (Other policies keep other
+tokens instead of separators, see ``POLICIES``; all else is the same.) ``kept_prefix[x]`` counts
 the kept tokens at positions below ``x``, and everything else derives from it::
 
     position   0  1  2  3  4  5  6  7  8  9        a = 1, n = 3, S = {"."}
@@ -28,7 +28,7 @@ from 0: sinks and separators by their place in the stream, then the window. Noth
 for it. Rotary embeddings see differences only, and inside the window those are what they are in
 positions of the text. So a kept key is turned back once, from its position to its entry, and the
 query that meets it by as many positions as are missing between them in the cache: the evicted
-ones, and with a bound those of separators no longer seen (:meth:`KeptPolicy.stream_lag`).
+ones, and with a bound those of separators no longer seen (:meth:`KeepRule.stream_lag`).
 
 Being kept depends on a token's id and position alone. So it is the same on every rank, for
 every way of cutting a prompt into chunks, and for every request that shares the prefix.
@@ -36,77 +36,116 @@ every way of cutting a prompt into chunks, and for every request that shares the
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from vllm_sepllm.config import SepLLMConfig
+if TYPE_CHECKING:
+    from vllm_sepllm.config import SepLLMConfig
 
 BoolArray = npt.NDArray[np.bool_]
 CountArray = npt.NDArray[np.int32]
 
 
-@dataclass(frozen=True, eq=False)
-class KeptPolicy(ABC):
-    """Which tokens are kept, and what a query sees.
+@dataclass(frozen=True)
+class SeenStream:
+    """Which entries of the stream a query sees, of those before its window.
 
-    A subclass says which tokens it keeps beside the sinks, and registers itself under the name
-    that users choose it by: ``class Mine(KeptPolicy, name="mine")``.
+    Attributes:
+        num_sink_tokens: ``a``, tokens.
+        max_separator_tokens: ``s``, entries seen beside the sinks; ``None`` is all.
+    """
+
+    num_sink_tokens: int
+    max_separator_tokens: int | None = None
+
+    def first_entry(self, limit: int) -> int:
+        """First entry beside the sinks that a query of this limit sees; 0 without a bound, sinks
+        then being part of what is read."""
+        if self.max_separator_tokens is None:
+            return 0
+        return max(min(limit, self.num_sink_tokens), limit - self.max_separator_tokens)
+
+    def first_entries(self, limits: npt.ArrayLike) -> CountArray:
+        """:meth:`first_entry` of many limits, int32."""
+        stops = np.asarray(limits, dtype=np.int32)
+        if self.max_separator_tokens is None:
+            return np.zeros_like(stops)
+        newest = stops - np.int32(self.max_separator_tokens)
+        starts: CountArray = np.maximum(np.minimum(stops, np.int32(self.num_sink_tokens)), newest)
+        return starts
+
+    def parts(self, limit: int) -> tuple[int, int]:
+        """``sinks, first``: a query sees entries ``[0, sinks)`` and ``[first, limit)``.
+
+        Where the two meet it is one part, and ``sinks`` is 0.
+        """
+        first = self.first_entry(limit)
+        sinks = min(self.num_sink_tokens, limit)
+        return (sinks, first) if first > sinks else (0, 0)
+
+    def num_sink_pages(self, page_size: int) -> int:
+        """Pages that hold sinks: they stay whatever leaves."""
+        return -(-self.num_sink_tokens // page_size)
+
+    def unseen_pages(self, limit: int, page_size: int) -> tuple[int, int]:
+        """``first, stop``: pages ``[first, stop)`` hold nothing that a query of this limit sees,
+        nor any later one. Empty without a bound."""
+        first = self.num_sink_pages(page_size)
+        return first, max(first, self.first_entry(limit) // page_size)
+
+
+@dataclass(frozen=True, eq=False)
+class KeepRule:
+    """Which tokens are kept, and what a query sees. Plain data: all the engine knows of a policy.
 
     Attributes:
         num_sink_tokens: ``a``, tokens.
         window_size: ``n``, tokens, the query's own included.
+        is_kept: ``[vocab_size]`` bool, indexed by token id: kept wherever they stand.
+        interval: tokens at multiples of it are kept, whatever they are; 0 is none.
         max_separator_tokens: ``s``, kept tokens seen before the window beside the sinks; ``None``
             is all.
     """
 
     num_sink_tokens: int
     window_size: int
-    max_separator_tokens: int | None = field(default=None, kw_only=True)
-    registered: ClassVar[dict[str, type[KeptPolicy]]] = {}
-
-    def __init_subclass__(cls, *, name: str) -> None:
-        KeptPolicy.registered[name] = cls
+    is_kept: BoolArray
+    interval: int = 0
+    max_separator_tokens: int | None = None
 
     @staticmethod
-    def from_config(config: SepLLMConfig, vocab_size: int) -> KeptPolicy:
-        """The policy of resolved options.
+    def of(config: SepLLMConfig, vocab_size: int) -> KeepRule:
+        """The rule of resolved options.
 
         Raises:
             ValueError: separator ids are missing or outside the vocabulary.
         """
-        return KeptPolicy.registered[config.policy].build(config, vocab_size)
+        is_kept, interval = POLICIES[config.policy].keeps(config, vocab_size)
+        sizes = config.num_sink_tokens, config.window_size
+        return KeepRule(*sizes, is_kept, interval, config.max_separator_tokens)
 
-    @classmethod
-    def build(cls, config: SepLLMConfig, vocab_size: int) -> KeptPolicy:
-        """One of this class; see :meth:`from_config`."""
-        return cls(config.num_sink_tokens, config.window_size)
+    @cached_property
+    def seen(self) -> SeenStream:
+        """Which entries of the stream a query sees."""
+        return SeenStream(self.num_sink_tokens, self.max_separator_tokens)
 
-    @abstractmethod
-    def chosen(
-        self, token_ids: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]
-    ) -> BoolArray:
-        """Flag the tokens this policy keeps beside the sinks.
+    @cached_property
+    def _guarded(self) -> BoolArray:
+        """``is_kept`` with a false on either side for ids outside the vocabulary."""
+        return np.pad(self.is_kept, 1)
 
-        It may look at nothing but a token's id and position, so that every rank and every way
-        of cutting a prompt agrees.
-
-        Args:
-            token_ids: ``[num_tokens]`` ids; some may lie outside the vocabulary.
-            positions: ``[num_tokens]``.
-
-        Returns:
-            ``[num_tokens]`` bool.
-        """
-
-    def chooses(self, token_id: int, position: int) -> bool:
-        """:meth:`chosen` of one token; where it is cheap without arrays, worth overriding."""
-        return bool(self.chosen(np.array([token_id]), np.array([position]))[0])
+    def keeps(self, token_id: int, position: int) -> bool:
+        """Whether one token is kept, without arrays."""
+        return (
+            position < self.num_sink_tokens
+            or (0 <= token_id < self.is_kept.size and bool(self.is_kept[token_id]))
+            or (self.interval > 0 and position % self.interval == 0)
+        )
 
     def kept_flags(self, token_ids: npt.ArrayLike, first_position: int = 0) -> BoolArray:
         """Flag the kept ones among consecutive tokens.
@@ -123,9 +162,12 @@ class KeptPolicy(ABC):
 
     def kept_flags_at(self, token_ids: npt.ArrayLike, positions: npt.ArrayLike) -> BoolArray:
         """The same for tokens at arbitrary ``positions``, also ``[num_tokens]``."""
+        ids = np.asarray(token_ids, dtype=np.int64)
         at = np.asarray(positions, dtype=np.int64)
-        sink: BoolArray = at < self.num_sink_tokens
-        return self.chosen(np.asarray(token_ids, dtype=np.int64), at) | sink
+        flags: BoolArray = self._guarded.take(ids + 1, mode="clip") | (at < self.num_sink_tokens)
+        if self.interval:
+            flags |= at % self.interval == 0
+        return flags
 
     def window_start(self, position: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """First position of the window of queries at ``position``; the last is its own."""
@@ -134,18 +176,6 @@ class KeptPolicy(ABC):
     def stream_limit(self, kept_prefix: CountArray, position: npt.ArrayLike) -> CountArray:
         """Stream entries ``[0, limit)`` that queries at ``position`` attend to."""
         return kept_prefix[self.window_start(position)]
-
-    def stream_start(self, limit: npt.ArrayLike) -> CountArray:
-        """First entry beside the sinks that queries of these limits attend to.
-
-        Without a bound it is 0, sinks then being part of what is read.
-        """
-        limits = np.asarray(limit, dtype=np.int32)
-        if self.max_separator_tokens is None:
-            return np.zeros_like(limits)
-        newest = limits - np.int32(self.max_separator_tokens)
-        starts: CountArray = np.maximum(np.minimum(limits, np.int32(self.num_sink_tokens)), newest)
-        return starts
 
     def stream_lag(self, limit: npt.ArrayLike, position: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """Positions that a query is turned back by to meet stream keys at their entries.
@@ -164,89 +194,40 @@ class KeptPolicy(ABC):
         separators alone."""
         limits = np.asarray(limit, dtype=np.int64)
         sinks = np.minimum(limits, self.num_sink_tokens)
-        return self.stream_lag(limits - np.maximum(0, self.stream_start(limits) - sinks), position)
+        skipped = np.maximum(0, self.seen.first_entries(limits) - sinks)
+        return self.stream_lag(limits - skipped, position)
 
 
-@dataclass(frozen=True, eq=False)
-class SepLLMPolicy(KeptPolicy, name="sepllm"):
-    """Separators (SepLLM, arXiv 2412.12094).
+@dataclass(frozen=True)
+class Policy:
+    """A way of choosing the tokens that stay beside sinks and window.
 
-    Attributes:
-        is_separator: ``[vocab_size]`` bool, indexed by token id.
-    """
-
-    is_separator: BoolArray
-
-    @classmethod
-    def build(cls, config: SepLLMConfig, vocab_size: int) -> SepLLMPolicy:
-        """One of this class; see :meth:`from_config`."""
-        ids = config.separator_token_ids
-        if ids is None:
-            raise ValueError("separator_token_ids is not resolved: call resolve_separators first")
-        table = separator_table(ids, vocab_size)
-        sizes = config.num_sink_tokens, config.window_size
-        return cls(*sizes, table, max_separator_tokens=config.max_separator_tokens)
-
-    def chosen(
-        self, token_ids: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]
-    ) -> BoolArray:
-        """Flag separators."""
-        flags: BoolArray = self._guarded.take(token_ids + 1, mode="clip")
-        return flags
-
-    def chooses(self, token_id: int, position: int) -> bool:
-        """Whether it is a separator."""
-        return 0 <= token_id < self.is_separator.size and bool(self.is_separator[token_id])
-
-    @cached_property
-    def _guarded(self) -> BoolArray:
-        """``is_separator`` with a false on either side for ids outside the vocabulary."""
-        return np.pad(self.is_separator, 1)
-
-
-class StreamingPolicy(KeptPolicy, name="streaming"):
-    """Nothing beside sinks and window (StreamingLLM, arXiv 2309.17453)."""
-
-    def chosen(
-        self, token_ids: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]
-    ) -> BoolArray:
-        """Flag nothing."""
-        return np.zeros(len(positions), dtype=np.bool_)
-
-    def chooses(self, token_id: int, position: int) -> bool:
-        """Never."""
-        return False
-
-
-@dataclass(frozen=True, eq=False)
-class FixedIntervalPolicy(KeptPolicy, name="fixed_interval"):
-    """Every so many tokens one (FixLLM, the ablation of arXiv 2412.12094).
+    It may look at nothing but a token's id and position, so that every rank and every way of
+    cutting a prompt agrees.
 
     Attributes:
-        interval: distance between kept tokens; those at multiples of it are kept.
+        keeps: from options and the size of the vocabulary, ``is_kept`` and ``interval`` of its
+            :class:`KeepRule`.
+        title: what people call it.
+        chosen: what they call a token that it keeps; "" if it keeps none.
+        many: and several of them.
+        meaning: which these are, from the options.
+        uses_separators: it keeps the separators found in the model's tokenizer.
+        uses_interval: it needs the option ``interval``.
+        share: from the options, kept tokens per token; ``None`` where it depends on the text.
     """
 
-    interval: int
-
-    @classmethod
-    def build(cls, config: SepLLMConfig, vocab_size: int) -> FixedIntervalPolicy:
-        """One of this class; see :meth:`from_config`."""
-        assert config.interval is not None
-        return cls(config.num_sink_tokens, config.window_size, config.interval)
-
-    def chosen(
-        self, token_ids: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]
-    ) -> BoolArray:
-        """Flag multiples of the interval."""
-        flags: BoolArray = positions % self.interval == 0
-        return flags
-
-    def chooses(self, token_id: int, position: int) -> bool:
-        """Whether the position is a multiple of the interval."""
-        return position % self.interval == 0
+    keeps: Callable[[SepLLMConfig, int], tuple[BoolArray, int]]
+    title: str
+    chosen: str = ""
+    many: str = ""
+    meaning: Callable[[SepLLMConfig], str] = lambda config: ""
+    uses_separators: bool = False
+    uses_interval: bool = False
+    share: Callable[[SepLLMConfig], float] | None = None
 
 
-def separator_table(token_ids: Iterable[int], vocab_size: int) -> BoolArray:
+def table_of(token_ids: Iterable[int], vocab_size: int) -> BoolArray:
     """``[vocab_size]`` bool that is true at ``token_ids``.
 
     Raises:
@@ -263,16 +244,58 @@ def separator_table(token_ids: Iterable[int], vocab_size: int) -> BoolArray:
     return table
 
 
+def _separators(config: SepLLMConfig, vocab_size: int) -> tuple[BoolArray, int]:
+    if config.separator_token_ids is None:
+        raise ValueError("separator_token_ids is not resolved: call resolve_separators first")
+    return table_of(config.separator_token_ids, vocab_size), 0
+
+
+def _separators_seen(config: SepLLMConfig) -> str:
+    bound = config.max_separator_tokens
+    return "separator" if bound is None else f"one of the {bound:,} newest separators"
+
+
+# By the name that users choose them by. To add one is to add it here, to the oracle
+# (``oracle/dense_mask.py``) and to the tests: see CONTRIBUTING.
+POLICIES = {
+    # arXiv 2412.12094
+    "sepllm": Policy(
+        _separators,
+        title="SepLLM",
+        chosen="separator",
+        many="separators",
+        meaning=_separators_seen,
+        uses_separators=True,
+    ),
+    # StreamingLLM, arXiv 2309.17453: nothing beside sinks and window
+    "streaming": Policy(
+        lambda config, vocab_size: (table_of((), vocab_size), 0),
+        title="StreamingLLM",
+        share=lambda config: 0.0,
+    ),
+    # FixLLM, the ablation of arXiv 2412.12094: every so many tokens one
+    "fixed_interval": Policy(
+        lambda config, vocab_size: (table_of((), vocab_size), config.interval or 0),
+        title="FixLLM",
+        chosen="interval",
+        many="kept by the interval",
+        meaning=lambda config: f"position is a multiple of {config.interval},",
+        uses_interval=True,
+        share=lambda config: 1 / (config.interval or 1),
+    ),
+}
+
+
 class KeptCounts:
     """The growing ``kept_prefix`` of one request.
 
     Counting is incremental: each token is looked at once, however often counts are asked for.
     """
 
-    __slots__ = ("_policy", "_prefix", "num_tokens")
+    __slots__ = ("_prefix", "_rule", "num_tokens")
 
-    def __init__(self, policy: KeptPolicy) -> None:
-        self._policy = policy
+    def __init__(self, rule: KeepRule) -> None:
+        self._rule = rule
         self._prefix: CountArray = np.zeros(64, dtype=np.int32)
         self.num_tokens = 0  # tokens counted so far; _prefix[: num_tokens + 1] is valid
 
@@ -284,11 +307,9 @@ class KeptCounts:
             grown[: start + 1] = self._prefix[: start + 1]
             self._prefix = grown
         if stop == start + 1:  # a decode step; numpy's set-up would cost more than the work
-            policy = self._policy
-            kept = start < policy.num_sink_tokens or policy.chooses(token_ids[0], start)
-            self._prefix[stop] = self._prefix[start] + kept
+            self._prefix[stop] = self._prefix[start] + self._rule.keeps(token_ids[0], start)
         else:
-            flags = self._policy.kept_flags(token_ids, start)
+            flags = self._rule.kept_flags(token_ids, start)
             np.cumsum(flags, dtype=np.int32, out=self._prefix[start + 1 : stop + 1])
             self._prefix[start + 1 : stop + 1] += self._prefix[start]
         self.num_tokens = stop

@@ -6,8 +6,8 @@ vLLM gives layers of one kind groups of equal size, so the demo model's 6 layers
 
 import pytest
 
-from vllm_sepllm.engine.scheduling.junctions import Junctions
 from vllm_sepllm.engine.scheduling.kept_manager import KeptManager
+from vllm_sepllm.engine.scheduling.pool_state import PoolState
 from vllm_sepllm.oracle.dense_mask import first_difference
 
 pytestmark = pytest.mark.e2e
@@ -59,7 +59,7 @@ def test_dense_layers(engines, book, reference_model, separator_ids, layers, gro
     engine.check_empty()
 
     [cold] = engine.tokens(prompts[:1], 40)
-    visits = Junctions.of(engine.pool)._visits
+    visits = PoolState.of(engine.pool).junctions._visits
     before = sum(visits.values())
     [warm] = engine.generate(prompts[:1], 40)
     assert sum(visits.values()) == before + 1, "groups count one by one"

@@ -133,6 +133,15 @@ def test_other_policies(engines, book, reference_model, options, interval):
     engine.check_empty()
 
 
+def test_a_policy_of_ones_own(engines, added_policy, book, reference_model):
+    """CONTRIBUTING's example; the oracle is told which ids it keeps."""
+    engine = engines(sepllm={"policy": added_policy, "window_size": 32})
+    tokens = list(engine.generate([book[:300]], 24)[0].outputs[0].token_ids)
+    even = range(0, reference_model.config.vocab_size, 2)
+    assert first_difference(reference_model, book[:300], tokens, even, 4, 32) is None
+    engine.check_empty()
+
+
 def test_log_probabilities_equal_the_reference(engines, book, reference_model, separator_ids):
     """Not only the best token: prompt and sample log-probabilities, in float32."""
     engine = engines(sepllm={"window_size": 64})

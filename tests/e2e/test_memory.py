@@ -4,7 +4,7 @@ import pytest
 from helpers import page_bound
 
 from vllm_sepllm.oracle.dense_mask import first_difference
-from vllm_sepllm.policy import SepLLMPolicy, separator_table
+from vllm_sepllm.policy import KeepRule, table_of
 
 pytestmark = pytest.mark.e2e
 
@@ -12,8 +12,8 @@ VOCABULARY = 4096
 
 
 def kept_in(ids, separator_ids, sinks):
-    table = separator_table(separator_ids, VOCABULARY)
-    return int(SepLLMPolicy(sinks, 1, table).kept_flags(ids).sum())
+    table = table_of(separator_ids, VOCABULARY)
+    return int(KeepRule(sinks, 1, table).kept_flags(ids).sum())
 
 
 def run(engine, prompts, max_tokens, after_step=lambda step: None):

@@ -5,7 +5,7 @@ import pytest
 
 from vllm_sepllm.config import SepLLMConfig
 from vllm_sepllm.engine.cpu.plan import Batch, plan_batch, staging_pages_per_request
-from vllm_sepllm.policy import KeptCounts, SepLLMPolicy
+from vllm_sepllm.policy import KeepRule, KeptCounts
 
 pytestmark = pytest.mark.engine
 
@@ -172,7 +172,7 @@ def check_cache_positions(policy, ids, pages, plan):
 def test_plan_reads_the_visible_tokens(block_size, window, sinks, bound):
     rng = np.random.default_rng(window * 100 + sinks)
     table = np.arange(VOCABULARY) == SEPARATOR
-    policy = SepLLMPolicy(sinks, window, table, max_separator_tokens=bound)
+    policy = KeepRule(sinks, window, table, max_separator_tokens=bound)
     for _ in range(6):
         lengths = rng.integers(1, 120, 7).tolist()
         queries = [int(rng.integers(1, n + 1)) if rng.random() < 0.4 else 1 for n in lengths]
@@ -187,14 +187,14 @@ def test_plan_reads_the_visible_tokens(block_size, window, sinks, bound):
 @pytest.mark.parametrize("window", [1, 6, 8])
 def test_plan_of_extreme_texts(share, window):
     rng = np.random.default_rng(5)
-    policy = SepLLMPolicy(2, window, np.arange(VOCABULARY) == SEPARATOR)
+    policy = KeepRule(2, window, np.arange(VOCABULARY) == SEPARATOR)
     lengths, queries = list(range(1, 41)), [1] * 40
     if share == 1.0:
-        everything = SepLLMPolicy(2, window, np.ones(VOCABULARY, dtype=bool))
+        everything = KeepRule(2, window, np.ones(VOCABULARY, dtype=bool))
         ids, pages, batch = make_batch(everything, lengths, queries, 4, rng)
         ids = [np.full(n, SEPARATOR) for n in lengths]
     else:
-        nothing = SepLLMPolicy(2, window, np.zeros(VOCABULARY, dtype=bool))
+        nothing = KeepRule(2, window, np.zeros(VOCABULARY, dtype=bool))
         ids, pages, batch = make_batch(nothing, lengths, queries, 4, rng)
         ids = [np.ones(n, dtype=int) for n in lengths]
     check(policy, ids, pages, plan_batch(policy, batch, pages.window, 4))
@@ -209,7 +209,7 @@ def test_plan_of_extreme_texts(share, window):
 def test_staging_stays_within_what_is_reserved(window, block_size, bound, sinks, position_mode):
     rng = np.random.default_rng(0)
     table = np.arange(VOCABULARY) == SEPARATOR
-    policy = SepLLMPolicy(sinks, window, table, max_separator_tokens=bound)
+    policy = KeepRule(sinks, window, table, max_separator_tokens=bound)
     lengths = rng.integers(1, 700, 60).tolist()
     _ids, pages, batch = make_batch(policy, lengths, [1] * 60, block_size, rng)
     in_cache_positions = position_mode == "cache"
@@ -250,7 +250,7 @@ def test_a_window_over_every_context_stages_a_handful(bound, position_mode):
 
 def test_windows_of_whole_pages_copy_no_entry_of_the_stream():
     rng = np.random.default_rng(1)
-    policy = SepLLMPolicy(3, 64, np.arange(VOCABULARY) == SEPARATOR)
+    policy = KeepRule(3, 64, np.arange(VOCABULARY) == SEPARATOR)
     _, pages, batch = make_batch(policy, [333, 500], [1, 1], 16, rng)
     rows = plan_batch(policy, batch, pages.window, 16).paged
     assert rows.packed is None

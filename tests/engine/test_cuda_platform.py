@@ -130,7 +130,7 @@ def test_backends_of_layers(platform, monkeypatch):
 @pytest.mark.parametrize(
     ("is_cpu", "cuda", "expected"),
     [
-        (True, None, "engine.platform.SepLLMCpuPlatform"),
+        (True, None, "engine.cpu.platform.SepLLMCpuPlatform"),
         (False, "vllm.platforms.cuda.CudaPlatform", "engine.gpu.platform.SepLLMCudaPlatform"),
         (False, None, None),
     ],

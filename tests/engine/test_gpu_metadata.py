@@ -7,24 +7,17 @@ from kept_builders import PAGE, SINKS, WINDOW, make_batch, make_builders
 
 from vllm_sepllm.engine.gpu.counts import DeviceRows
 from vllm_sepllm.engine.gpu.metadata import GPUKeptMetadataBuilder
-from vllm_sepllm.policy import (
-    FixedIntervalPolicy,
-    KeptPolicy,
-    SepLLMPolicy,
-    StreamingPolicy,
-    separator_table,
-)
+from vllm_sepllm.policy import KeepRule, table_of
 
 pytestmark = pytest.mark.engine
 
 VOCABULARY = 10
 POLICIES = {
-    "sepllm": SepLLMPolicy(SINKS, WINDOW, separator_table([0, 3], VOCABULARY)),
-    "streaming": StreamingPolicy(SINKS, WINDOW),
-    "fixed_interval": FixedIntervalPolicy(SINKS, WINDOW, 4),
-    "bounded": SepLLMPolicy(
-        SINKS, WINDOW, separator_table([0, 3], VOCABULARY), max_separator_tokens=4
-    ),
+    "sepllm": KeepRule(SINKS, WINDOW, table_of([0, 3], VOCABULARY)),
+    "streaming": KeepRule(SINKS, WINDOW, table_of((), VOCABULARY)),
+    "fixed_interval": KeepRule(SINKS, WINDOW, table_of((), VOCABULARY), interval=4),
+    "bounded": KeepRule(SINKS, WINDOW, table_of([0, 3], VOCABULARY), max_separator_tokens=4),
+    "even ids": KeepRule(SINKS, WINDOW, np.arange(VOCABULARY) % 2 == 0, interval=7),
 }
 CPU = torch.device("cpu")
 
@@ -72,18 +65,6 @@ def test_every_policy_counts_as_it_says(name):
     rows.restart(1, ids[:0])
     for start in range(0, 200, 16):
         check(rows, 1, ids[: start + 16], start, policy)
-
-
-def test_an_unknown_policy_is_refused():
-    class Other(KeptPolicy, name="other"):
-        def chosen(self, token_ids, positions):
-            return np.zeros(len(positions), dtype=np.bool_)
-
-    try:
-        with pytest.raises(ValueError, match="Other is not known to the Triton kernel"):
-            make_rows(Other(SINKS, WINDOW))
-    finally:
-        del KeptPolicy.registered["other"]
 
 
 @pytest.mark.parametrize("computed", [0, 1, 5, 30, 130])

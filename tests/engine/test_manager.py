@@ -7,7 +7,7 @@ import pytest
 from helpers import make_kept_manager
 from vllm.v1.core.block_pool import BlockPool
 
-from vllm_sepllm.policy import SepLLMPolicy, separator_table
+from vllm_sepllm.policy import KeepRule, table_of
 
 pytestmark = pytest.mark.engine
 
@@ -19,8 +19,8 @@ class Setup:
         self.pool = BlockPool(num_blocks, enable_caching=False, hash_block_size=block_size)
         self.manager = make_kept_manager(self.pool, sinks, bound)
         self.requests = {}
-        table = separator_table([SEPARATOR], 10)
-        policy = SepLLMPolicy(sinks, 8, table, max_separator_tokens=bound)
+        table = table_of([SEPARATOR], 10)
+        policy = KeepRule(sinks, 8, table, max_separator_tokens=bound)
         self.manager.attach(policy, self.requests, 64)
 
     def request(self, name, token_ids, computed=0):

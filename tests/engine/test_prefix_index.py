@@ -9,8 +9,9 @@ from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHash
 
 from vllm_sepllm.engine.scheduling.kept_manager import KeptManager
-from vllm_sepllm.engine.scheduling.prefix_index import COUNTS_PER_PAGE, LONG_TEXTS, PrefixIndex
-from vllm_sepllm.policy import SepLLMPolicy, separator_table
+from vllm_sepllm.engine.scheduling.pool_state import PoolState
+from vllm_sepllm.engine.scheduling.prefix_index import COUNTS_PER_PAGE, LONG_TEXTS
+from vllm_sepllm.policy import KeepRule, table_of
 
 pytestmark = pytest.mark.engine
 
@@ -42,9 +43,9 @@ class Model:
         self.pool = BlockPool(num_blocks, enable_caching=True, hash_block_size=SIZE)
         self.manager = make_kept_manager(self.pool, sinks)
         self.spec = self.manager.kv_cache_spec
-        self.policy = SepLLMPolicy(sinks, 8, separator_table([SEPARATOR], 16))
+        self.rule = KeepRule(sinks, 8, table_of([SEPARATOR], 16))
         self.requests = {}
-        self.manager.attach(self.policy, self.requests, 64)
+        self.manager.attach(self.rule, self.requests, 64)
         self.manager.new_step_starts()
         self.pages = {}
         self.hits = 0
@@ -54,7 +55,7 @@ class Model:
         self.manager.new_step_starts()
 
     def kept(self, ids):
-        return np.nonzero(self.policy.kept_flags(ids))[0]
+        return np.nonzero(self.rule.kept_flags(ids))[0]
 
     def start(self, request):
         """Admit a request; the tokens of the prefix found, or ``None`` without room."""
@@ -199,7 +200,7 @@ def test_alignment():
     request = Request("a", [2, 2, SEPARATOR, 2] * 3 + [2])
     model.start(request)
     model.next_step()
-    index = PrefixIndex.of(model.pool)
+    index = PoolState.of(model.pool).prefixes
     for alignment, length in ((SIZE, 12), (2 * SIZE, 8), (8 * SIZE, 0)):
         assert (
             index.find(request.block_hashes, model.pool, [GROUP], model.spec, alignment)[1]
@@ -214,7 +215,7 @@ def test_an_evicted_page_ends_the_prefix():
     model.next_step()
     second = model.manager.req_to_blocks["a"][1]
     model.pool._maybe_evict_cached_block(second)
-    found = PrefixIndex.of(model.pool).find(
+    found = PoolState.of(model.pool).prefixes.find(
         request.block_hashes, model.pool, [GROUP], model.spec, SIZE
     )
     assert found[1] == 4
@@ -222,9 +223,9 @@ def test_an_evicted_page_ends_the_prefix():
 
 def test_the_index_is_bounded_and_belongs_to_its_pool():
     pools = [BlockPool(3, enable_caching=True, hash_block_size=SIZE) for _ in range(2)]
-    index = PrefixIndex.of(pools[0])
-    assert PrefixIndex.of(pools[0]) is index
-    assert PrefixIndex.of(pools[1]) is not index
+    index = PoolState.of(pools[0]).prefixes
+    assert PoolState.of(pools[0]).prefixes is index
+    assert PoolState.of(pools[1]).prefixes is not index
     hashes = [BlockHash(bytes([i, j])) for i in range(4) for j in range(COUNTS_PER_PAGE)]
     for i, block_hash in enumerate(hashes):
         index.store(block_hash, i)
@@ -237,7 +238,7 @@ def test_the_index_is_bounded_and_belongs_to_its_pool():
 
 @pytest.mark.parametrize(("max_model_len", "texts"), [(17, 3), (COUNTS_PER_PAGE * 16 - 3, 4)])
 def test_the_index_has_room_for_texts_longer_than_the_pool(max_model_len, texts):
-    index = PrefixIndex.of(BlockPool(3, enable_caching=True, hash_block_size=SIZE))
+    index = PoolState.of(BlockPool(3, enable_caching=True, hash_block_size=SIZE)).prefixes
     index.make_room(max_model_len, 16)
     for i in range(2 * LONG_TEXTS):
         for j in range(COUNTS_PER_PAGE):

@@ -27,12 +27,12 @@ from vllm_sepllm.engine.cpu.metadata import KeptMetadataBuilder
 from vllm_sepllm.engine.gpu.counts import DeviceRows
 from vllm_sepllm.engine.gpu.metadata import GPUKeptMetadataBuilder
 from vllm_sepllm.engine.worker.runner_steps import RunnerSteps
-from vllm_sepllm.policy import SepLLMPolicy, separator_table
+from vllm_sepllm.policy import KeepRule, table_of
 
 pytestmark = pytest.mark.engine
 
 VOCABULARY, NUM_ROWS, NUM_GROUPS, MAX_LEN = 10, 4, 2, 500
-POLICY = SepLLMPolicy(SINKS, WINDOW, separator_table([0, 3], VOCABULARY))
+POLICY = KeepRule(SINKS, WINDOW, table_of([0, 3], VOCABULARY))
 BUILDERS = {"cpu": KeptMetadataBuilder, "device": GPUKeptMetadataBuilder}
 
 

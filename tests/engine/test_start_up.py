@@ -37,9 +37,9 @@ def configuration(sepllm=None, **options):
 
 
 def plan(*args, **options):
-    from vllm_sepllm.engine.startup import settings
+    from vllm_sepllm.engine.startup.settings import Settings
 
-    return settings.plan(configuration(*args, **options))
+    return Settings.of(configuration(*args, **options)).plan
 
 
 @pytest.fixture
@@ -191,7 +191,7 @@ def test_a_pool_that_is_small_for_the_planned_text(characters, monkeypatch):
 
 def test_a_given_share_has_no_margin(tmp_path):
     from vllm_sepllm.engine.scheduling.spec import KeptSpec
-    from vllm_sepllm.engine.startup import settings
+    from vllm_sepllm.engine.startup.settings import Settings
 
     text = tmp_path / "text"
     text.write_text("so it was, " * 100)
@@ -200,8 +200,7 @@ def test_a_given_share_has_no_margin(tmp_path):
         config = configuration(options)
         assert json.loads(json.dumps(config.additional_config)) == config.additional_config
         assert config.compute_hash()
-        found = settings.plan(config)
-        assert settings.expected_kept_share(config) == found.share
+        found = Settings.of(config).plan
         spec = KeptSpec(
             block_size=32,
             num_kv_heads=2,
@@ -220,15 +219,15 @@ def test_a_given_share_has_no_margin(tmp_path):
 
 
 def test_the_file_is_read_in_the_process_that_builds_the_configuration(tmp_path):
-    from vllm_sepllm.engine.startup import settings
+    from vllm_sepllm.engine.startup.settings import Settings
 
     text = tmp_path / "text"
     text.write_text("so it was, " * 100)
     config = configuration({"planning_text": str(text)})
     text.unlink()
-    assert settings.options(config).planning_text == str(text)
-    assert settings.kept_policy(config).window_size == 256
-    assert settings.plan(config).source == "planning_text"
+    assert Settings.of(config).config.planning_text == str(text)
+    assert Settings.of(config).rule.window_size == 256
+    assert Settings.of(config).plan.source == "planning_text"
 
 
 def test_a_planning_text_that_is_not_there():
@@ -309,7 +308,7 @@ def test_the_doctor_says_what_memory_is_planned_for():
     [
         # Fits: nothing to warn of.
         ({"separators": ["."]}, 8192, "info", ["up to 8192 tokens in about 598 of", "2048"]),
-        ({"separator_token_ids": []}, 2**23, "info", ["in about 260 of the model's 2048"]),
+        ({"separator_token_ids": []}, 2**23, "info", ["in 260 of the model's 2048"]),
         ({"planned_kept_share": 0.2}, 9000, "info", ["in about 2008 of the model's 2048"]),
         # Does not: the length from which on it does not is below max_model_len.
         ({"planned_kept_share": 0.2}, 9300, "warning", ["of about 9200 tokens: set max_sep"]),

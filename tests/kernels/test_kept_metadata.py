@@ -5,7 +5,7 @@ from batches import DEVICE
 from sepllm_kernels.kept_metadata import kept_metadata, kept_metadata_reference
 
 from vllm_sepllm.config import SepLLMConfig
-from vllm_sepllm.policy import KeptPolicy
+from vllm_sepllm.policy import KeepRule
 
 pytestmark = pytest.mark.kernels
 
@@ -131,7 +131,7 @@ def test_counts_are_the_policys(bound):
         separator_token_ids=tuple(SEPARATORS),
         max_separator_tokens=bound,
     )
-    policy = KeptPolicy.from_config(config, VOCAB)
+    policy = KeepRule.of(config, VOCAB)
     worker = Worker(1, ring=512, max_separator_tokens=bound)
     ids = worker.tokens(300)
     slots, ranges, lags = worker.step([ids], [300], [0])
@@ -142,7 +142,7 @@ def test_counts_are_the_policys(bound):
     position = np.arange(300)
     limits = policy.stream_limit(prefix, position)
     assert (ranges[:, 1].numpy() == limits).all()
-    assert (ranges[:, 0].numpy() == policy.stream_start(limits)).all()
+    assert (ranges[:, 0].numpy() == policy.seen.first_entries(limits)).all()
     assert (lags[0].numpy() == np.where(kept, position - prefix[:-1], 0)).all()
     assert (lags[1].numpy() == policy.stream_lag(limits, position)).all()
     assert (lags[2].numpy() == policy.sink_lag(limits, position)).all()

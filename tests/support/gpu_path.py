@@ -17,7 +17,7 @@ from vllm_sepllm.engine.cpu import backend as cpu_backend
 from vllm_sepllm.engine.cpu import platform
 from vllm_sepllm.engine.gpu.backend import HEAD_SIZES, SepLLMGPUBackend
 from vllm_sepllm.engine.gpu.worker import DeviceTokenWorker
-from vllm_sepllm.engine.registration import BACKEND_PATH
+from vllm_sepllm.engine.names import BACKEND_PATH
 
 
 class InterpretedWorker(DeviceTokenWorker, CPUWorker):

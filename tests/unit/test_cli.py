@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from vllm_sepllm.cli import main as cli
 from vllm_sepllm.cli.inspection import TokenClass, classify, summarize, tokenize, visible_text
 from vllm_sepllm.config import ConfigError
-from vllm_sepllm.policy import SepLLMPolicy, separator_table
+from vllm_sepllm.policy import KeepRule, table_of
 
 pytestmark = pytest.mark.unit
 
@@ -76,7 +76,7 @@ S, P, W, D = TokenClass.SINK, TokenClass.CHOSEN, TokenClass.WINDOW, TokenClass.D
 )
 def test_classify(sinks, window, expected):
     ids = [0, 1, 2, 1, 1, 2, 1, 2, 1, 1]
-    policy = SepLLMPolicy(sinks, window, separator_table([2], 3))
+    policy = KeepRule(sinks, window, table_of([2], 3))
     assert classify(ids, policy) == expected
     assert classify([], policy) == []
 
@@ -92,7 +92,7 @@ def test_classify(sinks, window, expected):
 )
 def test_classify_with_a_bound(bound, expected):
     ids = [2, 1, 2, 1, 1, 2, 1, 2, 1, 1]
-    policy = SepLLMPolicy(1, 1, separator_table([2], 3), max_separator_tokens=bound)
+    policy = KeepRule(1, 1, table_of([2], 3), max_separator_tokens=bound)
     assert classify(ids, policy) == expected
     # Entries 0 to 3 in pages of one; those between the sink and the bound have left.
     assert summarize(ids, policy, 1).kept_pages == 1 + min(bound, 3)
@@ -100,7 +100,7 @@ def test_classify_with_a_bound(bound, expected):
 
 def test_sinks_and_separators_are_the_stream_below_the_limit():
     ids = [0, 2, 1, 1, 2, 1, 2, 1]
-    policy = SepLLMPolicy(2, 3, separator_table([2], 3))
+    policy = KeepRule(2, 3, table_of([2], 3))
     kinds = classify(ids, policy)
     prefix = [0, *policy.kept_flags(ids).cumsum()]
     assert kinds.count(S) + kinds.count(P) == prefix[int(policy.window_start(7))] == 3
@@ -119,7 +119,7 @@ def test_sinks_and_separators_are_the_stream_below_the_limit():
 )
 def test_pages(length, window, block_size, pages):
     ids = [0, 1, 2, 1, 1, 2, 1, 2, 1, 1][:length]
-    summary = summarize(ids, SepLLMPolicy(1, window, separator_table([2], 3)), block_size)
+    summary = summarize(ids, KeepRule(1, window, table_of([2], 3)), block_size)
     assert (summary.kept_pages, summary.window_pages, summary.full_pages) == pages
 
 

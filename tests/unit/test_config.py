@@ -4,6 +4,7 @@ from dataclasses import fields
 import pytest
 
 from vllm_sepllm.config import DEFAULT_SEPARATORS, MAX_TOKENS, ConfigError, SepLLMConfig
+from vllm_sepllm.layers import Layer, LayerPlan
 from vllm_sepllm.option_names import OTHER_NAMES
 
 pytestmark = pytest.mark.unit
@@ -184,17 +185,18 @@ def test_default_separators_are_the_papers_nine():
     ("given", "found"), [([], ()), ([0, -1], (0, 5)), ([5, -1, 5], (5,)), ([-6], (0,))]
 )
 def test_dense_layers_of_a_model(given, found):
-    config = SepLLMConfig(dense_layers=given)
-    assert config.with_dense_layers_of(6).dense_layers == found
-    assert config.with_dense_layers_of(6).with_dense_layers_of(6).dense_layers == found
+    plan = LayerPlan.of(given, 6)
+    assert plan.indices == found
+    assert LayerPlan.of(plan.indices, 6) == plan
+    assert [plan[i] is Layer.DENSE for i in range(6)] == [i in found for i in range(6)]
 
 
 @pytest.mark.parametrize("index", [6, -7, 100])
 def test_dense_layers_that_do_not_exist(index):
     with pytest.raises(ConfigError, match=f"holds {index}: the model has 6 layers, .* -6 to 5"):
-        SepLLMConfig(dense_layers=[0, index]).with_dense_layers_of(6)
+        LayerPlan.of([0, index], 6)
 
 
 def test_every_layer_dense():
     with pytest.raises(ConfigError, match=r"names all 2 layers, .* use another attention backend"):
-        SepLLMConfig(dense_layers=[0, -1]).with_dense_layers_of(2)
+        LayerPlan.of([0, -1], 2)

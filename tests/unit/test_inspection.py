@@ -14,9 +14,7 @@ import pytest
 from rich.cells import chop_cells
 from typer.testing import CliRunner
 
-from vllm_sepllm import config
 from vllm_sepllm.cli import main as cli
-from vllm_sepllm.policy import KeptPolicy
 
 pytestmark = pytest.mark.unit
 
@@ -110,23 +108,15 @@ def test_fixed_interval_shows_every_so_many_tokens(page):
     assert "separator" not in output
 
 
-def test_a_policy_that_inspect_has_never_heard_of(page, monkeypatch):
-    monkeypatch.setattr(config, "POLICIES", (*config.POLICIES, "even"))
-    registered = dict(KeptPolicy.registered)
-    monkeypatch.setattr(KeptPolicy, "registered", registered)
-
-    class EvenTokens(KeptPolicy, name="even"):
-        def chosen(self, token_ids, positions):
-            return token_ids % 2 == 0
-
-    output, source = page(BOOK[:500], "policy=even", "window_size=20")
+def test_a_policy_of_ones_own(page, added_policy):
+    output, source = page(BOOK[:500], f"policy={added_policy}", "window_size=20")
     ids = [int(i) for i in re.findall(r"token id (\d+)", source)]
     kinds = [kind for kind, _ in kinds_of(source)]
     assert [kind == "chosen" for kind in kinds[4:-20]] == [i % 2 == 0 for i in ids[4:-20]]
-    assert set(legend_of(source)) == {"sink", "chosen", "window", "dropped"}
-    assert "'even'" in legend_of(source)["chosen"].replace("&#x27;", "'")
-    assert "even: 4 sinks, window of 20\n" in output
-    assert row(output, "chosen by the policy outside the window") == str(kinds.count("chosen"))
+    assert set(legend_of(source)) == {"sink", "even id", "window", "dropped"}
+    assert "an even id outside the window" in legend_of(source)["even id"]
+    assert "EvenTokens: 4 sinks, window of 20\n" in output
+    assert row(output, "even ids outside the window") == str(kinds.count("chosen"))
 
 
 def test_a_bound_and_cache_positions(page):

@@ -12,7 +12,7 @@ from vllm_sepllm import planning
 from vllm_sepllm.config import ConfigError, SepLLMConfig
 from vllm_sepllm.keep_classes import resolve_separators
 from vllm_sepllm.planning import Plan, lists_for, make_plan, read_planning_text
-from vllm_sepllm.policy import KeptPolicy
+from vllm_sepllm.policy import KeepRule
 from vllm_sepllm.samples import SAMPLES
 
 pytestmark = pytest.mark.unit
@@ -53,7 +53,7 @@ def pythia():
 def plan_of(tokenizer, **options):
     config = SepLLMConfig(**options)
     resolved = config.with_separator_ids(resolve_separators(config, tokenizer).token_ids)
-    return make_plan(resolved, KeptPolicy.from_config(resolved, 0x10000), tokenizer)
+    return make_plan(resolved, KeepRule.of(resolved, 0x10000), tokenizer)
 
 
 def test_samples_are_several_hundred_characters_of_their_script():

@@ -5,18 +5,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_sepllm.config import POLICIES, SepLLMConfig
-from vllm_sepllm.policy import KeptCounts, KeptPolicy, SepLLMPolicy, separator_table
+from vllm_sepllm.config import SepLLMConfig
+from vllm_sepllm.policy import KeepRule, KeptCounts, table_of
 
 pytestmark = pytest.mark.unit
 
 VOCAB = 8
 
 
-def policy_of(
-    sinks: int, window: int, separators: frozenset[int] = frozenset({2, 5})
-) -> KeptPolicy:
-    return SepLLMPolicy(sinks, window, separator_table(separators, VOCAB))
+def policy_of(sinks: int, window: int, separators: frozenset[int] = frozenset({2, 5})) -> KeepRule:
+    return KeepRule(sinks, window, table_of(separators, VOCAB))
 
 
 def is_visible(query: int, key: int, ids: list[int], sinks: int, window: int, separators) -> bool:
@@ -59,7 +57,7 @@ def test_bounded_separators(ids, a, n, separators, bound):
     last_start = 0
     for query in range(len(ids)):
         limit = int(policy.stream_limit(counts.prefix, query))
-        start = int(policy.stream_start(limit))
+        start = int(policy.seen.first_entries(limit))
         assert start >= last_start, "an entry comes back"
         last_start = start
         behind = range(max(0, query - n + 1))
@@ -191,25 +189,28 @@ def test_tokens_not_known_yet_count_as_kept():
 
 def test_from_config_takes_sizes_and_ids():
     config = SepLLMConfig(num_sink_tokens=1, window_size=9, separator_token_ids=(3, 6))
-    policy = KeptPolicy.from_config(config, VOCAB)
+    policy = KeepRule.of(config, VOCAB)
     assert (policy.num_sink_tokens, policy.window_size) == (1, 9)
-    assert np.flatnonzero(policy.is_separator).tolist() == [3, 6]
-    assert policy.is_separator.shape == (VOCAB,)
+    assert np.flatnonzero(policy.is_kept).tolist() == [3, 6]
+    assert policy.is_kept.shape == (VOCAB,)
 
 
 def test_from_config_wants_resolved_ids():
     with pytest.raises(ValueError, match="resolve_separators"):
-        KeptPolicy.from_config(SepLLMConfig(), VOCAB)
+        KeepRule.of(SepLLMConfig(), VOCAB)
 
 
 @pytest.mark.parametrize("token_id", [-1, VOCAB])
 def test_separators_outside_the_vocabulary_are_refused(token_id):
     with pytest.raises(ValueError, match=f"{token_id}: must be below the vocabulary size {VOCAB}"):
-        separator_table([1, token_id], VOCAB)
+        table_of([1, token_id], VOCAB)
 
 
-def test_every_policy_has_a_class():
-    assert tuple(KeptPolicy.registered) == POLICIES
+def test_the_policy_of_the_documentation(added_policy):
+    """CONTRIBUTING's example, as it stands there."""
+    rule = KeepRule.of(SepLLMConfig(policy=added_policy, num_sink_tokens=1), VOCAB)
+    ids = [3, 5, 2, 7, 4, VOCAB, -2]
+    assert rule.kept_flags(ids).tolist() == [True, False, True, False, True, False, False]
 
 
 @given(
@@ -223,7 +224,7 @@ def test_every_policy_has_a_class():
 )
 @settings(max_examples=100, deadline=None)
 def test_other_policies_look_at_positions_only(ids, a, config, first):
-    policy = KeptPolicy.from_config(replace(config, num_sink_tokens=a), VOCAB)
+    policy = KeepRule.of(replace(config, num_sink_tokens=a), VOCAB)
     interval = config.interval or 10**9
     expected = [p < a or (p % interval == 0 and interval < 10**9) for p in range(first + len(ids))]
     assert policy.kept_flags(ids, first).tolist() == expected[first:]

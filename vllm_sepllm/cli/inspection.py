@@ -21,7 +21,7 @@ from vllm_sepllm.keep_classes import (
     token_texts,
 )
 from vllm_sepllm.planning import NEXT_TO_NOTHING
-from vllm_sepllm.policy import KeptPolicy
+from vllm_sepllm.policy import KeepRule
 from vllm_sepllm.separator_lists import DEFAULT_SEPARATORS, SEPARATOR_LISTS, separator_texts
 
 LEAST_TOKENS = 32  # fewer tokens between sinks and window say nothing about a text
@@ -157,24 +157,22 @@ def inspect_text(tokenizer: Any, config: SepLLMConfig, text: str, block_size: in
             its vocabulary.
     """
     found = resolve_separators(config, tokenizer)
-    policy = KeptPolicy.from_config(
-        config.with_separator_ids(found.token_ids), num_token_ids(tokenizer)
-    )
+    rule = KeepRule.of(config.with_separator_ids(found.token_ids), num_token_ids(tokenizer))
     ids, parts = tokenize(tokenizer, text)
     if not ids:
         raise ValueError("the text has no tokens in this tokenizer: give a longer text")
-    summary = summarize(ids, policy, block_size)
+    summary = summarize(ids, rule, block_size)
     better = None
     if keeps_next_to_nothing(config, summary):
         start = config.num_sink_tokens
         between = ids[start : start + summary.num_between]
         better = better_separators(config, token_texts(tokenizer), between)
     missing = missing_texts(config, found)
-    kinds = classify(ids, policy)
+    kinds = classify(ids, rule)
     return Inspection(config, len(found.token_ids), missing, better, ids, parts, kinds, summary)
 
 
-def classify(token_ids: Sequence[int], policy: KeptPolicy) -> list[TokenClass]:
+def classify(token_ids: Sequence[int], rule: KeepRule) -> list[TokenClass]:
     """Why the last of ``token_ids`` sees each of them.
 
     The classes are disjoint. The window comes first, so that sinks and chosen tokens together are
@@ -182,38 +180,37 @@ def classify(token_ids: Sequence[int], policy: KeptPolicy) -> list[TokenClass]:
 
     Args:
         token_ids: ``[num_tokens]``, from position 0 on.
-        policy: sinks, window and what is kept beside them.
+        rule: sinks, window and what is kept beside them.
     """
-    return [CLASSES[code] for code in _codes(token_ids, policy)]
+    return [CLASSES[code] for code in _codes(token_ids, rule)]
 
 
-def _codes(token_ids: Sequence[int], policy: KeptPolicy) -> list[int]:
+def _codes(token_ids: Sequence[int], rule: KeepRule) -> list[int]:
     """Indices into ``CLASSES``."""
     if not len(token_ids):
         return []
-    kept = policy.kept_flags(token_ids)
+    kept = rule.kept_flags(token_ids)
     position = np.arange(kept.size)
-    start = int(policy.window_start(kept.size - 1))
-    first_entry = int(policy.stream_start(int(kept[:start].sum())))
+    start = int(rule.window_start(kept.size - 1))
+    first_entry = rule.seen.first_entry(int(kept[:start].sum()))
     entries = kept.cumsum() - 1  # of kept tokens
-    unseen = (policy.num_sink_tokens <= entries) & (entries < first_entry)
-    window, sink = position >= start, position < policy.num_sink_tokens
+    unseen = (rule.num_sink_tokens <= entries) & (entries < first_entry)
+    window, sink = position >= start, position < rule.num_sink_tokens
     reasons = {TokenClass.WINDOW: window, TokenClass.DROPPED: ~kept | unseen, TokenClass.SINK: sink}
     chosen = CLASSES.index(TokenClass.CHOSEN)
     codes = np.select(list(reasons.values()), [CLASSES.index(kind) for kind in reasons], chosen)
     return [int(code) for code in codes]
 
 
-def summarize(token_ids: Sequence[int], policy: KeptPolicy, block_size: int) -> Summary:
+def summarize(token_ids: Sequence[int], rule: KeepRule, block_size: int) -> Summary:
     """Count classes and pages; ``token_ids`` holds at least one token."""
     num_tokens = len(token_ids)
-    counted = np.bincount(_codes(token_ids, policy), minlength=len(CLASSES))
-    kept = policy.kept_flags(token_ids)
+    counted = np.bincount(_codes(token_ids, rule), minlength=len(CLASSES))
+    kept = rule.kept_flags(token_ids)
     num_kept = int(np.count_nonzero(kept))
-    last, sinks = num_tokens - 1, policy.num_sink_tokens
-    start = int(policy.window_start(last))
-    sink_pages = -(-sinks // block_size)
-    left = max(0, int(policy.stream_start(int(kept[:start].sum()))) // block_size - sink_pages)
+    last, sinks = num_tokens - 1, rule.num_sink_tokens
+    start = int(rule.window_start(last))
+    left, stop = rule.seen.unseen_pages(int(kept[:start].sum()), block_size)
     return Summary(
         num_tokens=num_tokens,
         num_of={kind: int(n) for kind, n in zip(CLASSES, counted, strict=True)},
@@ -221,7 +218,7 @@ def summarize(token_ids: Sequence[int], policy: KeptPolicy, block_size: int) -> 
         num_between=max(0, start - sinks),
         num_chosen_between=int(kept[sinks:start].sum()),
         block_size=block_size,
-        kept_pages=-(-num_kept // block_size) - left,
+        kept_pages=-(-num_kept // block_size) - (stop - left),
         window_pages=last // block_size - start // block_size + 1,
         full_pages=-(-num_tokens // block_size),
     )
@@ -233,8 +230,8 @@ def keeps_next_to_nothing(config: SepLLMConfig, summary: Summary) -> bool:
     The bound on separators is left out: it keeps few on purpose.
     """
     return (
-        config.policy == "sepllm"
-        and config.separator_token_ids != ()
+        config.method.uses_separators
+        and not config.keeps_nothing
         and summary.num_between >= LEAST_TOKENS
         and summary.num_chosen_between < NEXT_TO_NOTHING * summary.num_between
     )

@@ -6,7 +6,6 @@ from html import escape
 
 from vllm_sepllm.cli.inspection import Excerpt, Inspection, Token, TokenClass, visible_text
 from vllm_sepllm.cli.inspection_words import (
-    Wording,
     describe,
     labels,
     legend,
@@ -58,7 +57,7 @@ def html_page(model: str, inspection: Inspection, shown: Excerpt) -> str:
     """
     config = inspection.config
     names = labels(config)
-    title = escape(visible_text(f"{Wording.of(config).policy} on {model}"))
+    title = escape(visible_text(f"{config.method.title} on {model}"))
     meanings = "\n".join(
         f'<li><span class="{kind}">{escape(names[kind])}</span>{escape(words)}</li>'
         for kind, words in legend(config).items()

@@ -3,49 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 
 from vllm_sepllm.cli.inspection import Inspection, TokenClass, keeps_next_to_nothing
 from vllm_sepllm.config import SepLLMConfig
 from vllm_sepllm.planning import NEXT_TO_NOTHING
 
 
-@dataclass(frozen=True)
-class Wording:
-    """What a policy and the tokens it chooses are called.
-
-    Attributes:
-        policy: the policy.
-        chosen: one token it chooses; empty if it chooses none.
-        many: such tokens.
-        meaning: of the class, for the legend.
-    """
-
-    policy: str
-    chosen: str
-    many: str
-    meaning: str
-
-    @staticmethod
-    def of(config: SepLLMConfig) -> Wording:
-        """Names of the policy that ``config`` selects; one that is not known here has its own."""
-        if config.policy == "sepllm":
-            bound = config.max_separator_tokens
-            which = "separator" if bound is None else f"one of the {bound:,} newest separators"
-            return Wording("SepLLM", "separator", "separators", f"{which} outside the window")
-        if config.policy == "streaming":
-            return Wording("StreamingLLM", "", "", "")
-        if config.policy == "fixed_interval":
-            meaning = f"position is a multiple of {config.interval}, outside the window"
-            return Wording("FixLLM", "interval", "kept by the interval", meaning)
-        meaning = f"kept by the policy {config.policy!r}, outside the window"
-        return Wording(config.policy, "chosen", "chosen by the policy", meaning)
-
-
 def labels(config: SepLLMConfig) -> dict[TokenClass, str]:
     """What each class is called; one that the policy never gives is left out."""
     found = {kind: kind.value for kind in TokenClass}
-    found[TokenClass.CHOSEN] = Wording.of(config).chosen
+    found[TokenClass.CHOSEN] = config.method.chosen
     return {kind: label for kind, label in found.items() if label}
 
 
@@ -53,7 +20,7 @@ def legend(config: SepLLMConfig) -> dict[TokenClass, str]:
     """What each class of :func:`labels` means."""
     meanings = {
         TokenClass.SINK: "one of the first tokens, always seen",
-        TokenClass.CHOSEN: f"{Wording.of(config).meaning}, seen all the same",
+        TokenClass.CHOSEN: f"{config.method.meaning(config)} outside the window, seen all the same",
         TokenClass.WINDOW: "the last token and those just before it",
         TokenClass.DROPPED: "not seen any more, its KV cache is freed",
     }
@@ -64,7 +31,7 @@ def describe(inspection: Inspection) -> str:
     """The options in one line."""
     config = inspection.config
     parts = [f"{config.num_sink_tokens:,} sinks", f"window of {config.window_size:,}"]
-    if config.policy == "sepllm":
+    if config.method.uses_separators:
         parts.append(f"{inspection.num_separators:,} separators in the vocabulary")
         if config.max_separator_tokens is not None:
             parts.append(f"the {config.max_separator_tokens:,} newest of a text seen")
@@ -74,15 +41,15 @@ def describe(inspection: Inspection) -> str:
         parts.append(f"positions of the {config.position_mode}")
     if config.dense_layers:
         parts.append(f"all tokens in layers {list(config.dense_layers)}, not shown here")
-    return f"{Wording.of(config).policy}: {', '.join(parts)}"
+    return f"{config.method.title}: {', '.join(parts)}"
 
 
 def summary_rows(inspection: Inspection) -> list[tuple[str, str]]:
     """The summary as ``(what, value)`` texts."""
     config, summary = inspection.config, inspection.summary
-    words = Wording.of(config)
+    method = config.method
     rows = [("tokens", f"{summary.num_tokens:,}")]
-    many = {TokenClass.SINK: "sinks", TokenClass.CHOSEN: f"{words.many} outside the window"}
+    many = {TokenClass.SINK: "sinks", TokenClass.CHOSEN: f"{method.many} outside the window"}
     rows += [(many.get(k, label), f"{summary.num_of[k]:,}") for k, label in labels(config).items()]
     rows.append(("seen by the last token", f"{summary.num_seen / summary.num_tokens:.1%}"))
     if config.position_mode == "cache":
@@ -91,7 +58,7 @@ def summary_rows(inspection: Inspection) -> list[tuple[str, str]]:
     return [
         *rows,
         (
-            f"pages of {summary.block_size} tokens, {words.policy}",
+            f"pages of {summary.block_size} tokens, {method.title}",
             f"{pages:,} ({summary.kept_pages:,} kept + {summary.window_pages:,} window)",
         ),
         (f"pages of {summary.block_size} tokens, full attention", f"{summary.full_pages:,}"),

@@ -122,24 +122,25 @@ def _platform(diagnosis: Diagnosis) -> None:
 def _model(diagnosis: Diagnosis, model: str, options: dict[str, Any], dtype: str) -> None:
     from vllm.engine.arg_utils import EngineArgs
 
-    from vllm_sepllm.engine.startup import settings
+    from vllm_sepllm.engine.startup.settings import OPTIONS_KEY, Settings
 
     if model.startswith((".", "/", "~")) and not Path(model).expanduser().is_dir():
         diagnosis.note("model", model, f"{model}: no such folder; name one that holds config.json")
         return
     try:
         arguments: Any = {"model": model, "dtype": dtype, "attention_backend": "sepllm"}
-        args = EngineArgs(**arguments, additional_config={settings.OPTIONS_KEY: options})
+        args = EngineArgs(**arguments, additional_config={OPTIONS_KEY: options})
         config = args.create_engine_config()
     except Exception as error:
         diagnosis.note("model", model, f"{model}: {_sentence(error)}")
         return
-    resolved = settings.options(config)
+    settings = Settings.of(config)
+    resolved = settings.config
     diagnosis.note("model", f"{model}, {config.model_config.dtype}")
     diagnosis.note("separators", f"{len(resolved.separator_token_ids or ())} token ids")
     # Neither keeps a model from being served, so they are no problems.
-    diagnosis.rows += [("separators", note, False) for note in settings.notes(config)]
-    diagnosis.rows.append(_planned(settings.plan(config)))
+    diagnosis.rows += [("separators", note, False) for note in settings.notes]
+    diagnosis.rows.append(_planned(settings.plan))
 
 
 def _planned(plan: Plan) -> tuple[str, str, bool]:

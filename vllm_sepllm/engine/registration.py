@@ -9,10 +9,12 @@ from __future__ import annotations
 import copyreg
 from typing import Any
 
-BACKEND_NAME = "SEPLLM"
-BACKEND_PATH = "vllm_sepllm.engine.gpu.backend.SepLLMGPUBackend"
-CPU_PLATFORM_PATH = "vllm_sepllm.engine.cpu.platform.SepLLMCpuPlatform"
-CUDA_PLATFORM_PATH = "vllm_sepllm.engine.gpu.platform.SepLLMCudaPlatform"
+from vllm_sepllm.engine.names import (
+    BACKEND_NAME,
+    BACKEND_PATH,
+    CPU_PLATFORM_PATH,
+    CUDA_PLATFORM_PATH,
+)
 
 
 def platform() -> str | None:

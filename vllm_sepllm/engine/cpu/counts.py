@@ -7,49 +7,16 @@ Those before it (a prefix found in the cache) are counted when a request starts 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from vllm.config import VllmConfig
 
 from vllm_sepllm.engine.cpu.plan import IntArray
-from vllm_sepllm.engine.startup import settings
-from vllm_sepllm.policy import CountArray, KeptPolicy
-
-TokenArray = npt.NDArray[np.int32]
-
-
-class Rows(Protocol):
-    """Counts of kept tokens, a row per request. They change in two ways and no other.
-
-    A row is restarted when its request starts or resumes, from ids that are final on the host. A
-    step's tokens are counted from the model's own input; that twice is as good as once.
-    """
-
-    def __len__(self) -> int:
-        """Requests that there is room for."""
-
-    def restart(self, row: int, token_ids: TokenArray) -> None:
-        """Give a row to a request whose first ``[num_tokens]`` ids are computed already."""
-
-    def step(self, index: torch.Tensor, token_ids: torch.Tensor) -> Any:
-        """What builders of kept groups ask about a step.
-
-        Args:
-            index: ``[num_reqs]`` int, row of each request, where the rows are.
-            token_ids: int32, of all requests one after the other, where the rows are.
-        """
-
-
-def computed_ids(req_id: str, token_ids: Sequence[int] | None, num_computed: int) -> TokenArray:
-    """``[num_computed]`` ids of a request that starts or resumes, as the scheduler sends them."""
-    known = 0 if token_ids is None else len(token_ids)
-    assert known >= num_computed, f"{num_computed} tokens of {req_id} are computed, {known} known"
-    return np.asarray((token_ids or ())[:num_computed], dtype=np.int32)
+from vllm_sepllm.engine.startup.settings import Settings
+from vllm_sepllm.engine.worker.counts import TokenArray
+from vllm_sepllm.policy import CountArray, KeepRule
 
 
 @dataclass(frozen=True)
@@ -78,15 +45,15 @@ class KeptTokens:
 
 
 class KeptRows:
-    """Kept tokens below each position, a row per request; see :class:`Rows`.
+    """Kept tokens below each position, a row per request; see ``worker.counts.Rows``.
 
     Attributes:
-        policy: which tokens are kept.
+        rule: which tokens are kept.
         table: ``[max_num_reqs, max_model_len + 1]`` int32; memory is touched as rows grow.
     """
 
-    def __init__(self, policy: KeptPolicy, max_num_reqs: int, max_model_len: int) -> None:
-        self.policy = policy
+    def __init__(self, rule: KeepRule, max_num_reqs: int, max_model_len: int) -> None:
+        self.rule = rule
         self.table: CountArray = np.zeros((max_num_reqs, max_model_len + 1), dtype=np.int32)
         self._counted = np.zeros(max_num_reqs, dtype=np.int64)
 
@@ -94,7 +61,7 @@ class KeptRows:
     def of(cls, vllm_config: VllmConfig) -> KeptRows:
         """Rows of a worker."""
         return cls(
-            settings.kept_policy(vllm_config),
+            Settings.of(vllm_config).rule,
             vllm_config.scheduler_config.max_num_seqs,
             vllm_config.model_config.max_model_len,
         )
@@ -109,7 +76,7 @@ class KeptRows:
         self._counted[row] = len(token_ids)
 
     def step(self, index: torch.Tensor, token_ids: torch.Tensor) -> KeptStep:
-        """See :class:`Rows`."""
+        """See ``worker.counts.Rows``."""
         return KeptStep(self, index.numpy(), token_ids.numpy())
 
     def count(
@@ -128,7 +95,7 @@ class KeptRows:
         single = (lengths == 1).nonzero()[0]
         if single.size:
             position = starts[single]
-            flags = self.policy.kept_flags_at(token_ids[query_start[single]], position)
+            flags = self.rule.kept_flags_at(token_ids[query_start[single]], position)
             self.table[rows[single], position + 1] = self.table[rows[single], position] + flags
         for i in (lengths > 1).nonzero()[0]:
             span = token_ids[query_start[i] : query_start[i + 1]]
@@ -136,7 +103,7 @@ class KeptRows:
         self._counted[rows] = starts + lengths
 
     def _count_span(self, row: int, token_ids: TokenArray, start: int) -> None:
-        kept = self.policy.kept_flags(token_ids, start)
+        kept = self.rule.kept_flags(token_ids, start)
         below, stop = self.table[row], start + len(token_ids)
         np.cumsum(kept, out=below[start + 1 : stop + 1])
         below[start + 1 : stop + 1] += below[start]

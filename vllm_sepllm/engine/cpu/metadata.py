@@ -20,11 +20,11 @@ from vllm.v1.attention.backend import (
 
 from vllm_sepllm.engine.cpu.counts import KeptStep, KeptTokens
 from vllm_sepllm.engine.cpu.plan import Batch, BatchPlan, IntArray, TableArray, plan_batch
-from vllm_sepllm.engine.startup import settings
+from vllm_sepllm.engine.startup.settings import Settings
 from vllm_sepllm.engine.worker.metadata import WindowMetadata
 from vllm_sepllm.engine.worker.rotary import Rotation
 from vllm_sepllm.engine.worker.runner_steps import RunnerSteps
-from vllm_sepllm.policy import KeptPolicy
+from vllm_sepllm.policy import KeepRule
 
 _NO_SLOTS = np.zeros(0, dtype=np.int64)
 
@@ -42,7 +42,7 @@ class KeptMetadata(AttentionMetadata):
         work: what layers have made of the plan, for the other layers of the step.
     """
 
-    policy: KeptPolicy
+    rule: KeepRule
     batch: Batch
     token_index: torch.Tensor
     slot_mapping: torch.Tensor
@@ -52,7 +52,7 @@ class KeptMetadata(AttentionMetadata):
     def plan(self, window: WindowMetadata, block_size: int) -> BatchPlan:
         """How the batch reads both groups."""
         return plan_batch(
-            self.policy,
+            self.rule,
             self.batch,
             window.block_table.numpy(),
             block_size,
@@ -81,7 +81,7 @@ class KeptMetadataBuilder(AttentionMetadataBuilder[KeptMetadata]):
         super().__init__(*args)
         # Set once where the runner has no way to hand over the step with every batch (V1).
         self.steps: RunnerSteps | None = None
-        options = settings.options(self.vllm_config)
+        options = Settings.of(self.vllm_config).config
         self._in_cache_positions = options.position_mode == "cache"
 
     def build(
@@ -108,8 +108,8 @@ class KeptMetadataBuilder(AttentionMetadataBuilder[KeptMetadata]):
         slots = self._slots(block_table, found) if kept.size else _NO_SLOTS
         spans = found.query_start, found.starts, found.stops
         batch = Batch(*spans, found.rows, step.rows.table, block_table)
-        policy = step.rows.policy
-        metadata = KeptMetadata(policy, batch, torch.from_numpy(kept), torch.from_numpy(slots))
+        rule = step.rows.rule
+        metadata = KeptMetadata(rule, batch, torch.from_numpy(kept), torch.from_numpy(slots))
         if self._in_cache_positions:
             metadata.key_lags = torch.from_numpy(found.position - found.entry)
         return metadata

@@ -37,7 +37,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_sepllm.config import SepLLMConfig
-from vllm_sepllm.policy import CountArray, KeptPolicy
+from vllm_sepllm.policy import CountArray, KeepRule
 
 IntArray = npt.NDArray[np.int64]
 TableArray = npt.NDArray[np.int32]
@@ -165,7 +165,7 @@ class StaircaseRow:
         chunk_first: token of the chunk that the window goes on with, up to the chunk's end.
         stream_limits: ``[num_queries]`` entries of ``stream_pages`` each query sees.
         stream_starts: ``[num_queries]`` with a bound, the first of them beside the sinks.
-        stream_lags, sink_lags: ``[num_queries]`` see :meth:`KeptPolicy.stream_lag`.
+        stream_lags, sink_lags: ``[num_queries]`` see :meth:`KeepRule.stream_lag`.
     """
 
     request: int
@@ -191,7 +191,7 @@ class BatchPlan:
 
 
 def plan_batch(
-    policy: KeptPolicy,
+    rule: KeepRule,
     batch: Batch,
     window_pages: TableArray,
     block_size: int,
@@ -200,7 +200,7 @@ def plan_batch(
     """Plan a step.
 
     Args:
-        policy: which tokens are kept.
+        rule: which tokens are kept.
         batch: the requests.
         window_pages: ``[num_reqs, max_pages]`` block table of the window group.
         block_size: entries of a page.
@@ -212,22 +212,20 @@ def plan_batch(
         if stop == start + 1:
             paged.append((request, start, stop))
             continue
-        inside = min(stop, policy.window_size)  # queries up to here see all before them
+        inside = min(stop, rule.window_size)  # queries up to here see all before them
         if start < inside:
             paged.append((request, start, inside))
         if inside < stop and start < stop:
             first = max(start, inside)
-            staircase.append(
-                _plan_staircase(policy, batch, request, first, window_pages, block_size)
-            )
+            staircase.append(_plan_staircase(rule, batch, request, first, window_pages, block_size))
     rows = None
     if paged:
-        rows = _plan_paged(policy, batch, paged, window_pages, block_size, in_cache_positions)
+        rows = _plan_paged(rule, batch, paged, window_pages, block_size, in_cache_positions)
     return BatchPlan(batch, rows, staircase)
 
 
 def _plan_staircase(
-    policy: KeptPolicy,
+    rule: KeepRule,
     batch: Batch,
     request: int,
     first_position: int,
@@ -237,20 +235,20 @@ def _plan_staircase(
     """Plan the queries of a request from ``first_position`` on."""
     start, stop = int(batch.starts[request]), int(batch.stops[request])
     prefix, positions = batch.kept_prefix[batch.rows[request]], np.arange(first_position, stop)
-    limits = policy.stream_limit(prefix, positions)
-    lags = policy.stream_lag(limits, positions), policy.sink_lag(limits, positions)
-    first = int(policy.window_start(first_position))
+    limits = rule.stream_limit(prefix, positions)
+    lags = rule.stream_lag(limits, positions), rule.sink_lag(limits, positions)
+    first = int(rule.window_start(first_position))
     length = max(0, start - first)
     first_page, last_page = first // block_size, -(-start // block_size)
     stream = batch.stream_pages[request, : -(-int(limits[-1]) // block_size)]
     starts = None
-    if policy.max_separator_tokens is not None:
-        starts = policy.stream_start(limits)
-        sink_pages = -(-policy.num_sink_tokens // block_size)
-        left_out = max(0, int(starts[0]) // block_size - sink_pages)  # pages between
-        stream = np.concatenate([stream[:sink_pages], stream[sink_pages + left_out :]])
+    if rule.max_separator_tokens is not None:
+        starts = rule.seen.first_entries(limits)
+        unseen, seen_again = rule.seen.unseen_pages(int(limits[0]), block_size)
+        stream = np.concatenate([stream[:unseen], stream[seen_again:]])
         # If any is left out, every query starts behind it.
-        limits, starts = limits - left_out * block_size, starts - left_out * block_size
+        left_out = (seen_again - unseen) * block_size
+        limits, starts = limits - left_out, starts - left_out
     return StaircaseRow(
         request,
         first_position - start,
@@ -266,7 +264,7 @@ def _plan_staircase(
 
 
 def _plan_paged(
-    policy: KeptPolicy,
+    rule: KeepRule,
     batch: Batch,
     spans: list[tuple[int, int, int]],
     window_pages: TableArray,
@@ -276,14 +274,9 @@ def _plan_paged(
     # Plain Python on purpose: a few numbers per request, where numpy's calls cost more.
     rows, query_start = [], [0]
     for request, start, stop in spans:
-        first = max(0, stop - policy.window_size)  # of the last query's window
+        first = max(0, stop - rule.window_size)  # of the last query's window
         limit = int(batch.kept_prefix[batch.rows[request], first])
-        sinks, begin = 0, 0  # entries [0, sinks) and [begin, limit)
-        if policy.max_separator_tokens is not None:
-            sinks = min(policy.num_sink_tokens, limit)
-            begin = max(sinks, limit - policy.max_separator_tokens)
-        if begin == sinks:  # they meet
-            sinks, begin = 0, 0
+        sinks, begin = rule.seen.parts(limit)
         rows.append((request, sinks, begin, limit, first, stop))
         query_start.append(query_start[-1] + stop - start)
     lengths = [s + limit - begin + stop - first for _, s, begin, limit, first, stop in rows]
@@ -294,10 +287,10 @@ def _plan_paged(
         parts = (stream, 0, sinks), (stream, begin, limit), (window, first, stop)
         # One kind of copies for all rows.
         if in_cache_positions:
-            # Turns that the parts ask of the query: see KeptPolicy.stream_lag and sink_lag.
+            # Turns that the parts ask of the query: see KeepRule.stream_lag and sink_lag.
             lag = first - limit
             builder.add_spans(row, parts, (-lag - max(0, begin - sinks), -lag, 0))
-        elif policy.max_separator_tokens is not None:
+        elif rule.max_separator_tokens is not None:
             builder.add_spans(row, parts)
         else:
             builder.add(row, stream, limit, window, first, stop)

@@ -1,21 +1,16 @@
-"""What our platforms add to vLLM's, and the one for CPU.
-
-The platform hook is where vLLM lets a plugin see a whole configuration before anything is
-built from it. With any other backend every method is vLLM's own.
-"""
+"""vLLM's CPU platform, with configurations that select SepLLM checked and completed."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 from vllm.platforms.cpu import CpuPlatform
 
-from vllm_sepllm.config import ConfigError
-from vllm_sepllm.engine.registration import BACKEND_NAME
+from vllm_sepllm.engine.names import BACKEND_NAME
+from vllm_sepllm.engine.startup.platform import complete, is_served
 
 if TYPE_CHECKING:
     from vllm.config import ParallelConfig, VllmConfig
@@ -26,51 +21,9 @@ logger = init_logger(f"vllm.{__name__}")
 
 CPU_BACKEND_PATH = "vllm_sepllm.engine.cpu.backend.SepLLMCPUBackend"
 CPU_WORKER_PATH = "vllm_sepllm.engine.cpu.worker.SepLLMCPUWorker"
-SCHEDULER_PATH = "vllm_sepllm.engine.scheduling.scheduler.SepLLMScheduler"
-ASYNC_SCHEDULER_PATH = "vllm_sepllm.engine.scheduling.scheduler.SepLLMAsyncScheduler"
 # Finer pages than vLLM's 128 on CPU: a request holds part of a page at each end of its window
 # and at the end of its stream, and 32 tokens are what the C++ kernel works in.
 DEFAULT_BLOCK_SIZE = 32
-
-
-def is_selected(vllm_config: VllmConfig) -> bool:
-    """Whether a configuration has a model and selects SepLLM; options without are warned of."""
-    from vllm_sepllm.engine.startup import settings
-
-    if vllm_config.model_config is not None and settings.is_selected(vllm_config):
-        return True
-    settings.warn_if_unused(vllm_config)
-    return False
-
-
-def complete(vllm_config: VllmConfig, hardware: Hardware, complete_own: Callable[[], None]) -> None:
-    """Check and complete a configuration that selects SepLLM.
-
-    Args:
-        vllm_config: changed.
-        hardware: it is to run on.
-        complete_own: what vLLM's platform does with it.
-
-    Raises:
-        ConfigError: it cannot be served; the message says why and what to do.
-    """
-    from vllm_sepllm.engine.patches import tell_clients_why
-    from vllm_sepllm.engine.startup.prepare import announce, prepare
-
-    try:
-        separators = prepare(vllm_config, hardware)
-    except ConfigError as error:
-        logger.error("%s", error)  # the exception is shown in the middle of a traceback
-        raise
-    vllm_config.parallel_config.worker_cls = hardware.worker_path
-    complete_own()
-    scheduler_config = vllm_config.scheduler_config
-    scheduler_config.scheduler_cls = (
-        ASYNC_SCHEDULER_PATH if scheduler_config.async_scheduling else SCHEDULER_PATH
-    )
-    if separators is not None:
-        announce(vllm_config, separators)
-        tell_clients_why()
 
 
 def _cpu() -> Hardware:
@@ -104,7 +57,7 @@ class SepLLMCpuPlatform(CpuPlatform):
         Raises:
             ConfigError: it cannot be served; the message says why and what to do.
         """
-        if not is_selected(vllm_config):
+        if not is_served(vllm_config):
             _keep_refusal_of_ray(vllm_config.parallel_config)
             super().check_and_update_config(vllm_config)
             return

@@ -13,7 +13,7 @@ from vllm_sepllm.engine.cpu.backend import SepLLMCPUBackend
 from vllm_sepllm.engine.cpu.counts import KeptRows
 from vllm_sepllm.engine.cpu.metadata import KeptMetadataBuilder
 from vllm_sepllm.engine.cpu.plan import staging_pages_per_request
-from vllm_sepllm.engine.startup import settings
+from vllm_sepllm.engine.startup.settings import Settings
 from vllm_sepllm.engine.worker.worker import SepLLMWorker, window_specs
 
 logger = init_logger(f"vllm.{__name__}")
@@ -26,7 +26,7 @@ class SepLLMCPUWorker(SepLLMWorker, CPUWorker):
 
     def replace_model_state(self) -> None:
         """Have the V2 runner's builders find token ids."""
-        from vllm_sepllm.engine.worker.model_state import SepLLMCPUModelState
+        from vllm_sepllm.engine.cpu.model_state import SepLLMCPUModelState
 
         SepLLMCPUModelState.replace(self.model_runner)
 
@@ -60,7 +60,7 @@ class SepLLMCPUWorker(SepLLMWorker, CPUWorker):
 
         Enough whichever size vLLM splits pages into, and for the layer with the largest.
         """
-        options, length = settings.options(self.vllm_config), self.model_config.max_model_len
+        options, length = Settings.of(self.vllm_config).config, self.model_config.max_model_len
         per_request = page = 0
         for spec in window_specs(self.get_kv_cache_spec()):
             for size in SepLLMCPUBackend.get_supported_kernel_block_sizes():

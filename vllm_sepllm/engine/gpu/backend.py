@@ -27,8 +27,8 @@ from vllm_sepllm.engine.gpu.metadata import (
     GPUKeptMetadataBuilder,
     GPUWindowMetadataBuilder,
 )
-from vllm_sepllm.engine.startup import settings
 from vllm_sepllm.engine.startup.checks import BLOCK_MULTIPLE
+from vllm_sepllm.engine.startup.settings import Settings
 from vllm_sepllm.engine.worker.backend import SepLLMBackend, SepLLMImpl
 from vllm_sepllm.engine.worker.metadata import WindowMetadata
 
@@ -153,7 +153,7 @@ class SepLLMGPUImpl(SepLLMImpl):
         if longest == 1 or longest * self.num_heads // self.num_kv_heads <= MAX_ROWS:
             sizes = self.num_heads, self.num_kv_heads, self.head_size
             self._buffers = shared_buffers(longest, *sizes, layer._k_scale.device)
-        if settings.options(vllm_config).prefill_kernel == "xformers":
+        if Settings.of(vllm_config).config.prefill_kernel == "xformers":
             problem = self._xformers_refusal(vllm_config.model_config.dtype, longest - 1)
             if problem:
                 raise ConfigError(f"prefill_kernel='xformers' has {problem}: leave it out")

@@ -13,55 +13,36 @@ import torch
 from sepllm_kernels.kept_metadata import kept_metadata
 from vllm.config import VllmConfig
 
-from vllm_sepllm.engine.cpu.counts import TokenArray
-from vllm_sepllm.engine.startup import settings
-from vllm_sepllm.policy import (
-    FixedIntervalPolicy,
-    KeptPolicy,
-    SepLLMPolicy,
-    StreamingPolicy,
-)
+from vllm_sepllm.engine.startup.settings import Settings
+from vllm_sepllm.engine.worker.counts import TokenArray
+from vllm_sepllm.policy import KeepRule
 
 
 class DeviceRows:
     """Kept tokens below each recent position, a row per request; see
-    :class:`vllm_sepllm.engine.cpu.counts.Rows`.
+    :class:`vllm_sepllm.engine.worker.counts.Rows`.
 
     Args:
-        policy: which tokens are kept.
+        rule: which tokens are kept.
         max_num_reqs: rows.
         max_model_len: tokens of a request.
         max_step_tokens: tokens of a request in one step.
         max_rejected: tokens of a step that may be computed again in the next: rejected drafts.
         device: of the table.
-
-    Raises:
-        ValueError: the policy is none that the kernel knows.
     """
 
     def __init__(
         self,
-        policy: KeptPolicy,
+        rule: KeepRule,
         max_num_reqs: int,
         max_model_len: int,
         max_step_tokens: int,
         max_rejected: int,
         device: torch.device,
     ) -> None:
-        chosen = np.zeros(1, dtype=np.bool_)
-        self._interval = 0
-        if isinstance(policy, SepLLMPolicy):
-            chosen = policy.is_separator
-        elif isinstance(policy, FixedIntervalPolicy):
-            self._interval = policy.interval
-        elif not isinstance(policy, StreamingPolicy):
-            raise ValueError(
-                f"{type(policy).__name__} is not known to the Triton kernel kept_metadata: "
-                "use another policy"
-            )
-        self.policy = policy
-        self._is_chosen = torch.from_numpy(chosen.copy()).to(device)
-        recent = policy.window_size + max_step_tokens + max_rejected
+        self.rule = rule
+        self._is_kept = torch.from_numpy(rule.is_kept.copy()).to(device)
+        recent = rule.window_size + max_step_tokens + max_rejected
         ring = min(max_model_len, recent) + 1
         self._kept_prefix = torch.zeros(max_num_reqs, ring, dtype=torch.int32, device=device)
 
@@ -70,7 +51,7 @@ class DeviceRows:
         """Rows of a worker."""
         scheduler = vllm_config.scheduler_config
         return cls(
-            settings.kept_policy(vllm_config),
+            Settings.of(vllm_config).rule,
             scheduler.max_num_seqs,
             vllm_config.model_config.max_model_len,
             scheduler.max_num_batched_tokens,
@@ -85,7 +66,7 @@ class DeviceRows:
         """Give a row to a request whose first ``[num_tokens]`` ids are computed already."""
         num_tokens, ring = len(token_ids), self._kept_prefix.shape[1]
         below = np.zeros(num_tokens + 1, dtype=np.int32)
-        np.cumsum(self.policy.kept_flags(token_ids), out=below[1:])
+        np.cumsum(self.rule.kept_flags(token_ids), out=below[1:])
         recent = np.arange(max(0, num_tokens + 1 - ring), num_tokens + 1)
         counts = np.zeros(min(ring, num_tokens + 1), dtype=np.int32)
         counts[recent % ring] = below[recent]
@@ -95,7 +76,7 @@ class DeviceRows:
         self._kept_prefix[row, : len(counts)].copy_(source, non_blocking=True)
 
     def step(self, index: torch.Tensor, token_ids: torch.Tensor) -> DeviceStep:
-        """See :class:`vllm_sepllm.engine.cpu.counts.Rows`."""
+        """See :class:`vllm_sepllm.engine.worker.counts.Rows`."""
         return DeviceStep(self, index, token_ids)
 
     def count(
@@ -122,15 +103,15 @@ class DeviceRows:
             seq_lens,
             rows,
             kept_table,
-            self._is_chosen,
+            self._is_kept,
             self._kept_prefix,
             stream_slots,
             stream_ranges,
-            num_sink_tokens=self.policy.num_sink_tokens,
-            window_size=self.policy.window_size,
+            num_sink_tokens=self.rule.num_sink_tokens,
+            window_size=self.rule.window_size,
             page_size=page_size,
-            interval=self._interval,
-            max_separator_tokens=self.policy.max_separator_tokens,
+            interval=self.rule.interval,
+            max_separator_tokens=self.rule.max_separator_tokens,
             lags=lags,
         )
 

@@ -22,7 +22,7 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from vllm_sepllm.engine.gpu.counts import DeviceStep
 from vllm_sepllm.engine.scheduling.spec import KeptSpec
-from vllm_sepllm.engine.startup import settings
+from vllm_sepllm.engine.startup.settings import Settings
 from vllm_sepllm.engine.worker.backend import KEPT_SUFFIX
 from vllm_sepllm.engine.worker.metadata import WindowMetadata, WindowMetadataBuilder
 from vllm_sepllm.engine.worker.rotary import Rotation
@@ -109,7 +109,7 @@ class GPUKeptMetadataBuilder(ReplayedBuilder):
         super().__init__(*args)
         # Set once where the runner has no way to hand over the step with every batch (V1).
         self.steps: RunnerSteps | None = None
-        options = settings.options(self.vllm_config)
+        options = Settings.of(self.vllm_config).config
         self._window_size = options.window_size
         self._num_sinks = 0 if options.max_separator_tokens is None else options.num_sink_tokens
         most = self.vllm_config.scheduler_config.max_num_batched_tokens

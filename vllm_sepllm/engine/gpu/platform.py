@@ -8,8 +8,8 @@ from vllm.logger import init_logger
 from vllm.platforms.cuda import CudaPlatform
 
 from vllm_sepllm.engine.compat import CUDA_CAUTION
-from vllm_sepllm.engine.cpu.platform import complete, is_selected
-from vllm_sepllm.engine.registration import BACKEND_NAME
+from vllm_sepllm.engine.names import BACKEND_NAME
+from vllm_sepllm.engine.startup.platform import complete, is_served
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -46,7 +46,7 @@ class SepLLMCudaPlatform(CudaPlatform):
         Raises:
             ConfigError: it cannot be served; the message says why and what to do.
         """
-        if not is_selected(vllm_config):
+        if not is_served(vllm_config):
             super().check_and_update_config(vllm_config)
             return
 

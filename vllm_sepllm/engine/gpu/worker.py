@@ -16,7 +16,7 @@ class DeviceTokenWorker(SepLLMWorker):
 
     def replace_model_state(self) -> None:
         """Have the V2 runner's builders find token ids."""
-        from vllm_sepllm.engine.worker.model_state import SepLLMGPUModelState
+        from vllm_sepllm.engine.gpu.model_state import SepLLMGPUModelState
 
         SepLLMGPUModelState.replace(self.model_runner)
 

@@ -1,20 +1,64 @@
-"""Free pages that are still in the prefix cache but least likely to be found again.
-
-vLLM evicts cached pages in the order they were given back. Window pages are given back all the
-time while their request runs, so in that order they would outlive the streams of requests that
-ended a little earlier, for nothing: see ``window_manager.py``. Spare pages go first.
-"""
+"""What the prefix cache evicts first, and what last."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
-from weakref import WeakKeyDictionary
+from collections.abc import Iterable, Sequence
 
 from vllm.v1.core.block_pool import BlockPool
-from vllm.v1.core.kv_cache_utils import BlockHashWithGroupId, KVCacheBlock
+from vllm.v1.core.kv_cache_utils import BlockHash, BlockHashWithGroupId, KVCacheBlock
 
-_spare_pages: WeakKeyDictionary[BlockPool, SparePages] = WeakKeyDictionary()
+# Every turn of a conversation resumes once where the turn before ended, so once is not enough.
+VISITS = 2
+
+
+class Junctions:
+    """Points at which more than one request has resumed, such as the end of a system prompt.
+
+    With full attention, whoever uses a prefix also uses everything before it, so the shared part of
+    many conversations stays in the cache by itself. Here a conversation that resumes at its own end
+    reads neither the window pages nor the partly filled stream page of the system prompt's end:
+    they would be evicted while every user still relies on them.
+
+    Args:
+        capacity: points remembered; the least recent are forgotten.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._group: int | None = None
+        self._visits: OrderedDict[BlockHash, int] = OrderedDict()
+
+    def visit(self, block_hash: BlockHash, group_id: int) -> None:
+        """Count a request that resumes, or could have, behind the block of this hash.
+
+        Groups resume together, so one of them counts: whichever comes first.
+        """
+        if self._group is None:
+            self._group = group_id
+        if group_id != self._group:
+            return
+        self._visits[block_hash] = self._visits.pop(block_hash, 0) + 1
+        if len(self._visits) > self._capacity:
+            self._visits.popitem(last=False)
+
+    def among(self, block_hashes: Sequence[BlockHash]) -> list[int]:
+        """Ends of the junctions along a prompt, in token blocks."""
+        ends = []
+        for end, block_hash in enumerate(block_hashes, 1):
+            if self._visits.get(block_hash, 0) >= VISITS:
+                self._visits.move_to_end(block_hash)
+                ends.append(end)
+        return ends
+
+
+def refresh(block_pool: BlockPool, block_hashes: Iterable[BlockHash], group_id: int) -> None:
+    """Let cached pages count as just used, so that they are evicted last."""
+    for block_hash in block_hashes:
+        pages = block_pool.get_cached_block(block_hash, [group_id])
+        if pages is not None:
+            block_pool.touch(pages)
+            block_pool.free_blocks(pages)
 
 
 def leaving_pages(
@@ -30,24 +74,21 @@ def leaving_pages(
 
 
 class SparePages:
-    """The spare pages of one block pool, the longest spare first.
+    """Free pages of a block pool that are still cached but least likely to be found again.
 
-    The pages stay in the pool's own free queue and prefix cache, so a request can still find
-    them; this is only a note of which to evict first.
+    vLLM evicts cached pages in the order they were given back. Window pages are given back all the
+    time while their request runs, so in that order they would outlive the streams of requests that
+    ended a little earlier, for nothing: see ``window_manager.py``. Spare pages go first, the
+    longest spare before others.
+
+    They stay in the pool's own free queue and prefix cache, so a request can still find them; this
+    is only a note of which to evict first.
     """
 
     def __init__(self, block_pool: BlockPool) -> None:
         self._free = block_pool.free_block_queue
         self._evict = block_pool._maybe_evict_cached_block
         self._pages: OrderedDict[int, tuple[KVCacheBlock, BlockHashWithGroupId]] = OrderedDict()
-
-    @classmethod
-    def of(cls, block_pool: BlockPool) -> SparePages:
-        """The spare pages of a block pool."""
-        spare = _spare_pages.get(block_pool)
-        if spare is None:
-            spare = _spare_pages[block_pool] = cls(block_pool)
-        return spare
 
     def add(self, page: KVCacheBlock) -> None:
         """Note a page that a request has given back; nothing if it is in use or not cached."""

@@ -16,12 +16,13 @@ Pages are shared between requests with the same prefix (``prefix_index.py``). A 
 is partly filled is copied before the request that found it appends to it, by vLLM's own path
 for such copies. The worker copies before it computes a step, and works through steps in their
 order, so a page may be found by any later step than the one that fills it: keys noted while a
-step is scheduled wait in ``_pending`` until that is done.
+step is scheduled wait in ``RequestStream.pending`` until that is done.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -38,10 +39,29 @@ from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.request import Request
 
-from vllm_sepllm.engine.scheduling.junctions import Junctions, refresh
-from vllm_sepllm.engine.scheduling.prefix_index import PrefixIndex, done_key
-from vllm_sepllm.engine.scheduling.spare_pages import SparePages, leaving_pages
-from vllm_sepllm.policy import CountArray, KeptCounts, KeptPolicy
+from vllm_sepllm.engine.scheduling.eviction import leaving_pages, refresh
+from vllm_sepllm.engine.scheduling.pool_state import PoolState
+from vllm_sepllm.engine.scheduling.prefix_index import done_key
+from vllm_sepllm.policy import CountArray, KeepRule, KeptCounts
+
+
+@dataclass(eq=False)
+class RequestStream:
+    """What the manager knows of a request, from its first count until its pages are given back.
+
+    Attributes:
+        counts: of its tokens whose ids are known.
+        most: tokens known, tokens in flight, and the pages these take at most; as last counted.
+        num_shared: with a bound, pages up to its last junction, which other requests resume at.
+        has_started: its first step was seen.
+        pending: keys of this step's pages: key, page, tokens of the prefix.
+    """
+
+    counts: KeptCounts
+    most: tuple[int, int, int] | None = None
+    num_shared: int = 0
+    has_started: bool = False
+    pending: list[tuple[BlockHash, KVCacheBlock, int]] = field(default_factory=list)
 
 
 class KeptManager(SingleTypeKVCacheManager):
@@ -52,50 +72,51 @@ class KeptManager(SingleTypeKVCacheManager):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._policy: KeptPolicy | None = None
+        self._known_rule: KeepRule | None = None
         self._requests: Mapping[str, Request] = {}
         self._num_in_flight = 0
-        # By request: tokens known, tokens in flight, pages at most.
-        self._most: dict[str, tuple[int, int, int]] = {}
-        self._counts: dict[str, KeptCounts] = {}
-        self._index = PrefixIndex.of(self.block_pool)
-        self._spare = SparePages.of(self.block_pool)
-        self._junctions = Junctions.of(self.block_pool)
+        self._streams: dict[str, RequestStream] = {}
+        self._pool = PoolState.of(self.block_pool)
         self._asked: tuple[str, int, int] | None = None  # request, tokens and pages, last asked for
-        self._resumed: set[str] = set()  # requests whose first step was seen
-        # With a bound: pages of a request up to its last junction, which others resume at.
-        self._shared: dict[str, int] = {}
         self._scheduling = False
-        # Keys of this step's pages, by request: key, page, tokens of the prefix.
-        self._pending: dict[str, list[tuple[BlockHash, KVCacheBlock, int]]] = {}
+        self._pending: list[RequestStream] = []  # those with keys of this step
 
-    def attach(
-        self, policy: KeptPolicy, requests: Mapping[str, Request], num_in_flight: int
-    ) -> None:
+    def attach(self, rule: KeepRule, requests: Mapping[str, Request], num_in_flight: int) -> None:
         """Give access to the token ids of requests.
 
         Args:
-            policy: which tokens are kept.
+            rule: which tokens are kept.
             requests: the scheduler's own mapping of live requests by id.
             num_in_flight: tokens of a request that steps in flight compute at most.
         """
-        self._policy, self._requests = policy, requests
+        self._known_rule, self._requests = rule, requests
         self._num_in_flight = num_in_flight
 
-    def num_kept(self, request_id: str, num_tokens: int) -> int:
-        """Stream entries that the first ``num_tokens`` tokens of a request take at most."""
-        request = self._requests[request_id]
-        counts = self._counts.get(request_id)
-        if counts is None:
-            assert self._policy is not None, "KeptManager.attach was not called"
-            counts = self._counts[request_id] = KeptCounts(self._policy)
+    @property
+    def _rule(self) -> KeepRule:
+        assert self._known_rule is not None, "KeptManager.attach was not called"
+        return self._known_rule
+
+    def _stream(self, request_id: str) -> RequestStream:
+        stream = self._streams.get(request_id)
+        if stream is None:
+            stream = self._streams[request_id] = RequestStream(KeptCounts(self._rule))
+        return stream
+
+    def _counts(self, request_id: str, num_tokens: int) -> KeptCounts:
+        """Counts of a request, of its first ``num_tokens`` tokens as far as their ids are known."""
+        request, counts = self._requests[request_id], self._stream(request_id).counts
         if request.num_computed_tokens:
             # Ids at computed positions are final; later ones may have been replaced.
             counts.truncate(request.num_computed_tokens)
         if counts.num_tokens < num_tokens:
             token_ids = request.all_token_ids
             counts.extend(token_ids[counts.num_tokens : min(num_tokens, len(token_ids))])
-        return counts.kept(num_tokens)
+        return counts
+
+    def num_kept(self, request_id: str, num_tokens: int) -> int:
+        """Stream entries that the first ``num_tokens`` tokens of a request take at most."""
+        return self._counts(request_id, num_tokens).kept(num_tokens)
 
     def num_pages(self, request_id: str, num_tokens: int) -> int:
         """Pages that the first ``num_tokens`` tokens of a request take at most."""
@@ -103,18 +124,17 @@ class KeptManager(SingleTypeKVCacheManager):
 
     def counted(self, request_id: str) -> tuple[int, int]:
         """Kept tokens, and tokens, of those that a request is known to have behind its sinks."""
-        counts = self._counts.get(request_id)
-        if counts is None or self._policy is None:
+        stream = self._streams.get(request_id)
+        if stream is None:
             return 0, 0
-        num_sinks = min(self._policy.num_sink_tokens, counts.num_tokens)
+        counts = stream.counts
+        num_sinks = min(self._rule.num_sink_tokens, counts.num_tokens)
         return counts.kept(counts.num_tokens) - num_sinks, counts.num_tokens - num_sinks
 
     def cache_size(self, request_id: str, num_tokens: int) -> int:
         """Tokens that the last of the first ``num_tokens`` of a request sees, without a bound."""
-        assert self._policy is not None
-        self.num_kept(request_id, num_tokens)
-        first = int(self._policy.window_start(num_tokens - 1))
-        return self._counts[request_id].kept(first) + num_tokens - first
+        first = int(self._rule.window_start(num_tokens - 1))
+        return self._counts(request_id, num_tokens).kept(first) + num_tokens - first
 
     def most_pages(self, request_id: str, num_tokens: int, num_in_flight: int) -> int:
         """Pages that a request holds at most at any time while its tokens are computed.
@@ -125,23 +145,22 @@ class KeptManager(SingleTypeKVCacheManager):
             num_in_flight: tokens of it that steps in flight compute at most.
         """
         pages = self.num_pages(request_id, num_tokens)
-        assert self._policy is not None
-        if self._policy.max_separator_tokens is None:
+        if self._rule.max_separator_tokens is None:
             return pages
-        prefix = self._counts[request_id].prefix
-        found = self._most.get(request_id)
+        stream = self._streams[request_id]
+        prefix = stream.counts.prefix
         # Asked again and again while a request waits.
-        if found is None or found[:2] != (len(prefix), num_in_flight):
-            most = self._count_most(self._policy, prefix, num_in_flight)
-            found = self._most[request_id] = len(prefix), num_in_flight, most
-        return min(pages, found[2])
+        if stream.most is None or stream.most[:2] != (len(prefix), num_in_flight):
+            stream.most = len(prefix), num_in_flight, self._count_most(prefix, num_in_flight)
+        return min(pages, stream.most[2])
 
-    def _count_most(self, policy: KeptPolicy, prefix: CountArray, num_in_flight: int) -> int:
+    def _count_most(self, prefix: CountArray, num_in_flight: int) -> int:
+        rule, size = self._rule, self.block_size
         computed = np.arange(len(prefix))
         ahead = prefix[np.minimum(computed + num_in_flight, len(prefix) - 1)]
-        starts = policy.stream_start(policy.stream_limit(prefix, computed))
-        left = starts // self.block_size - self.kv_cache_spec.num_sink_pages
-        return int((-(-ahead // self.block_size) - np.maximum(0, left)).max())
+        starts = rule.seen.first_entries(rule.stream_limit(prefix, computed))
+        left = starts // size - rule.seen.num_sink_pages(size)
+        return int((-(-ahead // size) - np.maximum(0, left)).max())
 
     def get_num_blocks_to_allocate(
         self,
@@ -208,7 +227,7 @@ class KeptManager(SingleTypeKVCacheManager):
             missing = self.num_pages(request_id, num_tokens) - len(blocks)
         if missing <= 0 and request_id not in self._partial_hit_reqs:
             return new_blocks
-        self._spare.make_room(max(0, missing) + (request_id in self._partial_hit_reqs))
+        self._pool.spare.make_room(max(0, missing) + (request_id in self._partial_hit_reqs))
         if request_id in self._partial_hit_reqs:
             index, source = self._partial_hit_reqs.pop(request_id)
             new_blocks = self.block_pool.get_new_blocks(1)
@@ -223,42 +242,43 @@ class KeptManager(SingleTypeKVCacheManager):
         self, request_id: str, processed_computed_tokens: int, *args: Any, **kwargs: Any
     ) -> None:
         """Give back pages whose entries no token from here on sees; none without a bound."""
-        assert self._policy is not None
-        if self._policy.max_separator_tokens is None or not self.req_to_blocks.get(request_id):
+        rule = self._rule
+        if rule.max_separator_tokens is None or not self.req_to_blocks.get(request_id):
             return
-        self.num_kept(request_id, processed_computed_tokens)
-        counts = self._counts[request_id]
+        counts = self._counts(request_id, processed_computed_tokens)
         # Where ids are not known yet, fewer are taken for kept: rather a page too late.
-        start = int(self._policy.window_start(processed_computed_tokens))
-        num_kept = int(counts.prefix[min(start, counts.num_tokens)])
-        first = self.kv_cache_spec.first_entry(num_kept) // self.block_size
-        self._remove_blocks_in_range(request_id, self.kv_cache_spec.num_sink_pages, first)
+        start = int(rule.window_start(processed_computed_tokens))
+        limit = int(counts.prefix[min(start, counts.num_tokens)])
+        unseen = rule.seen.unseen_pages(limit, self.block_size)
+        self._remove_blocks_in_range(request_id, *unseen)
 
     def _remove_blocks_in_range(self, request_id: str, first_block: int, last_block: int) -> None:
         leaving = leaving_pages(self.req_to_blocks.get(request_id, []), first_block, last_block)
         super()._remove_blocks_in_range(request_id, first_block, last_block)
+        stream = self._streams.get(request_id)
+        num_shared = 0 if stream is None else stream.num_shared
         for index, page in reversed(leaving):
-            if index >= self._shared.get(request_id, 0):
-                self._spare.add(page)
+            if index >= num_shared:
+                self._pool.spare.add(page)
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         """Note the keys of pages that this step's full token blocks touch."""
         request_id, size = request.request_id, self.block_size
         hashes = resolve_block_hashes(request.block_hashes, self.block_pool.hash_block_size, size)
         first = self.num_cached_block.get(request_id, 0)
-        if request_id not in self._resumed:
-            self._resumed.add(request_id)
-            self._visit_junctions(request_id, hashes, first)
+        stream = self._stream(request_id)
+        if not stream.has_started:
+            stream.has_started = True
+            self._visit_junctions(stream, hashes, first)
         stop = min(num_tokens // size, len(hashes))
         if stop <= first:
             return
-        self.num_kept(request_id, stop * size)
-        kept_prefix = self._counts[request_id].prefix
-        pages = self.req_to_blocks[request_id]
-        pending = self._pending.setdefault(request_id, [])
+        kept_prefix = self._counts(request_id, stop * size).prefix
+        pages, pending = self.req_to_blocks[request_id], stream.pending
+        self._pending.append(stream)
         for i in range(first, stop):
             before, count = int(kept_prefix[i * size]), int(kept_prefix[(i + 1) * size])
-            self._index.store(hashes[i], count)
+            self._pool.prefixes.store(hashes[i], count)
             if count // size > before // size:
                 pending.append((done_key(hashes[i]), pages[before // size], (i + 1) * size))
             if count % size:
@@ -268,20 +288,21 @@ class KeptManager(SingleTypeKVCacheManager):
         if not self._scheduling:  # asynchronous scheduling also notes what a past step computed
             self.step_is_scheduled()
 
-    def _visit_junctions(self, request_id: str, hashes: Sequence[BlockHash], found: int) -> None:
+    def _visit_junctions(
+        self, stream: RequestStream, hashes: Sequence[BlockHash], found: int
+    ) -> None:
         """Keep what others need at the junctions along a prompt.
 
         These are the partly filled pages of those that the request has passed by a hit of
         ``found`` blocks, and with a bound all pages up to the last one.
         """
-        assert self._policy is not None
-        is_bounded = self._policy.max_separator_tokens is not None
-        for end in self._junctions.among(hashes if is_bounded else hashes[:found]):
+        is_bounded = self._rule.max_separator_tokens is not None
+        for end in self._pool.junctions.among(hashes if is_bounded else hashes[:found]):
             if end <= found:
                 refresh(self.block_pool, hashes[end - 1 : end], self.kv_cache_group_id)
             if is_bounded:
-                count = self._index.kept_count(hashes[end - 1]) or 0
-                self._shared[request_id] = cdiv(count, self.block_size)
+                count = self._pool.prefixes.kept_count(hashes[end - 1]) or 0
+                stream.num_shared = cdiv(count, self.block_size)
 
     def new_step_starts(self) -> None:
         """vLLM begins to schedule a step."""
@@ -290,10 +311,11 @@ class KeptManager(SingleTypeKVCacheManager):
     def step_is_scheduled(self) -> None:
         """The step is complete and will be computed: later ones may find its pages."""
         self._scheduling = False
-        for entries in self._pending.values():
-            for key, page, num_tokens in entries:
+        for stream in self._pending:
+            for key, page, num_tokens in stream.pending:
                 named = make_block_hash_with_group_id(key, self.kv_cache_group_id)
                 self.block_pool._insert_block_hash(named, page, num_tokens=num_tokens)
+            stream.pending.clear()
         self._pending.clear()
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
@@ -302,11 +324,9 @@ class KeptManager(SingleTypeKVCacheManager):
         If it is preempted while the step is scheduled, its keys of that step are dropped: the
         pages will not be filled.
         """
-        self._counts.pop(request_id, None)
-        self._shared.pop(request_id, None)
-        self._most.pop(request_id, None)
-        self._pending.pop(request_id, None)
-        self._resumed.discard(request_id)
+        stream = self._streams.pop(request_id, None)
+        if stream is not None:
+            stream.pending.clear()
         return super().pop_blocks_for_free(request_id)
 
     @classmethod
@@ -326,7 +346,7 @@ class KeptManager(SingleTypeKVCacheManager):
         assert not drop_eagle_block, "speculative decoding is refused at start-up"
         size = kv_cache_spec.block_size
         hashes = resolve_block_hashes(block_hashes, block_pool.hash_block_size, size)
-        pages, length = PrefixIndex.of(block_pool).find(
+        pages, length = PoolState.of(block_pool).prefixes.find(
             hashes[: max_length // size],
             block_pool,
             kv_cache_group_ids,

@@ -30,7 +30,6 @@ from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
-from weakref import WeakKeyDictionary
 
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.block_pool import BlockPool
@@ -45,8 +44,6 @@ COUNTS_PER_PAGE = 32
 # blocks. So many texts of the full length are remembered, about 200 bytes per block of tokens.
 LONG_TEXTS = 4
 
-_indices: WeakKeyDictionary[BlockPool, PrefixIndex] = WeakKeyDictionary()
-
 
 def done_key(block_hash: BlockHash) -> BlockHash:
     """Key of the page that a token block completed."""
@@ -58,19 +55,14 @@ class PrefixIndex:
 
     Bounded: the prefixes that were looked up or stored least recently are forgotten first. A
     forgotten prefix is computed again, never wrong.
+
+    Args:
+        num_pages: of the block pool.
     """
 
-    def __init__(self, capacity: int) -> None:
-        self._capacity = capacity
+    def __init__(self, num_pages: int) -> None:
+        self._capacity = COUNTS_PER_PAGE * num_pages
         self._kept_count: OrderedDict[BlockHash, int] = OrderedDict()
-
-    @classmethod
-    def of(cls, block_pool: BlockPool) -> PrefixIndex:
-        """The index that belongs to a block pool."""
-        index = _indices.get(block_pool)
-        if index is None:
-            index = _indices[block_pool] = cls(COUNTS_PER_PAGE * block_pool.num_gpu_blocks)
-        return index
 
     def __len__(self) -> int:
         return len(self._kept_count)
@@ -117,6 +109,7 @@ class PrefixIndex:
         """
         block_size = spec.block_size
         is_bounded = spec.max_separator_tokens is not None
+        num_sink_pages = spec.seen.num_sink_pages(block_size)
         nothing = [block_pool.null_block] * len(group_ids)
         full: list[list[KVCacheBlock]] = []  # done pages; each one page per group
         lost: list[int] = []  # of those, the ones that are no longer cached
@@ -128,7 +121,7 @@ class PrefixIndex:
             if count // block_size > len(full):
                 page = block_pool.get_cached_block(done_key(block_hash), group_ids)
                 if page is None:
-                    if not is_bounded or len(full) < spec.num_sink_pages:
+                    if not is_bounded or len(full) < num_sink_pages:
                         break
                     lost.append(len(full))
                 full.append(page or nothing)
@@ -140,11 +133,11 @@ class PrefixIndex:
             if is_bounded:
                 # The window begins inside a block; up to that block's start, fewer are kept.
                 before = ((i + 1) * block_size - spec.window_size + 1) // block_size
-                first = spec.first_entry(counts[before - 1] if before > 0 else 0) // block_size
-                at = bisect_left(lost, first)
+                limit = counts[before - 1] if before > 0 else 0
+                unseen = slice(*spec.seen.unseen_pages(limit, block_size))
+                at = bisect_left(lost, unseen.stop)
                 if at < len(lost) and lost[at] < len(pages):
                     continue
-                unseen = slice(spec.num_sink_pages, max(first, spec.num_sink_pages))
                 pages[unseen] = [nothing] * len(pages[unseen])
             if counts[i] % block_size:
                 page = block_pool.get_cached_block(block_hashes[i], group_ids)

@@ -24,10 +24,10 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_sepllm.engine.scheduling.admission import Admission
 from vllm_sepllm.engine.scheduling.kept_manager import KeptManager
-from vllm_sepllm.engine.scheduling.prefix_index import PrefixIndex
+from vllm_sepllm.engine.scheduling.pool_state import PoolState
 from vllm_sepllm.engine.scheduling.traffic import TrafficShare
-from vllm_sepllm.engine.startup import settings
 from vllm_sepllm.engine.startup.checks import largest_cache, trained_length
+from vllm_sepllm.engine.startup.settings import Settings
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -40,24 +40,24 @@ class SepLLMScheduler(Scheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        policy = settings.kept_policy(self.vllm_config)
+        settings = Settings.of(self.vllm_config)
         pool = self.kv_cache_manager.block_pool
         managers = self.kv_cache_manager.coordinator.single_type_managers
         self._kept_managers = [m for m in managers if isinstance(m, KeptManager)]
         for manager in self._kept_managers:
-            manager.attach(policy, self.requests, self._in_flight_tokens)
-            PrefixIndex.of(pool).make_room(self.max_model_len, manager.block_size)
+            manager.attach(settings.rule, self.requests, self._in_flight_tokens)
+            PoolState.of(pool).prefixes.make_room(self.max_model_len, manager.block_size)
         self._admission = Admission(
             managers,
             pool.num_gpu_blocks - 1,  # one is the null block
             self.scheduler_config.max_num_batched_tokens,
             self.vllm_config.max_concurrent_batches,
         )
-        options = settings.options(self.vllm_config)
+        options = settings.config
         # With a bound the share says little about memory.
         self._traffic: TrafficShare | None = None
         if options.max_separator_tokens is None:
-            self._traffic = TrafficShare(settings.plan(self.vllm_config))
+            self._traffic = TrafficShare(settings.plan)
         self._num_positions: int | None = None  # of the model, where a text can run past them
         trained = trained_length(self.vllm_config.model_config)
         grows = options.position_mode == "cache" and largest_cache(options) is None

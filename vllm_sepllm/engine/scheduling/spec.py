@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -26,6 +27,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cach
 from vllm_sepllm.engine.scheduling.kept_manager import KeptManager
 from vllm_sepllm.engine.scheduling.window_manager import WindowManager
 from vllm_sepllm.planning import PLANNING_MARGIN
+from vllm_sepllm.policy import SeenStream
 
 # The registry only loads vLLM's own entries while it is empty.
 KVCacheSpecRegistry._ensure_registered()
@@ -74,16 +76,10 @@ class KeptSpec(AttentionSpec):
         """Stream slots follow from kept counts, not from positions."""
         return False
 
-    def first_entry(self, num_kept: int) -> int:
-        """First entry beside the sinks that a query sees before whose window so many are kept."""
-        if self.max_separator_tokens is None:
-            return 0
-        return max(min(num_kept, self.num_sink_tokens), num_kept - self.max_separator_tokens)
-
-    @property
-    def num_sink_pages(self) -> int:
-        """Pages that hold sinks, which stay whatever leaves."""
-        return cdiv(self.num_sink_tokens, self.block_size)
+    @cached_property
+    def seen(self) -> SeenStream:
+        """Which entries of the stream a query sees."""
+        return SeenStream(self.num_sink_tokens, self.max_separator_tokens)
 
     def expected_pages(self, num_tokens: int, num_in_flight: int) -> int:
         """Pages planned for a request of the text that memory is planned for.
@@ -100,7 +96,7 @@ class KeptSpec(AttentionSpec):
         recent = math.ceil(share * (self.window_size - 1 + num_in_flight))
         # Their first entry may lie anywhere in its page.
         bounded = cdiv(self.max_separator_tokens + recent, self.block_size) + 1
-        return min(pages, self.num_sink_pages + bounded)
+        return min(pages, self.seen.num_sink_pages(self.block_size) + bounded)
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         """Memory planned for a request of ``max_model_len`` tokens of ordinary text.

@@ -24,9 +24,8 @@ from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock, resolve_block_h
 from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
 from vllm.v1.request import Request
 
-from vllm_sepllm.engine.scheduling.junctions import Junctions, refresh
-from vllm_sepllm.engine.scheduling.prefix_index import PrefixIndex
-from vllm_sepllm.engine.scheduling.spare_pages import SparePages, leaving_pages
+from vllm_sepllm.engine.scheduling.eviction import leaving_pages, refresh
+from vllm_sepllm.engine.scheduling.pool_state import PoolState
 
 
 class WindowManager(SlidingWindowManager):
@@ -34,10 +33,7 @@ class WindowManager(SlidingWindowManager):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._index = PrefixIndex.of(self.block_pool)
-        self._spare = SparePages.of(self.block_pool)
-        self._all_junctions = Junctions.of(self.block_pool)
-        self._counts_visits = self._all_junctions.claim()
+        self._pool = PoolState.of(self.block_pool)
         self._pages_for_hit = cdiv(self.sliding_window - 1, self.block_size)
         # Junctions of each live request, in token blocks.
         self._junctions: dict[str, list[int]] = {}
@@ -48,7 +44,7 @@ class WindowManager(SlidingWindowManager):
         """vLLM's, from spare pages before others that are cached."""
         missing = cdiv(num_tokens, self.block_size) - len(self.req_to_blocks[request_id])
         if missing > 0:
-            self._spare.make_room(missing)
+            self._pool.spare.make_room(missing)
         return super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
@@ -68,11 +64,11 @@ class WindowManager(SlidingWindowManager):
         )
         found = self.num_cached_block.get(request.request_id, 0)
         known = found
-        while known < len(hashes) and self._index.kept_count(hashes[known]) is not None:
+        while known < len(hashes) and self._pool.prefixes.kept_count(hashes[known]) is not None:
             known += 1
-        for end in {found, known} - {0} if self._counts_visits else ():
-            self._all_junctions.visit(hashes[end - 1])
-        ends = self._all_junctions.among(hashes)
+        for end in {found, known} - {0}:
+            self._pool.junctions.visit(hashes[end - 1], self.kv_cache_group_id)
+        ends = self._pool.junctions.among(hashes)
         for end in ends:
             if end < found:  # behind the window it resumed with, so not touched yet
                 first = max(0, end - self._pages_for_hit)
@@ -87,7 +83,7 @@ class WindowManager(SlidingWindowManager):
         junctions = self._junctions.get(request_id, ())
         for block, page in reversed(leaving):
             if not any(end - self._pages_for_hit <= block < end for end in junctions):
-                self._spare.add(page)
+                self._pool.spare.add(page)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """Forget a request that ended or was preempted; returns its pages."""

@@ -16,6 +16,7 @@ from vllm.config.model import _get_and_verify_max_len
 
 from vllm_sepllm.config import SepLLMConfig
 from vllm_sepllm.engine.compat import groups_own_kv_cache
+from vllm_sepllm.engine.names import ASYNC_SCHEDULER_PATH, SCHEDULER_PATH
 from vllm_sepllm.engine.startup.settings import OPTIONS_KEY
 
 OTHER_BACKEND = "use another attention backend"
@@ -145,7 +146,7 @@ def trained_length(model_config: ModelConfig) -> int:
 def largest_cache(options: SepLLMConfig) -> int | None:
     """Most tokens a query sees, which is where cache positions end; ``None`` if it grows."""
     cache = options.num_sink_tokens + options.window_size
-    if options.policy == "streaming":
+    if options.keeps_nothing:
         return cache
     bound = options.max_separator_tokens
     return None if bound is None else cache + bound
@@ -243,8 +244,6 @@ def _parallel_refusals(vllm_config: VllmConfig, hardware: Hardware) -> Iterator[
 
 
 def _runner_refusals(vllm_config: VllmConfig, hardware: Hardware) -> Iterator[str]:
-    from vllm_sepllm.engine.cpu.platform import ASYNC_SCHEDULER_PATH, SCHEDULER_PATH
-
     worker = vllm_config.parallel_config.worker_cls
     scheduler = vllm_config.scheduler_config.scheduler_cls
     if worker not in ("auto", hardware.worker_path):

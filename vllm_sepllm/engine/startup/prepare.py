@@ -12,11 +12,12 @@ from vllm.tokenizers import cached_tokenizer_from_config
 
 from vllm_sepllm.config import ConfigError, SepLLMConfig
 from vllm_sepllm.engine.compat import caution, vllm_version
-from vllm_sepllm.engine.startup import settings
 from vllm_sepllm.engine.startup.checks import Hardware, largest_cache, refusals, trained_length
+from vllm_sepllm.engine.startup.settings import Settings, store
 from vllm_sepllm.keep_classes import Separators, missing_sentence, resolve_separators
+from vllm_sepllm.layers import LayerPlan
 from vllm_sepllm.planning import NEXT_TO_NOTHING, Plan, make_plan
-from vllm_sepllm.policy import KeptPolicy
+from vllm_sepllm.policy import KeepRule
 from vllm_sepllm.separator_lists import DEFAULT_SEPARATORS
 
 logger = init_logger(f"vllm.{__name__}")
@@ -37,11 +38,12 @@ def prepare(vllm_config: VllmConfig, hardware: Hardware) -> Separators | None:
         ConfigError: it cannot be served.
     """
     try:
-        options = settings.options(vllm_config)
+        settings = Settings.of(vllm_config)
+        options = settings.config
         problems = refusals(vllm_config, options, hardware)
         if problems:
             raise ConfigError("; ".join(problems))
-        if settings.is_resolved(vllm_config):
+        if settings.is_resolved:
             return None
         separators = _resolve(vllm_config, options)
     except ValueError as error:
@@ -56,7 +58,7 @@ def prepare(vllm_config: VllmConfig, hardware: Hardware) -> Separators | None:
 def _resolve(vllm_config: VllmConfig, options: SepLLMConfig) -> Separators:
     model_config = vllm_config.model_config
     vocab_size = model_config.get_vocab_size()
-    looks_up = options.policy == "sepllm" and options.separator_token_ids is None
+    looks_up = options.looks_up_separators
     tokenizer = _tokenizer(model_config, options, looks_up)
     separators = resolve_separators(options, tokenizer)
     if looks_up:
@@ -69,12 +71,13 @@ def _resolve(vllm_config: VllmConfig, options: SepLLMConfig) -> Separators:
             )
     resolved = options.with_separator_ids(separators.token_ids)
     if resolved.dense_layers:
-        resolved = resolved.with_dense_layers_of(model_config.get_total_num_hidden_layers())
-    policy = KeptPolicy.from_config(resolved, vocab_size)  # checks the ids
-    plan = make_plan(resolved, policy, tokenizer)
+        layers = LayerPlan.of(resolved.dense_layers, model_config.get_total_num_hidden_layers())
+        resolved = resolved.with_dense_layers(layers.indices)
+    rule = KeepRule.of(resolved, vocab_size)  # checks the ids
+    plan = make_plan(resolved, rule, tokenizer)
     if looks_up:
         plan = plan.with_help(tokenizer, separators.texts)
-    settings.store(vllm_config, resolved, plan, _notes(options, separators, plan))
+    store(vllm_config, resolved, plan, _notes(options, separators, plan))
     return separators
 
 
@@ -87,7 +90,7 @@ def _tokenizer(model_config: ModelConfig, options: SepLLMConfig, looks_up: bool)
                 "set separator_token_ids"
             )
         return None
-    if options.policy in ("streaming", "fixed_interval"):
+    if not options.method.uses_separators:
         return None
     try:
         return cached_tokenizer_from_config(model_config)
@@ -117,7 +120,8 @@ def _notes(options: SepLLMConfig, separators: Separators, plan: Plan) -> list[st
 
 def announce(vllm_config: VllmConfig, separators: Separators) -> None:
     """The one INFO line, and WARNINGs of separators and of a vLLM not run with all tests."""
-    options, plan = settings.options(vllm_config), settings.plan(vllm_config)
+    settings = Settings.of(vllm_config)
+    options, plan = settings.config, settings.plan
     found = vllm_version() or "unknown"
     bound = options.max_separator_tokens
     logger.info_once(
@@ -136,7 +140,7 @@ def announce(vllm_config: VllmConfig, separators: Separators) -> None:
         f", full attention in layers {list(options.dense_layers)}" if options.dense_layers else "",
         _scarce_clause(options, plan),
     )
-    notes = settings.notes(vllm_config)
+    notes = settings.notes
     if notes:
         logger.warning_once("SepLLM attention: %s.", "; ".join(notes))
     if options.position_mode == "cache":
@@ -185,7 +189,7 @@ def _announce_length(model_config: ModelConfig, options: SepLLMConfig, share: fl
         )
         return
     remedy = "set max_separator_tokens"
-    if options.policy == "fixed_interval":
+    if options.method.uses_interval:
         remedy = "raise interval, lower max_model_len, or use policy='sepllm' with a bound"
     logger.warning_once(
         "SepLLM attention: texts of up to %d tokens are let in, but the model's %d positions hold "

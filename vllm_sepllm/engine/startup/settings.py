@@ -8,15 +8,19 @@ scheduler then need neither a tokenizer nor a file.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
 from vllm_sepllm.config import ConfigError, SepLLMConfig
-from vllm_sepllm.engine.registration import BACKEND_NAME
+from vllm_sepllm.engine.names import BACKEND_NAME
+from vllm_sepllm.layers import LayerPlan
 from vllm_sepllm.planning import Plan
-from vllm_sepllm.policy import KeptPolicy
+from vllm_sepllm.policy import KeepRule
 
 if TYPE_CHECKING:
     from vllm.engine.arg_utils import EngineArgs
@@ -45,13 +49,67 @@ def warn_if_unused(vllm_config: VllmConfig) -> None:
         )
 
 
-def options(vllm_config: VllmConfig) -> SepLLMConfig:
-    """The options given in ``additional_config``.
+@dataclass(frozen=True, eq=False)
+class Settings:
+    """What a configuration says of SepLLM, parsed once per process.
 
-    Raises:
-        ConfigError: they are malformed.
+    Attributes:
+        config: the options; with separator ids once start-up has resolved them.
+        vocab_size: of the model.
+        stored: what :func:`store` wrote beside the options, empty before.
     """
-    return _parse(vllm_config.additional_config)
+
+    config: SepLLMConfig
+    vocab_size: int
+    stored: dict[str, Any]
+
+    @staticmethod
+    def of(vllm_config: VllmConfig) -> Settings:
+        """The settings of a configuration.
+
+        Raises:
+            ConfigError: options are malformed.
+        """
+        global _last
+        additional = vllm_config.additional_config
+        vocab_size = vllm_config.model_config.get_vocab_size()
+        if _last is None or _last[0] != (additional, vocab_size):
+            config = _parse(additional)
+            stored = {}
+            if isinstance(additional, dict):
+                stored = {k: additional[k] for k in (PLAN_KEY, NOTES_KEY) if k in additional}
+            _last = (deepcopy(additional), vocab_size), Settings(config, vocab_size, stored)
+        return _last[1]
+
+    @property
+    def is_resolved(self) -> bool:
+        """Whether :func:`store` was called, here or in the process the configuration is from."""
+        return PLAN_KEY in self.stored
+
+    @cached_property
+    def rule(self) -> KeepRule:
+        """Which tokens are kept."""
+        return KeepRule.of(self.config, self.vocab_size)
+
+    @cached_property
+    def layers(self) -> LayerPlan:
+        """What each layer does, as resolved at start-up."""
+        return LayerPlan(frozenset(self.config.dense_layers))
+
+    @cached_property
+    def plan(self) -> Plan:
+        """What memory is planned for, as stored at start-up."""
+        assert self.is_resolved, "options were not stored at start-up"
+        return Plan.from_dict(self.stored[PLAN_KEY])
+
+    @property
+    def notes(self) -> list[str]:
+        """What start-up warned of, one sentence each without its full stop."""
+        return list(self.stored.get(NOTES_KEY, ()))
+
+
+# The last configuration asked about, as it was, and what it says: a process serves one.
+_last: tuple[tuple[Any, int], Settings] | None = None
 
 
 def asks_for_cache_positions(engine_args: EngineArgs) -> bool:
@@ -90,36 +148,3 @@ def store(
         PLAN_KEY: plan.to_dict(),
         NOTES_KEY: list(notes),
     }
-
-
-def is_resolved(vllm_config: VllmConfig) -> bool:
-    """Whether :func:`store` was called, here or in the process this configuration comes from."""
-    additional = vllm_config.additional_config
-    return isinstance(additional, dict) and PLAN_KEY in additional
-
-
-def plan(vllm_config: VllmConfig) -> Plan:
-    """What memory is planned for, as stored at start-up."""
-    return Plan.from_dict(_stored(vllm_config, PLAN_KEY))
-
-
-def notes(vllm_config: VllmConfig) -> list[str]:
-    """What start-up warned of, one sentence each."""
-    return list(_stored(vllm_config, NOTES_KEY))
-
-
-def expected_kept_share(vllm_config: VllmConfig) -> float:
-    """Kept tokens per token behind the window that memory is planned for, before the margin."""
-    return plan(vllm_config).share
-
-
-def _stored(vllm_config: VllmConfig, key: str) -> Any:
-    additional = vllm_config.additional_config
-    assert isinstance(additional, dict), "options were not stored at start-up"
-    return additional[key]
-
-
-def kept_policy(vllm_config: VllmConfig) -> KeptPolicy:
-    """The policy of resolved options."""
-    config = options(vllm_config)
-    return KeptPolicy.from_config(config, vllm_config.model_config.get_vocab_size())

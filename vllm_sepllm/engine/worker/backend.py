@@ -20,11 +20,12 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheSpec, replace_as
 
 from vllm_sepllm.config import ConfigError
-from vllm_sepllm.engine.registration import BACKEND_NAME
+from vllm_sepllm.engine.names import BACKEND_NAME
 from vllm_sepllm.engine.scheduling.spec import KeptSpec, WindowSpec
-from vllm_sepllm.engine.startup import settings
 from vllm_sepllm.engine.startup.checks import OTHER_BACKEND
+from vllm_sepllm.engine.startup.settings import Settings
 from vllm_sepllm.engine.worker.rotary import Rotation
+from vllm_sepllm.layers import Layer, LayerPlan
 
 KEPT_SUFFIX = ".kept"
 # Fields of a layer's spec that its groups do not have.
@@ -34,6 +35,11 @@ _DROPPED = ("sliding_window", "attention_chunk_size", "non_causal")
 def layer_index(name: str) -> int:
     """Index of the layer an attention module belongs to, counted over all pipeline stages."""
     return int(extract_layer_index(name))
+
+
+def is_dense(layers: LayerPlan, name: str) -> bool:
+    """Whether an attention module is of a dense layer. Not every name has one index."""
+    return bool(layers.dense) and layers[layer_index(name)] is Layer.DENSE
 
 
 class SepLLMBackend(AttentionBackend):
@@ -56,7 +62,7 @@ class SepLLMBackend(AttentionBackend):
         """Full attention in, the window group out; anything else stays what it is."""
         if type(spec) is not FullAttentionSpec:
             return spec
-        options = settings.options(get_current_vllm_config())
+        options = Settings.of(get_current_vllm_config()).config
         return replace_as(spec, WindowSpec, drop=_DROPPED, sliding_window=options.window_size)
 
 
@@ -80,7 +86,8 @@ class KeptLayer(torch.nn.Module, AttentionLayerBase):
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
         """The kept group's spec, with pages like the window group's."""
-        options, plan = settings.options(vllm_config), settings.plan(vllm_config)
+        settings = Settings.of(vllm_config)
+        options, plan = settings.config, settings.plan
         return replace_as(
             self._window_spec,
             KeptSpec,
@@ -156,8 +163,7 @@ class SepLLMImpl(AttentionImpl):
                 f"{name} has values of size {layer.head_size_v} and keys of size "
                 f"{layer.head_size}, SepLLM attention needs both alike: {OTHER_BACKEND}"
             )
-        dense = settings.options(vllm_config).dense_layers
-        if dense and layer_index(name) in dense:
+        if is_dense(Settings.of(vllm_config).layers, name):
             self._make_dense(layer, act_dtype)
             return
         self.kept_name = name + KEPT_SUFFIX

@@ -12,11 +12,8 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.model_states.interface import ModelSpecificAttnMetadata
 
 from vllm_sepllm.config import ConfigError
-from vllm_sepllm.engine.cpu.counts import KeptRows, Rows, computed_ids
-from vllm_sepllm.engine.cpu.metadata import KeptMetadataBuilder
-from vllm_sepllm.engine.gpu.counts import DeviceRows
-from vllm_sepllm.engine.gpu.metadata import GPUKeptMetadataBuilder
 from vllm_sepllm.engine.startup.checks import OTHER_BACKEND
+from vllm_sepllm.engine.worker.counts import Rows, computed_ids
 
 
 class SepLLMModelState(DefaultModelState):
@@ -87,7 +84,7 @@ class BatchStep(ModelSpecificAttnMetadata):
     """What one batch is, handed to the builders of all kept groups.
 
     Args:
-        step: of :meth:`vllm_sepllm.engine.cpu.counts.Rows.step`; ``None`` if vLLM made the batch
+        step: of :meth:`vllm_sepllm.engine.worker.counts.Rows.step`; ``None`` if vLLM made the batch
             up.
         kept_builder: class of those builders.
     """
@@ -100,25 +97,3 @@ class BatchStep(ModelSpecificAttnMetadata):
         """Arguments of ``build``."""
         is_kept = isinstance(attn_metadata_builder, self._kept_builder)
         return {"step": self._step} if is_kept else {}
-
-
-class SepLLMCPUModelState(SepLLMModelState):
-    """Counts on CPU."""
-
-    kept_builder = KeptMetadataBuilder
-    has_unreal_metadata = False
-
-    def make_rows(self) -> KeptRows:
-        """Rows of whole requests."""
-        return KeptRows.of(self.vllm_config)
-
-
-class SepLLMGPUModelState(SepLLMModelState):
-    """Counts on the device."""
-
-    kept_builder = GPUKeptMetadataBuilder
-    has_unreal_metadata = True
-
-    def make_rows(self) -> DeviceRows:
-        """Rows of what a step needs."""
-        return DeviceRows.of(self.vllm_config, self.device)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.v1.core.sched.output import SchedulerOutput
 
-from vllm_sepllm.engine.cpu.counts import Rows, computed_ids
+from vllm_sepllm.engine.worker.counts import Rows, computed_ids
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner

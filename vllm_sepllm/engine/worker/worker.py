@@ -10,10 +10,10 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from vllm_sepllm.config import ConfigError
-from vllm_sepllm.engine.cpu.counts import Rows
 from vllm_sepllm.engine.scheduling.spec import WindowSpec
-from vllm_sepllm.engine.startup import settings
-from vllm_sepllm.engine.worker.backend import KEPT_SUFFIX, SepLLMImpl, layer_index
+from vllm_sepllm.engine.startup.settings import Settings
+from vllm_sepllm.engine.worker.backend import KEPT_SUFFIX, SepLLMImpl, is_dense, layer_index
+from vllm_sepllm.engine.worker.counts import Rows
 from vllm_sepllm.engine.worker.rotary import prepare_cache_positions
 from vllm_sepllm.engine.worker.runner_steps import RunnerSteps
 
@@ -47,7 +47,7 @@ class SepLLMWorker(Worker):
                 positions.
         """
         super().load_model(*args, **kwargs)
-        if settings.options(self.vllm_config).position_mode == "cache":
+        if Settings.of(self.vllm_config).config.position_mode == "cache":
             config = self.model_config
             with set_current_vllm_config(self.vllm_config):
                 model = self.model_runner.get_model()
@@ -78,9 +78,9 @@ class SepLLMWorker(Worker):
         Raises:
             ConfigError: one has a sliding window of its own.
         """
-        dense = settings.options(self.vllm_config).dense_layers
+        layers = Settings.of(self.vllm_config).layers
         for name, layer in get_layers_from_vllm_config(self.vllm_config, Attention).items():
-            if dense and layer.sliding_window is not None and layer_index(name) in dense:
+            if layer.sliding_window is not None and is_dense(layers, name):
                 raise ConfigError(
                     f"dense_layers holds {layer_index(name)}, a layer with a sliding window of "
                     f"{layer.sliding_window} tokens of its own: leave it out"

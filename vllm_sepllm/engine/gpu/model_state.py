@@ -1,0 +1,18 @@
+"""Steps of the V2 model runner on a GPU."""
+
+from __future__ import annotations
+
+from vllm_sepllm.engine.gpu.counts import DeviceRows
+from vllm_sepllm.engine.gpu.metadata import GPUKeptMetadataBuilder
+from vllm_sepllm.engine.worker.model_state import SepLLMModelState
+
+
+class SepLLMGPUModelState(SepLLMModelState):
+    """Counts on the device."""
+
+    kept_builder = GPUKeptMetadataBuilder
+    has_unreal_metadata = True
+
+    def make_rows(self) -> DeviceRows:
+        """Rows of what a step needs."""
+        return DeviceRows.of(self.vllm_config, self.device)

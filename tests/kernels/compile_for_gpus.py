@@ -34,7 +34,7 @@ SHARED_MEMORY = {H200: 227 << 10, A100: 163 << 10, L40: 99 << 10}  # bytes of a 
 INDEX = {"query_start": "*i32", "seq_lens": "*i32", "window_table": "*i32", "kept_table": "*i32"}
 INDEX |= {"stream_ranges": "*i32", "stream_slots": "*i64", "window_slots": "*i64", "rows": "*i64"}
 INDEX |= dict.fromkeys(("most", "starts", "slots", "requests"), "*i32")
-INDEX |= dict.fromkeys(("plan_most", "plan_starts", "plan_slots", "plan_requests"), "*i32")
+INDEX["plan"] = "*i32"
 INDEX |= {"token_ids": "*i32", "kept_prefix": "*i32", "is_chosen": "*i1", "lags": "*i32"}
 FLOATS = {"partial": "*fp32", "log_sums": "*fp32", "stream_turns": "*fp32", "scale": "fp32"}
 FLOATS |= {"turns": "*fp32"}
@@ -75,14 +75,14 @@ def cases() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], Sequence[Laun
                 if rows == 64 and not usual:
                     continue
                 tile = tile_entries(head_size, size)
-                tiles = {"TILE": tile, "PAIRED": size == 1, "MAX_TOKENS": rows // 16}
+                tiles = {"TILE": tile, "MAX_TOKENS": rows // 16, "MAX_REQS": 256}
                 launches = decode_launches(rows, head_size, size, tile)
                 yield _decode, types, {**constants, **tiles}, launches, capability
             prefill = {**constants, "TILE": tile_entries(head_size, max(2, size))}
             yield _prefill, types, {**prefill, "log_sums": None}, LAUNCHES, capability
             if usual and pages == "bf16":
                 yield _prefill, {**types, "output": "*fp32"}, prefill, LAUNCHES, capability
-    merge = {"MAX_TOKENS": 1, "NUM_HEADS": 32, "HEAD_SIZE": 128, "MERGED": MERGED}
+    merge = {"MAX_REQS": 256, "MAX_TOKENS": 1, "NUM_HEADS": 32, "HEAD_SIZE": 128, "MERGED": MERGED}
     yield _merge, {"output": "*bf16"}, merge, (), H200
     for requests in (16, 1024):
         plan = {"MIN_TILES": MIN_TILES, "TILE": 64, "REQUESTS": requests}
@@ -125,6 +125,7 @@ def compile_one(
 ) -> dict[str, Any]:
     """Sizes of the compiled kernel."""
     known = {**INDEX, **FLOATS, **types}
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature = {
         name: "constexpr" if name in constants else known.get(name, "i32")
         for name in kernel.arg_names

@@ -215,7 +215,6 @@ def attend_span(
     sink_tiles, first_stream, stream_tiles, first_window, window_tiles = count_tiles(
         stream_low, stream_high, first_position, last_position, window_size, num_sinks, TILE
     )
-
     size: tl.constexpr = triton.next_power_of_2(HEAD_SIZE)
     dim = tl.arange(0, size // 2 if PAIRED else size)
     weight_sum = tl.zeros_like(position).to(tl.float32)

@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 
 from sepllm_kernels.batch import STEP_INDEX, KeptBatch, PagedKV
-from sepllm_kernels.paged.decode_plan.triton import DecodePlan, decode_plan
+from sepllm_kernels.paged.arguments import batch_arguments
+from sepllm_kernels.paged.decode_plan.triton import DecodePlan, decode_plan, plan_parts
 from sepllm_kernels.paged.launches import Launch, launch_first_that_fits
 from sepllm_kernels.paged.tiles import STAGES, attend_span, tile_entries
 
@@ -24,6 +25,7 @@ from sepllm_kernels.paged.tiles import STAGES, attend_span, tile_entries
 PROGRAMS = 6  # per processor
 MIN_TILES = 2  # of a piece, where there are as many
 MERGED = 32  # pieces at a time
+BESIDE = tl.constexpr(4)  # elements behind each partial result: 16 bytes, of which one is used
 INTERPRETED_PROCESSORS = 1  # in Triton's interpreter, enough for some pieces
 MAX_ROWS = 64  # of one program: query tokens times heads per KV head
 
@@ -34,12 +36,8 @@ def _decode(
     key_pages,
     value_pages,
     output,
-    partial,  # [pieces of split requests, MAX_TOKENS, num_heads, head_size]
-    log_sums,  # [the same, but head_size]; -inf: nothing was taken or stored
-    plan_most,
-    plan_starts,
-    plan_slots,
-    plan_requests,
+    partial,  # of :class:`DecodeBuffers`
+    plan,
     query_start,
     seq_lens,
     window_table,
@@ -57,16 +55,18 @@ def _decode(
     scale,
     value_scale,
     SOFT_CAP: tl.constexpr,
+    MAX_REQS: tl.constexpr,
     MAX_TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     GROUP: tl.constexpr,
-    NUM_HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     PAGE: tl.constexpr,
     TILE: tl.constexpr,
-    PAIRED: tl.constexpr,
 ):
+    PAIRED: tl.constexpr = key_pages.dtype.element_ty.primitive_bitwidth == 8
     piece, kv_head = tl.program_id(0), tl.program_id(1)
+    num_heads = tl.num_programs(1) * GROUP
+    plan_most, plan_starts, plan_slots, plan_requests = plan_parts(plan, MAX_REQS)
     head_start = kv_head.to(tl.int64) * head_stride
     req = tl.load(plan_requests + piece).to(tl.int64)
     if req < 0:
@@ -115,31 +115,31 @@ def _decode(
     dim = tl.arange(0, triton.next_power_of_2(HEAD_SIZE))
     stored = row_valid[:, None] & (dim[None, :] < HEAD_SIZE)
     if num_pieces == 1:
-        out = (token.to(tl.int64) * NUM_HEADS + head)[:, None] * HEAD_SIZE + dim[None, :]
+        out = (token.to(tl.int64) * num_heads + head)[:, None] * HEAD_SIZE + dim[None, :]
         tl.store(output + out, result.to(output.dtype.element_ty), mask=stored)
     else:
         slot = (tl.load(plan_slots + req) + piece).to(tl.int64)
-        at = (slot * MAX_TOKENS + row // GROUP) * NUM_HEADS + head
+        at = ((slot * MAX_TOKENS + row // GROUP) * num_heads + head) * (HEAD_SIZE + BESIDE)
         taken = stored & (weight_sum > 0)[:, None]
-        tl.store(partial + at[:, None] * HEAD_SIZE + dim[None, :], result, mask=taken)
+        tl.store(partial + at[:, None] + dim[None, :], result, mask=taken)
         log_sum = tl.where(weight_sum > 0, maximum + tl.log2(some), float("-inf"))
-        tl.store(log_sums + at, log_sum, mask=row_valid)
+        tl.store(partial + at + HEAD_SIZE, log_sum, mask=row_valid)
 
 
 @triton.jit
 def _merge(
     partial,
-    log_sums,
     output,
-    plan_starts,
-    plan_slots,
+    plan,
     query_start,
+    MAX_REQS: tl.constexpr,
     MAX_TOKENS: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     MERGED: tl.constexpr,
 ):
     req, offset, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    _, plan_starts, plan_slots, _ = plan_parts(plan, MAX_REQS)
     num_pieces = tl.load(plan_starts + req + 1) - tl.load(plan_starts + req)
     if num_pieces <= 1:
         return
@@ -153,12 +153,13 @@ def _merge(
     for piece in range(0, num_pieces, MERGED):
         taken = piece + tl.arange(0, MERGED)
         at = ((slot + taken).to(tl.int64) * MAX_TOKENS + offset) * NUM_HEADS + head
-        log_sum = tl.load(log_sums + at, mask=taken < num_pieces, other=float("-inf"))
+        at *= HEAD_SIZE + BESIDE
+        log_sum = tl.load(partial + at + HEAD_SIZE, mask=taken < num_pieces, other=float("-inf"))
         new_maximum = tl.maximum(maximum, tl.max(log_sum, 0))
         base = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
         weight, shrink = tl.exp2(log_sum - base), tl.exp2(maximum - base)
         loaded = (weight > 0)[:, None] & (dim[None, :] < HEAD_SIZE)
-        parts = tl.load(partial + at[:, None] * HEAD_SIZE + dim[None, :], mask=loaded, other=0.0)
+        parts = tl.load(partial + at[:, None] + dim[None, :], mask=loaded, other=0.0)
         acc = acc * shrink + tl.sum(parts * weight[:, None], 0)
         weight_sum = weight_sum * shrink + tl.sum(weight, 0)
         maximum = new_maximum
@@ -174,6 +175,12 @@ def extra_pieces(num_kv_heads: int, num_processors: int) -> int:
 
 class DecodeBuffers:
     """Partial results of pieces, allocated once so that CUDA graphs can refer to them.
+
+    Attributes:
+        max_query_len: tokens of one request in a batch.
+        partial: ``[pieces of split requests, max_query_len, num_heads, head_size + BESIDE]``
+            float32, flat. Behind each result is the logarithm of the sum that its softmax divides
+            by; -inf: nothing was taken or stored.
 
     Args:
         max_query_len: tokens of one request in a batch.
@@ -196,8 +203,8 @@ class DecodeBuffers:
         rows = pieces * max_query_len * num_heads
         self.max_query_len = max_query_len
         # vLLM makes the model's type the default one while it loads a model.
-        self.partial = torch.empty(rows * head_size, dtype=torch.float32, device=device)
-        self.log_sums = torch.empty(rows, dtype=torch.float32, device=device)
+        elements = rows * (head_size + BESIDE.value)
+        self.partial = torch.empty(elements, dtype=torch.float32, device=device)
 
 
 def plan_for(
@@ -266,45 +273,52 @@ def kept_decode(
         plan = plan_for(num_reqs, num_kv_heads, head_size, element_size, queries.device)
         lengths = batch.query_start, batch.seq_lens, batch.stream_ranges
         make_plan(*lengths, batch.window_size, batch.num_sinks, plan)
+    _launch(queries, pages, batch, output, scale, float(logits_soft_cap), buffers, plan)
+    _merge[(num_reqs, batch.max_query_len, num_heads)](
+        buffers.partial,
+        output,
+        plan.whole,
+        batch.query_start,
+        MAX_REQS=plan.max_num_reqs,
+        MAX_TOKENS=buffers.max_query_len,
+        NUM_HEADS=num_heads,
+        HEAD_SIZE=head_size,
+        MERGED=MERGED,
+    )
+
+
+def _launch(
+    queries: torch.Tensor,
+    pages: PagedKV,
+    batch: KeptBatch,
+    output: torch.Tensor,
+    scale: float,
+    logits_soft_cap: float,
+    buffers: DecodeBuffers,
+    plan: DecodePlan,
+) -> None:
+    """Launch the kernel over the pieces of a plan."""
+    num_heads, head_size = queries.shape[-2:]
+    num_kv_heads, element_size = pages.key.shape[1], pages.key.element_size()
+    group = num_heads // num_kv_heads
     rows = max(16, triton.next_power_of_2(batch.max_query_len * group))
-    page_stride, head_stride, entry_stride, _ = pages.key.stride()
     arguments = (
         queries,
         pages.key,
         pages.value,
         output,
         buffers.partial,
-        buffers.log_sums,
-        plan.most,
-        plan.starts,
-        plan.slots,
-        plan.requests,
-        batch.query_start,
-        batch.seq_lens,
-        batch.window_table,
-        batch.kept_table,
-        batch.stream_ranges,
-        queries.stride(0) if queries.dim() == 4 else 0,
-        queries.stride(-3),
-        page_stride,
-        head_stride,
-        entry_stride,
-        batch.window_table.stride(0),
-        batch.kept_table.stride(0),
-        batch.window_size,
-        batch.num_sinks,
-        scale * pages.key_scale,
-        pages.value_scale,
+        plan.whole,
+        *batch_arguments(queries, pages, batch, scale),
     )
     constants = {
-        "SOFT_CAP": float(logits_soft_cap),
+        "SOFT_CAP": logits_soft_cap,
+        "MAX_REQS": plan.max_num_reqs,
         "MAX_TOKENS": buffers.max_query_len,
         "GROUP": group,
-        "NUM_HEADS": num_heads,
         "HEAD_SIZE": head_size,
         "PAGE": pages.page_size,
         "TILE": plan.tile,
-        "PAIRED": element_size == 1,
     }
     grid = plan.requests.shape[0], num_kv_heads
 
@@ -314,18 +328,6 @@ def kept_decode(
     types = queries.dtype, pages.key.dtype, output.dtype
     key = "decode", queries.device, *types, *constants.values()
     launch_first_that_fits(key, decode_launches(rows, head_size, element_size, plan.tile), run)
-    _merge[(num_reqs, batch.max_query_len, num_heads)](
-        buffers.partial,
-        buffers.log_sums,
-        output,
-        plan.starts,
-        plan.slots,
-        batch.query_start,
-        MAX_TOKENS=buffers.max_query_len,
-        NUM_HEADS=num_heads,
-        HEAD_SIZE=head_size,
-        MERGED=MERGED,
-    )
 
 
 def processors(device: torch.device) -> int:

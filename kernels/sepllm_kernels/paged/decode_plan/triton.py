@@ -18,7 +18,8 @@ class DecodePlan:
 
     Attributes:
         tile: entries of a tile.
-        max_num_reqs: of any batch; the kernel is compiled for it.
+        max_num_reqs: what there is room for; kernels are compiled for it.
+        whole: int32, what follows, one after the other: see :func:`plan_parts`.
         most: ``[1]`` int32, tiles of a piece at most.
         starts: ``[num_reqs + 1]`` int32, pieces of the requests before each.
         slots: ``[num_reqs]`` int32, of them those of requests with several pieces, whose results
@@ -28,6 +29,7 @@ class DecodePlan:
 
     tile: int
     max_num_reqs: int
+    whole: torch.Tensor
     most: torch.Tensor
     starts: torch.Tensor
     slots: torch.Tensor
@@ -37,10 +39,14 @@ class DecodePlan:
     def allocate(
         max_num_reqs: int, extra_pieces: int, tile: int, device: torch.device | str
     ) -> DecodePlan:
-        """For batches of up to so many requests; CUDA graphs may refer to it."""
-        sizes = (1, max_num_reqs + 1, max_num_reqs, max_num_reqs + extra_pieces)
+        """For batches of up to so many requests; CUDA graphs may refer to it.
+
+        There is room for a power of two of them, so that kernels are compiled for few sizes.
+        """
+        room = max(16, triton.next_power_of_2(max_num_reqs))
+        sizes = (1, room + 1, room, room + extra_pieces)
         whole = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
-        return DecodePlan(tile, max_num_reqs, *whole.split(sizes))
+        return DecodePlan(tile, room, whole, *whole.split(sizes)).part(max_num_reqs)
 
     @property
     def extra_pieces(self) -> int:
@@ -53,11 +59,20 @@ class DecodePlan:
         return DecodePlan(
             self.tile,
             self.max_num_reqs,
+            self.whole,
             self.most,
             self.starts[: num_reqs + 1],
             self.slots[:num_reqs],
             self.requests[:pieces],
         )
+
+
+@triton.jit
+def plan_parts(whole, MAX_REQS: tl.constexpr):
+    """Where ``most``, ``starts``, ``slots`` and ``requests`` of a :class:`DecodePlan` begin."""
+    starts = whole + 1
+    slots = starts + MAX_REQS + 1
+    return whole, starts, slots, slots + MAX_REQS
 
 
 @triton.jit(do_not_specialize=STEP_SIZES)
@@ -132,5 +147,5 @@ def decode_plan(
         num_sinks,
         MIN_TILES=min_tiles,
         TILE=plan.tile,
-        REQUESTS=max(16, triton.next_power_of_2(plan.max_num_reqs)),
+        REQUESTS=plan.max_num_reqs,
     )

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from sepllm_kernels.batch import STEP_INDEX, STEP_SIZES, KeptBatch, PagedKV
+from sepllm_kernels.paged.arguments import batch_arguments
 from sepllm_kernels.paged.launches import Launch, launch_first_that_fits
 from sepllm_kernels.paged.tiles import LOG2_E, STAGES, attend_span, tile_entries
 
@@ -46,12 +47,12 @@ def _prefill(
     value_pages,
     output,
     log_sums,  # [num_tokens, num_heads], or None
+    num_reqs,
     query_start,
     seq_lens,
     window_table,
     kept_table,
     stream_ranges,
-    num_reqs,
     part_stride,
     token_stride,
     page_stride,
@@ -149,30 +150,14 @@ def kept_prefill_paged(
     num_heads, head_size = queries.shape[-2:]
     num_reqs, num_kv_heads = batch.seq_lens.shape[0], pages.key.shape[1]
     group = num_heads // num_kv_heads
-    page_stride, head_stride, entry_stride, _ = pages.key.stride()
     arguments = (
         queries,
         pages.key,
         pages.value,
         output,
         log_sums,
-        batch.query_start,
-        batch.seq_lens,
-        batch.window_table,
-        batch.kept_table,
-        batch.stream_ranges,
         num_reqs,
-        queries.stride(0) if queries.dim() == 4 else 0,
-        queries.stride(-3),
-        page_stride,
-        head_stride,
-        entry_stride,
-        batch.window_table.stride(0),
-        batch.kept_table.stride(0),
-        batch.window_size,
-        batch.num_sinks,
-        scale * pages.key_scale,
-        pages.value_scale,
+        *batch_arguments(queries, pages, batch, scale),
     )
     constants = {
         "SOFT_CAP": float(logits_soft_cap),

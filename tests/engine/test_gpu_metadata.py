@@ -5,7 +5,7 @@ import pytest
 import torch
 from kept_builders import PAGE, SINKS, WINDOW, make_batch, make_builders
 
-from vllm_sepllm.engine.gpu.counts import DeviceRows
+from vllm_sepllm.engine.gpu.counts import DeviceCounts
 from vllm_sepllm.engine.gpu.metadata import GPUKeptMetadataBuilder
 from vllm_sepllm.policy import KeepRule, table_of
 
@@ -22,8 +22,8 @@ POLICIES = {
 CPU = torch.device("cpu")
 
 
-def make_rows(policy=POLICIES["sepllm"], max_step=16, rejected=3, max_len=500):
-    return DeviceRows(policy, 4, max_len, max_step, rejected, CPU)
+def make_counts(policy=POLICIES["sepllm"], max_step=16, rejected=3, max_len=500):
+    return DeviceCounts(policy, 4, max_len, max_step, rejected, CPU)
 
 
 def expected(policy, ids, start):
@@ -60,7 +60,7 @@ def check(rows, row, ids, start, policy=POLICIES["sepllm"]):
 @pytest.mark.parametrize("name", POLICIES)
 def test_every_policy_counts_as_it_says(name):
     rng = np.random.default_rng(0)
-    policy, rows = POLICIES[name], make_rows(POLICIES[name])
+    policy, rows = POLICIES[name], make_counts(POLICIES[name])
     ids = rng.integers(0, VOCABULARY, 200)
     rows.restart(1, ids[:0])
     for start in range(0, 200, 16):
@@ -71,7 +71,7 @@ def test_every_policy_counts_as_it_says(name):
 def test_a_request_resumes_anywhere(computed):
     """After a prefix hit or a preemption, whatever the row held before."""
     rng = np.random.default_rng(1)
-    rows = make_rows()
+    rows = make_counts()
     check(rows, 2, rng.integers(0, VOCABULARY, 14), 0)
     ids = rng.integers(0, VOCABULARY, 140)
     rows.restart(2, ids[:computed])
@@ -79,7 +79,7 @@ def test_a_request_resumes_anywhere(computed):
 
 
 def test_memory_does_not_grow_with_length():
-    short, long = (make_rows(max_len=n)._kept_prefix.numel() for n in (1000, 1_000_000))
+    short, long = (make_counts(max_len=n)._kept_prefix.numel() for n in (1000, 1_000_000))
     assert short == long == 4 * (WINDOW + 16 + 3 + 1)
 
 
@@ -92,7 +92,7 @@ def builder():
 def test_decodes_come_first(builder):
     """Up to the drafts to be verified and one more; the rest are chunks of prompts."""
     batch = make_batch([1, 4, 4, 5, 20], [30, 40, 9, 5, 50])
-    rows = make_rows(max_step=64)
+    rows = make_counts(max_step=64)
     for row, count in enumerate([29, 36, 5, 0, 30]):
         rows.restart(row % 4, np.zeros(count, dtype=np.int32))
     step = rows.step(torch.arange(5) % 4, torch.zeros(34, dtype=torch.int32))
@@ -103,7 +103,7 @@ def test_decodes_come_first(builder):
 
 def test_graphs_find_everything_where_it_was(builder):
     """Buffers are the same in every step; what is padding is written and seen by nobody."""
-    rows = make_rows(max_step=64)
+    rows = make_counts(max_step=64)
     step = rows.step(torch.tensor([0, 1]), torch.zeros(64, dtype=torch.int32))
     first = builder.build(0, make_batch([1, 1], [1, 1], padding=2), step=step)
     kept = [1, 1]  # the first token is a sink

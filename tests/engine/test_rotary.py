@@ -90,7 +90,7 @@ def test_long_embedding_is_vllms_where_that_has_positions(make_rope, kind, is_ne
 @pytest.mark.parametrize("position", [2**23 - 1, 2**22 + 1, 12_345_678 % 2**23])
 def test_angles_are_exact_at_any_position(make_rope, position):
     [rotation] = rotations_of(make_rope("plain"))
-    rows = rotation.rows(torch.tensor([position, -position]))
+    rows = rotation.cos_sin(torch.tensor([position, -position]))
     half = HEAD_SIZE // 2
     eps = torch.finfo(torch.float32).eps
     for pair in range(half):
@@ -127,7 +127,7 @@ def test_turn_is_the_definition(is_neox, dtype):
     x = torch.randn(4, 2, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
     index = torch.tensor([1, 0, 0, 1])
     before = x.clone()
-    turned = rotation.turn(x, rotation.rows(positions), index)
+    turned = rotation.rotate(x, rotation.cos_sin(positions), index)
     assert torch.equal(x, before)
     assert turned.dtype == dtype
     for i in range(4):

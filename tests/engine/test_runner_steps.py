@@ -22,9 +22,9 @@ from kept_builders import (
 )
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 
-from vllm_sepllm.engine.cpu.counts import KeptRows
+from vllm_sepllm.engine.cpu.counts import HostCounts
 from vllm_sepllm.engine.cpu.metadata import KeptMetadataBuilder
-from vllm_sepllm.engine.gpu.counts import DeviceRows
+from vllm_sepllm.engine.gpu.counts import DeviceCounts
 from vllm_sepllm.engine.gpu.metadata import GPUKeptMetadataBuilder
 from vllm_sepllm.engine.worker.runner_steps import RunnerSteps
 from vllm_sepllm.policy import KeepRule, table_of
@@ -36,11 +36,11 @@ POLICY = KeepRule(SINKS, WINDOW, table_of([0, 3], VOCABULARY))
 BUILDERS = {"cpu": KeptMetadataBuilder, "device": GPUKeptMetadataBuilder}
 
 
-def make_rows(kind):
+def make_counts(kind):
     if kind == "cpu":
-        return KeptRows(POLICY, NUM_ROWS, MAX_LEN)
+        return HostCounts(POLICY, NUM_ROWS, MAX_LEN)
     sizes = NUM_ROWS, MAX_LEN, MAX_STEP_TOKENS, 2 * NUM_DRAFTS
-    return DeviceRows(POLICY, *sizes, torch.device("cpu"))
+    return DeviceCounts(POLICY, *sizes, torch.device("cpu"))
 
 
 def read(kind, metadata, group):
@@ -66,7 +66,7 @@ class Runner:
         self.input_ids = SimpleNamespace(gpu=torch.zeros(MAX_STEP_TOKENS, dtype=torch.int32))
         self.ids, self.computed, self.restarts = {}, {}, []
         self._scheduled = set()
-        rows = make_rows(kind)
+        rows = make_counts(kind)
         restart = rows.restart
 
         def record(row, token_ids):

@@ -23,7 +23,7 @@ from vllm.platforms import current_platform
 from xformers_masks import attend_under_bias
 
 from vllm_sepllm.engine.gpu.backend import SepLLMGPUImpl
-from vllm_sepllm.engine.gpu.counts import DeviceRows
+from vllm_sepllm.engine.gpu.counts import DeviceCounts
 
 pytestmark = pytest.mark.e2e
 
@@ -446,13 +446,13 @@ def test_several_groups(engines, book, separator_ids, make_reference, monkeypatc
     assert [type(manager).__name__ for manager in engine.managers].count("KeptManager") == 2
     reference = make_reference(window=window, layers=3, dense_layers=[1])
     outputs, preempted, restarts = [], set(), []
-    restart = DeviceRows.restart
+    restart = DeviceCounts.restart
 
     def record(self, *args):
         restarts.append(args)
         restart(self, *args)
 
-    monkeypatch.setattr(DeviceRows, "restart", record)
+    monkeypatch.setattr(DeviceCounts, "restart", record)
     for name, start in (("a", 300), ("b", 100)):
         engine.add(name, book[start : start + 22], max_tokens=16, logprobs=0)
     while engine.llm.llm_engine.has_unfinished_requests():

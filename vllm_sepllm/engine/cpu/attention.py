@@ -24,9 +24,10 @@ import torch
 from vllm import _custom_ops as ops
 from vllm import envs
 
-from vllm_sepllm.engine.cpu.plan import MergedPages, PackedEntries, PagedRows
+from vllm_sepllm.engine.cpu.plan import PagedRows
 from vllm_sepllm.engine.cpu.staging import gather_entries, merge_pages, pack_entries
-from vllm_sepllm.engine.worker.rotary import Rotation
+from vllm_sepllm.engine.cpu.tables import MergedPages, PackedEntries
+from vllm_sepllm.engine.worker.rotation import Rotation
 
 _INTEGERS = {2: torch.int16, 4: torch.int32}  # by bytes of an element
 
@@ -206,7 +207,7 @@ class PagedCall:
             self._turn_positions = torch.from_numpy(rows.turns.positions)
             self._turn_of_queries = torch.from_numpy(rows.turns.of_queries)
             self._turn_of_entries = torch.from_numpy(rows.turns.of_entries)
-        self._turn_rows: dict[Rotation, torch.Tensor] = {}
+        self._cos_sin: dict[Rotation, torch.Tensor] = {}
         self._seq_lens = torch.from_numpy(rows.seq_lens)
         self._query_start = torch.from_numpy(rows.query_start)
         self._schedule = ops.cpu_attn_get_scheduler_metadata(
@@ -240,7 +241,7 @@ class PagedCall:
         turns = self._turns_of(rotation)
         if turns is not None:
             assert rotation is not None
-            query = rotation.turn(query, turns, self._turn_of_queries)
+            query = rotation.rotate(query, turns, self._turn_of_queries)
         if self._staged_pages.size:
             if self._staged_pages.size > pages.num_staging_pages:
                 raise RuntimeError(
@@ -255,7 +256,7 @@ class PagedCall:
                 assert rows.packed is not None
                 assert rotation is not None
                 key, value = pages.gather(rows.packed)
-                key = rotation.turn(key, turns, self._turn_of_entries)
+                key = rotation.rotate(key, turns, self._turn_of_entries)
                 slots = rows.packed.slots + pages.first_staging_page * pages.block_size
                 pages.write(key, value, torch.from_numpy(slots))
         ops.cpu_attention_with_kv_cache(
@@ -276,9 +277,9 @@ class PagedCall:
         )
 
     def _turns_of(self, rotation: Rotation | None) -> torch.Tensor | None:
-        """Rows of a rotation for the step's turns, made by the first layer that has it."""
+        """Cosines and sines for the turns of a step, made by the first layer that has it."""
         if rotation is None or self._rows.turns is None:
             return None
-        if rotation not in self._turn_rows:
-            self._turn_rows[rotation] = rotation.rows(self._turn_positions)
-        return self._turn_rows[rotation]
+        if rotation not in self._cos_sin:
+            self._cos_sin[rotation] = rotation.cos_sin(self._turn_positions)
+        return self._cos_sin[rotation]

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from sepllm_kernels.sequence import kept_prefill
-from vllm.forward_context import get_forward_context
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, _get_attn_isa
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from vllm_sepllm.engine.cpu.attention import CpuPages, PagedCall
-from vllm_sepllm.engine.cpu.metadata import KeptMetadata, KeptMetadataBuilder
-from vllm_sepllm.engine.cpu.plan import BatchPlan, IntArray, StaircaseRow
+from vllm_sepllm.engine.cpu.metadata import KeptMetadata, KeptMetadataBuilder, StepWork
+from vllm_sepllm.engine.cpu.plan import StaircaseRow
+from vllm_sepllm.engine.cpu.tables import IntArray
 from vllm_sepllm.engine.worker.backend import SepLLMBackend, SepLLMImpl
 from vllm_sepllm.engine.worker.metadata import WindowMetadata, WindowMetadataBuilder
 
@@ -66,16 +65,6 @@ class KeptCPUBackend(SepLLMCPUBackend):
         return spec
 
 
-@dataclass
-class StepWork:
-    """What a step's plan turns into, shared by all layers of a group."""
-
-    plan: BatchPlan
-    paged: PagedCall | None
-    token_index: torch.Tensor | None  # batch index of the paged queries; None: all, in order
-    masks: list[dict[int, torch.Tensor]] = field(default_factory=list)
-
-
 class SepLLMCPUImpl(SepLLMImpl):
     """Attention of one layer over its window and its kept stream, on CPU."""
 
@@ -100,46 +89,31 @@ class SepLLMCPUImpl(SepLLMImpl):
         isa = _get_attn_isa(kv_cache.dtype, kv_cache.shape[2], self.head_size, "auto")
         self._pages = CpuPages(kv_cache, staging_start, isa)
 
-    def forward(
+    def write_and_attend(
         self,
         layer: Any,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,
-        attn_metadata: WindowMetadata | None,
+        window: WindowMetadata,
+        kept: KeptMetadata,
         output: torch.Tensor,
-        output_scale: torch.Tensor | None = None,
-        output_block_scale: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Write the step's keys and values, then attend.
-
-        Args:
-            layer: the attention layer.
-            query: ``[num_tokens, num_heads, head_size]``.
-            key, value: ``[num_tokens, num_kv_heads, head_size]``.
-            kv_cache: the layer's pages.
-            attn_metadata: the window group's part of the batch; ``None`` when vLLM warms up.
-            output: ``[num_tokens, num_heads, head_size]``, written.
-            output_scale, output_block_scale: fused output quantization, never given on CPU.
-        """
-        if attn_metadata is None:
-            return output.zero_()
-        kept: KeptMetadata = get_forward_context().attn_metadata[self.kept_name]
+    ) -> None:
+        """See :class:`SepLLMImpl`."""
         pages = self._pages
         assert pages is not None, "SepLLMCPUImpl.bind_pages was not called"
         num_tokens = int(kept.batch.query_start[-1])
-        slots = attn_metadata.slot_mapping[:num_tokens]
+        slots = window.slot_mapping[:num_tokens]
         pages.write(key[:num_tokens], value[:num_tokens], slots)
         if kept.token_index.numel():  # index_select: a third of the time of indexing
             kept_key, kept_value = (x.index_select(0, kept.token_index) for x in (key, value))
             self._write_stream(kept, pages, kept_key, kept_value)
-        work = self._work(kept, attn_metadata, pages, query.dtype)
+        work = self._work(kept, window, pages, query.dtype)
         if work.paged is not None:
             self._run_paged(work, pages, query[:num_tokens], output[:num_tokens])
         for row, masks in zip(work.plan.staircase, work.masks, strict=True):
             self._run_staircase(kept, row, masks, pages, query, key, value, output)
-        return output
 
     def _write_stream(
         self, kept: KeptMetadata, pages: CpuPages, key: torch.Tensor, value: torch.Tensor
@@ -147,17 +121,16 @@ class SepLLMCPUImpl(SepLLMImpl):
         """Write the kept tokens' ``[num_kept, num_kv_heads, head_size]``."""
         lags = kept.key_lags
         if self.rotation is not None and lags is not None:
-            rows = kept.rows(self.rotation, "keys", lambda: lags)
-            key = self.rotation.turn(key, rows)
+            rows = kept.cos_sin(self.rotation, "keys", lambda: lags)
+            key = self.rotation.rotate(key, rows)
         pages.write(key, value, kept.slot_mapping)
 
     def _work(
         self, kept: KeptMetadata, window: WindowMetadata, pages: CpuPages, dtype: torch.dtype
     ) -> StepWork:
         """The step's work, made by the first layer that asks."""
-        cache = kept.work
-        key = (id(window), self.num_heads)
-        if key not in cache:
+        key = window, self.num_heads
+        if key not in kept.works:
             plan = kept.plan(window, pages.block_size)
             paged, token_index = None, None
             if plan.paged is not None:
@@ -168,8 +141,8 @@ class SepLLMCPUImpl(SepLLMImpl):
                     firsts, counts = batch.query_start[rows.requests], np.diff(rows.query_start)
                     spans = zip(firsts.tolist(), counts.tolist(), strict=True)
                     token_index = torch.cat([torch.arange(i, i + n) for i, n in spans])
-            cache[key] = StepWork(plan, paged, token_index, [{} for _ in plan.staircase])
-        return cache[key]
+            kept.works[key] = StepWork(plan, paged, token_index, [{} for _ in plan.staircase])
+        return kept.works[key]
 
     def _run_paged(
         self, work: StepWork, pages: CpuPages, query: torch.Tensor, output: torch.Tensor
@@ -230,6 +203,6 @@ class SepLLMCPUImpl(SepLLMImpl):
         if self.rotation is None or kept.key_lags is None:
             return None
         key = row.request, lags is row.sink_lags
-        return self.rotation.turn(
-            query, kept.rows(self.rotation, key, lambda: torch.from_numpy(lags))
+        return self.rotation.rotate(
+            query, kept.cos_sin(self.rotation, key, lambda: torch.from_numpy(lags))
         )

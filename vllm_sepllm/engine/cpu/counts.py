@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from vllm.config import VllmConfig
 
-from vllm_sepllm.engine.cpu.plan import IntArray
+from vllm_sepllm.engine.cpu.tables import IntArray
 from vllm_sepllm.engine.startup.settings import Settings
 from vllm_sepllm.engine.worker.counts import TokenArray
 from vllm_sepllm.policy import CountArray, KeepRule
@@ -44,8 +44,8 @@ class KeptTokens:
     entry: CountArray
 
 
-class KeptRows:
-    """Kept tokens below each position, a row per request; see ``worker.counts.Rows``.
+class HostCounts:
+    """Kept tokens below each position, a row per request; see ``worker.counts.Counts``.
 
     Attributes:
         rule: which tokens are kept.
@@ -58,8 +58,8 @@ class KeptRows:
         self._counted = np.zeros(max_num_reqs, dtype=np.int64)
 
     @classmethod
-    def of(cls, vllm_config: VllmConfig) -> KeptRows:
-        """Rows of a worker."""
+    def of(cls, vllm_config: VllmConfig) -> HostCounts:
+        """Counts of a worker."""
         return cls(
             Settings.of(vllm_config).rule,
             vllm_config.scheduler_config.max_num_seqs,
@@ -75,9 +75,9 @@ class KeptRows:
             self._count_span(row, token_ids, 0)
         self._counted[row] = len(token_ids)
 
-    def step(self, index: torch.Tensor, token_ids: torch.Tensor) -> KeptStep:
-        """See ``worker.counts.Rows``."""
-        return KeptStep(self, index.numpy(), token_ids.numpy())
+    def step(self, index: torch.Tensor, token_ids: torch.Tensor) -> HostStep:
+        """See ``worker.counts.Counts``."""
+        return HostStep(self, index.numpy(), token_ids.numpy())
 
     def count(
         self, rows: IntArray, token_ids: TokenArray, query_start: CountArray, starts: IntArray
@@ -109,17 +109,17 @@ class KeptRows:
         below[start + 1 : stop + 1] += below[start]
 
 
-class KeptStep:
+class HostStep:
     """One step, for the builders of all kept groups.
 
     Args:
-        rows: of all requests.
+        counts: of all requests.
         index: ``[num_reqs]`` row of each request.
         token_ids: ``[num_tokens]`` of all requests, one after the other; may be longer.
     """
 
-    def __init__(self, rows: KeptRows, index: IntArray, token_ids: TokenArray) -> None:
-        self.rows = rows
+    def __init__(self, counts: HostCounts, index: IntArray, token_ids: TokenArray) -> None:
+        self.counts = counts
         self._index = index
         self._token_ids = token_ids
         self._found: KeptTokens | None = None
@@ -140,14 +140,14 @@ class KeptStep:
         rows = self._index
         num_reqs, lengths = len(rows), query_start[1:] - query_start[:-1]
         starts = stops - lengths
-        self.rows.count(rows, self._token_ids, query_start, starts)
+        self.counts.count(rows, self._token_ids, query_start, starts)
         if query_start[-1] == num_reqs == np.count_nonzero(lengths > 0):  # one token each
             request, row, position = np.arange(num_reqs), rows, starts
         else:
             request = np.repeat(np.arange(num_reqs), lengths)
             offset = starts - query_start[:-1]  # position less batch index
             row, position = rows[request], np.arange(request.size) + offset[request]
-        entry = self.rows.table[row, position]
-        index = (self.rows.table[row, position + 1] > entry).nonzero()[0]
+        entry = self.counts.table[row, position]
+        index = (self.counts.table[row, position + 1] > entry).nonzero()[0]
         where = request[index], position[index], entry[index]
         return KeptTokens(rows, query_start, starts, stops, index, *where)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,15 +18,38 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
 )
 
-from vllm_sepllm.engine.cpu.counts import KeptStep, KeptTokens
-from vllm_sepllm.engine.cpu.plan import Batch, BatchPlan, IntArray, TableArray, plan_batch
+from vllm_sepllm.engine.cpu.attention import PagedCall
+from vllm_sepllm.engine.cpu.counts import HostStep, KeptTokens
+from vllm_sepllm.engine.cpu.plan import Batch, BatchPlan, plan_batch
+from vllm_sepllm.engine.cpu.tables import IntArray, TableArray
 from vllm_sepllm.engine.startup.settings import Settings
 from vllm_sepllm.engine.worker.metadata import WindowMetadata
-from vllm_sepllm.engine.worker.rotary import Rotation
+from vllm_sepllm.engine.worker.rotation import Rotation
 from vllm_sepllm.engine.worker.runner_steps import RunnerSteps
 from vllm_sepllm.policy import KeepRule
 
 _NO_SLOTS = np.zeros(0, dtype=np.int64)
+
+
+# Of the step's kept keys, or of a request's queries as they meet the stream, or the sinks.
+LagName = Literal["keys"] | tuple[int, bool]
+
+
+@dataclass
+class StepWork:
+    """What a step's plan turns into, shared by all layers of a group.
+
+    Attributes:
+        plan: how the batch reads both groups.
+        paged: the call of the C++ kernel, if any.
+        token_index: batch index of the paged queries; ``None`` is all, in order.
+        masks: of each staircase row, by the tile they are for.
+    """
+
+    plan: BatchPlan
+    paged: PagedCall | None
+    token_index: torch.Tensor | None
+    masks: list[dict[int, torch.Tensor]] = field(default_factory=list)
 
 
 @dataclass
@@ -39,7 +62,9 @@ class KeptMetadata(AttentionMetadata):
         slot_mapping: ``[num_kept]`` int64, stream slot of each kept token.
         key_lags: ``[num_kept]`` int64, positions that each of their keys is turned back by to be
             at its entry; ``None`` if not in cache positions.
-        work: what layers have made of the plan, for the other layers of the step.
+        works: what layers have made of the plan, for the other layers of the step: by window group
+            and number of heads.
+        rotations: cosines and sines of lags, by the rotation of layers and the name of the lags.
     """
 
     rule: KeepRule
@@ -47,7 +72,8 @@ class KeptMetadata(AttentionMetadata):
     token_index: torch.Tensor
     slot_mapping: torch.Tensor
     key_lags: torch.Tensor | None = None
-    work: dict[Any, Any] = field(default_factory=dict)
+    works: dict[tuple[WindowMetadata, int], StepWork] = field(default_factory=dict)
+    rotations: dict[tuple[Rotation, LagName], torch.Tensor] = field(default_factory=dict)
 
     def plan(self, window: WindowMetadata, block_size: int) -> BatchPlan:
         """How the batch reads both groups."""
@@ -59,19 +85,20 @@ class KeptMetadata(AttentionMetadata):
             in_cache_positions=self.key_lags is not None,
         )
 
-    def rows(self, rotation: Rotation, name: Any, lags: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Rows that turn back by ``lags``, made by the first layer that has this rotation.
+    def cos_sin(
+        self, rotation: Rotation, name: LagName, lags: Callable[[], torch.Tensor]
+    ) -> torch.Tensor:
+        """What turns back by ``lags``, made by the first layer that has this rotation.
 
         Args:
             rotation: of the layer.
             name: of the lags among those of the step.
             lags: gives them, ``[num_rows]`` int64.
         """
-        key = (rotation, name)
-        if key not in self.work:
-            self.work[key] = rotation.rows(-lags())
-        found: torch.Tensor = self.work[key]
-        return found
+        key = rotation, name
+        if key not in self.rotations:
+            self.rotations[key] = rotation.cos_sin(-lags())
+        return self.rotations[key]
 
 
 class KeptMetadataBuilder(AttentionMetadataBuilder[KeptMetadata]):
@@ -89,7 +116,7 @@ class KeptMetadataBuilder(AttentionMetadataBuilder[KeptMetadata]):
         common_prefix_len: int,
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
-        step: KeptStep | None = None,
+        step: HostStep | None = None,
     ) -> KeptMetadata:
         """Find the kept tokens of the batch and their stream slots.
 
@@ -107,8 +134,8 @@ class KeptMetadataBuilder(AttentionMetadataBuilder[KeptMetadata]):
         block_table, kept = common.block_table_tensor.numpy(), found.index
         slots = self._slots(block_table, found) if kept.size else _NO_SLOTS
         spans = found.query_start, found.starts, found.stops
-        batch = Batch(*spans, found.rows, step.rows.table, block_table)
-        rule = step.rows.rule
+        batch = Batch(*spans, found.rows, step.counts.table, block_table)
+        rule = step.counts.rule
         metadata = KeptMetadata(rule, batch, torch.from_numpy(kept), torch.from_numpy(slots))
         if self._in_cache_positions:
             metadata.key_lags = torch.from_numpy(found.position - found.entry)

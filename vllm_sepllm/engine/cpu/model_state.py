@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vllm_sepllm.engine.cpu.counts import KeptRows
+from vllm_sepllm.engine.cpu.counts import HostCounts
 from vllm_sepllm.engine.cpu.metadata import KeptMetadataBuilder
 from vllm_sepllm.engine.worker.model_state import SepLLMModelState
 
@@ -13,6 +13,6 @@ class SepLLMCPUModelState(SepLLMModelState):
     kept_builder = KeptMetadataBuilder
     has_unreal_metadata = False
 
-    def make_rows(self) -> KeptRows:
-        """Rows of whole requests."""
-        return KeptRows.of(self.vllm_config)
+    def make_counts(self) -> HostCounts:
+        """Counts of whole requests."""
+        return HostCounts.of(self.vllm_config)

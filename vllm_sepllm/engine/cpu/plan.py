@@ -28,19 +28,22 @@ and ends behind it has queries of both kinds.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from vllm_sepllm.config import SepLLMConfig
+from vllm_sepllm.engine.cpu.tables import (
+    IntArray,
+    MergedPages,
+    PackedEntries,
+    Span,
+    TableArray,
+    TableBuilder,
+    Turns,
+)
 from vllm_sepllm.policy import CountArray, KeepRule
-
-IntArray = npt.NDArray[np.int64]
-TableArray = npt.NDArray[np.int32]
 
 
 def staging_pages_per_request(options: SepLLMConfig, block_size: int, max_model_len: int) -> int:
@@ -89,43 +92,6 @@ class Batch:
     rows: IntArray
     kept_prefix: CountArray
     stream_pages: TableArray
-
-
-@dataclass(frozen=True)
-class MergedPages:
-    """Staged pages that take one page's entries below an offset, another's from there on.
-
-    Page ``j`` of the staging area: entries ``[0, splits[j])`` of ``tails[j]``, the rest of
-    ``heads[j]``. All ``[num_staged]``.
-    """
-
-    heads: IntArray
-    tails: IntArray
-    splits: IntArray
-
-
-@dataclass(frozen=True)
-class PackedEntries:
-    """Entries copied one by one: ``[num_entries]`` source page and offset, staging slot."""
-
-    pages: IntArray
-    offsets: IntArray
-    slots: IntArray
-
-
-@dataclass(frozen=True)
-class Turns:
-    """How queries and staged keys of a step are turned, in cache positions.
-
-    Attributes:
-        positions: ``[num_turns]`` int64, positions forward; 0 comes first.
-        of_queries: ``[num_queries]`` int64, turn of each query of the paged call.
-        of_entries: ``[num_entries]`` int64, turn of each of ``PackedEntries``.
-    """
-
-    positions: IntArray
-    of_queries: IntArray
-    of_entries: IntArray
 
 
 @dataclass(frozen=True)
@@ -281,19 +247,20 @@ def _plan_paged(
         query_start.append(query_start[-1] + stop - start)
     lengths = [s + limit - begin + stop - first for _, s, begin, limit, first, stop in rows]
     seq_lens = np.array(lengths, dtype=np.int32)
-    builder = _TableBuilder(len(rows), -(-int(seq_lens.max()) // block_size), block_size)
+    builder = TableBuilder(len(rows), -(-int(seq_lens.max()) // block_size), block_size)
+    is_bounded = rule.max_separator_tokens is not None
     for row, (request, sinks, begin, limit, first, stop) in enumerate(rows):
-        stream, window = batch.stream_pages[request], window_pages[request]
-        parts = (stream, 0, sinks), (stream, begin, limit), (window, first, stop)
+        pages, window = batch.stream_pages[request], Span(window_pages[request], first, stop)
         # One kind of copies for all rows.
-        if in_cache_positions:
-            # Turns that the parts ask of the query: see KeepRule.stream_lag and sink_lag.
-            lag = first - limit
-            builder.add_spans(row, parts, (-lag - max(0, begin - sinks), -lag, 0))
-        elif rule.max_separator_tokens is not None:
-            builder.add_spans(row, parts)
-        else:
-            builder.add(row, stream, limit, window, first, stop)
+        if not (in_cache_positions or is_bounded):
+            builder.add(row, Span(pages, 0, limit), window)
+            continue
+        # Turns that the parts ask of the query: see KeepRule.stream_lag and sink_lag.
+        lag = first - limit if in_cache_positions else 0
+        sink_lag = lag + max(0, begin - sinks) if in_cache_positions else 0
+        builder.add_spans(
+            row, (Span(pages, 0, sinks, -sink_lag), Span(pages, begin, limit, -lag), window)
+        )
     return PagedRows(
         [request for request, _, _ in spans],
         builder.table,
@@ -304,141 +271,3 @@ def _plan_paged(
         builder.packed(),
         builder.turns(np.diff(query_start)) if in_cache_positions else None,
     )
-
-
-class _TableBuilder:
-    """Fills the compacted block table row by row."""
-
-    def __init__(self, num_rows: int, width: int, block_size: int) -> None:
-        self.table: TableArray = np.zeros((num_rows, width), dtype=np.int32)
-        self._block_size = block_size
-        self._staged: list[tuple[int, int]] = []  # row and column, in order of staging pages
-        self._merged: list[tuple[int, int, int]] = []
-        # Page, offset, count, staging slot, turn.
-        self._packed: list[tuple[int, int, int, int, int]] = []
-        self._turns = {0: 0}  # place of each amount
-        self._of_rows: list[int] = []
-
-    def add(
-        self, row: int, stream: TableArray, limit: int, window: TableArray, start: int, stop: int
-    ) -> None:
-        """Name the pages of stream entries ``[0, limit)`` and window ``[start, stop)``."""
-        size = self._block_size
-        full, tail = divmod(limit, size)
-        first = -(-start // size)  # first page that lies inside the window from its beginning
-        last = stop // size  # first page that does not lie inside it to its end
-        column = self._put(row, 0, stream[:full])
-        if start % size == 0 and (tail == 0 or stop % size == 0):
-            # No partial page, or one: it goes last and is read in place.
-            column = self._put(row, column, window[first : -(-stop // size)])
-            self._put(row, column, stream[full : full + (tail > 0)])
-            return
-        column = self._put(row, column, window[first:last])
-        if start % size == stop % size:
-            self._merged.append((int(window[start // size]), int(window[last]), stop % size))
-            column = self._put_staged(row, column, 1)
-            self._put(row, column, stream[full : full + (tail > 0)])
-            return
-        head_stop = min(first * size, stop)
-        pieces = [(window[start // size], start % size, head_stop - start, 0)]
-        if tail:
-            pieces.append((stream[full], 0, tail, 0))
-        if stop > head_stop and stop > last * size:
-            pieces.append((window[last], 0, stop - last * size, 0))
-        self._pack(row, column, pieces)
-
-    def add_spans(
-        self,
-        row: int,
-        spans: Sequence[tuple[TableArray, int, int]],
-        turns: Sequence[int] | None = None,
-    ) -> None:
-        """Name the pages of entries ``[start, stop)`` of each table; ragged ends are packed.
-
-        Args:
-            row: of the table.
-            spans: table, start and stop of each.
-            turns: positions that each asks the query to be turned by. It is turned as the largest
-                span asks; of another that asks for something else all entries are packed, to be
-                turned the other way.
-        """
-        size, column = self._block_size, 0
-        wanted = turns or [0] * len(spans)
-        given = max(zip(spans, wanted, strict=True), key=lambda item: item[0][2] - item[0][1])[1]
-        self._of_rows.append(self._turn(given))
-        pieces: list[tuple[Any, int, int, int]] = []
-        for (table, start, stop), turn in zip(spans, wanted, strict=True):
-            if start == stop:
-                continue
-            first, last = -(-start // size), stop // size  # full pages
-            if turn != given:
-                # The query lacks ``turn - given``, so keys are turned by as much the other way.
-                own = self._turn(given - turn)
-                edges = [start, *range(first * size, stop, size), stop]
-                ends = list(pairwise(edges))
-            elif first <= last:
-                own = 0
-                column = self._put(row, column, table[first:last])
-                ends = [(start, first * size), (last * size, stop)]
-            else:
-                own, ends = 0, [(start, stop)]  # inside one page
-            for low, high in ends:
-                if low < high:
-                    pieces.append((table[low // size], low % size, high - low, own))
-        if pieces:
-            self._pack(row, column, pieces)
-
-    def _turn(self, positions: int) -> int:
-        return self._turns.setdefault(positions, len(self._turns))
-
-    def _pack(self, row: int, column: int, pieces: list[tuple[Any, int, int, int]]) -> None:
-        slot = len(self._staged) * self._block_size
-        count = 0
-        for page, offset, length, turn in pieces:
-            self._packed.append((page, offset, length, slot + count, turn))
-            count += length
-        self._put_staged(row, column, -(-count // self._block_size))
-
-    def _put(self, row: int, column: int, pages: TableArray) -> int:
-        stop = column + len(pages)
-        self.table[row, column:stop] = pages
-        return stop
-
-    def _put_staged(self, row: int, column: int, count: int) -> int:
-        for i in range(column, column + count):
-            self.table[row, i] = len(self._staged)
-            self._staged.append((row, i))
-        return column + count
-
-    def staged(self) -> tuple[IntArray, IntArray]:
-        rows, columns = np.asarray(self._staged, dtype=np.int64).reshape(-1, 2).T
-        return rows, columns
-
-    def merged(self) -> MergedPages | None:
-        if not self._merged:
-            return None
-        heads, tails, splits = np.asarray(self._merged, dtype=np.int64).T.copy()
-        return MergedPages(heads, tails, splits)
-
-    def packed(self) -> PackedEntries | None:
-        if not self._packed:
-            return None
-        pages, offsets, counts, slots, _ = np.asarray(self._packed, dtype=np.int64).T
-        # Offsets within each piece: 0, 1, ... count - 1.
-        step = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
-        return PackedEntries(
-            np.repeat(pages, counts),
-            np.repeat(offsets, counts) + step,
-            np.repeat(slots, counts) + step,
-        )
-
-    def turns(self, query_lens: IntArray) -> Turns | None:
-        """How queries and packed entries are turned; ``None`` if none is."""
-        if len(self._turns) == 1:
-            return None
-        packed = np.asarray(self._packed, dtype=np.int64).reshape(-1, 5)
-        return Turns(
-            np.array(list(self._turns), dtype=np.int64),
-            np.repeat(np.array(self._of_rows, dtype=np.int64), query_lens),
-            np.repeat(packed[:, 4], packed[:, 2]),
-        )

@@ -10,7 +10,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_sepllm.engine.cpu.backend import SepLLMCPUBackend
-from vllm_sepllm.engine.cpu.counts import KeptRows
+from vllm_sepllm.engine.cpu.counts import HostCounts
 from vllm_sepllm.engine.cpu.metadata import KeptMetadataBuilder
 from vllm_sepllm.engine.cpu.plan import staging_pages_per_request
 from vllm_sepllm.engine.startup.settings import Settings
@@ -30,9 +30,9 @@ class SepLLMCPUWorker(SepLLMWorker, CPUWorker):
 
         SepLLMCPUModelState.replace(self.model_runner)
 
-    def make_rows(self) -> KeptRows:
-        """Rows of whole requests, for the V1 runner."""
-        return KeptRows.of(self.vllm_config)
+    def make_counts(self) -> HostCounts:
+        """Counts of whole requests, for the V1 runner."""
+        return HostCounts.of(self.vllm_config)
 
     def determine_available_memory(self) -> int:
         """vLLM's figure less the staging pages, so that the total stays what was asked for."""

@@ -12,7 +12,6 @@ from sepllm_kernels.paged.prefill.triton import kept_prefill_paged
 from sepllm_kernels.turn_queries import turn_queries
 from sepllm_kernels.write_kv import write_kv
 from vllm.config import VllmConfig
-from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
 from vllm.platforms.interface import DeviceCapability
@@ -159,35 +158,21 @@ class SepLLMGPUImpl(SepLLMImpl):
                 raise ConfigError(f"prefill_kernel='xformers' has {problem}: leave it out")
             self._uses_xformers = True
 
-    def forward(
+    def write_and_attend(
         self,
         layer: Any,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,
-        attn_metadata: WindowMetadata | None,
+        window: WindowMetadata,
+        kept: GPUKeptMetadata,
         output: torch.Tensor,
-        output_scale: torch.Tensor | None = None,
-        output_block_scale: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Write the step's keys and values, then attend.
-
-        Args:
-            layer: the attention layer.
-            query: ``[num_tokens, num_heads, head_size]``.
-            key, value: ``[num_tokens, num_kv_heads, head_size]``.
-            kv_cache: the layer's pages, ``[num_pages, num_kv_heads, page_size, 2 * head_size]``.
-            attn_metadata: the window group's part of the batch; ``None`` when vLLM warms up.
-            output: ``[num_tokens, num_heads, head_size]``, written.
-            output_scale, output_block_scale: fused output quantization, never asked for.
-        """
-        if attn_metadata is None:
-            return output.zero_()
-        kept: GPUKeptMetadata = get_forward_context().attn_metadata[self.kept_name]
+    ) -> None:
+        """See :class:`SepLLMImpl`."""
         pages = self._pages(layer, kv_cache)
         num_tokens = kept.stream_slots.shape[0]
-        slots = attn_metadata.slot_mapping[:num_tokens]
+        slots = window.slot_mapping[:num_tokens]
         if self.rotation is None:
             write_kv(key, value, pages, slots, kept.stream_slots)
         else:
@@ -199,13 +184,12 @@ class SepLLMGPUImpl(SepLLMImpl):
         first = kept.num_decodes if self._buffers is not None else 0
         options = self.scale, self.logits_soft_cap
         if first:
-            batch = kept.part(attn_metadata, 0, first, kept.max_decode_query_len)
+            batch = kept.part(window, 0, first, kept.max_decode_query_len)
             few = output[: kept.num_decode_tokens]
             kept_decode(query, pages, batch, few, *options, self._buffers, kept.plan)
         if first < kept.num_reqs:
-            batch = kept.part(attn_metadata, first, kept.num_reqs, kept.max_query_len)
+            batch = kept.part(window, first, kept.num_reqs, kept.max_query_len)
             self._prefill(query, pages, batch, output[:num_tokens], kept)
-        return output
 
     def _xformers_refusal(self, dtype: torch.dtype, num_drafts: int) -> str | None:
         if self.logits_soft_cap:

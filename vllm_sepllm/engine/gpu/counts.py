@@ -18,9 +18,9 @@ from vllm_sepllm.engine.worker.counts import TokenArray
 from vllm_sepllm.policy import KeepRule
 
 
-class DeviceRows:
+class DeviceCounts:
     """Kept tokens below each recent position, a row per request; see
-    :class:`vllm_sepllm.engine.worker.counts.Rows`.
+    :class:`vllm_sepllm.engine.worker.counts.Counts`.
 
     Args:
         rule: which tokens are kept.
@@ -47,8 +47,8 @@ class DeviceRows:
         self._kept_prefix = torch.zeros(max_num_reqs, ring, dtype=torch.int32, device=device)
 
     @classmethod
-    def of(cls, vllm_config: VllmConfig, device: torch.device) -> DeviceRows:
-        """Rows of a worker."""
+    def of(cls, vllm_config: VllmConfig, device: torch.device) -> DeviceCounts:
+        """Counts of a worker."""
         scheduler = vllm_config.scheduler_config
         return cls(
             Settings.of(vllm_config).rule,
@@ -76,7 +76,7 @@ class DeviceRows:
         self._kept_prefix[row, : len(counts)].copy_(source, non_blocking=True)
 
     def step(self, index: torch.Tensor, token_ids: torch.Tensor) -> DeviceStep:
-        """See :class:`vllm_sepllm.engine.worker.counts.Rows`."""
+        """See :class:`vllm_sepllm.engine.worker.counts.Counts`."""
         return DeviceStep(self, index, token_ids)
 
     def count(
@@ -121,11 +121,11 @@ class DeviceStep:
     """One step, for the builders of all kept groups. Each has it counted again, to the same end.
 
     Attributes:
-        rows: of all requests.
+        counts: of all requests.
         index: ``[num_reqs]`` int, row of each request, on the device.
         token_ids: int32, of all requests one after the other, on the device.
     """
 
-    rows: DeviceRows
+    counts: DeviceCounts
     index: torch.Tensor
     token_ids: torch.Tensor

@@ -25,7 +25,7 @@ from vllm_sepllm.engine.scheduling.spec import KeptSpec
 from vllm_sepllm.engine.startup.settings import Settings
 from vllm_sepllm.engine.worker.backend import KEPT_SUFFIX
 from vllm_sepllm.engine.worker.metadata import WindowMetadata, WindowMetadataBuilder
-from vllm_sepllm.engine.worker.rotary import Rotation
+from vllm_sepllm.engine.worker.rotation import Rotation
 from vllm_sepllm.engine.worker.runner_steps import RunnerSteps
 
 
@@ -161,7 +161,7 @@ class GPUKeptMetadataBuilder(ReplayedBuilder):
             slots.fill_(-1)
             ranges.zero_()
         else:
-            step.rows.count(
+            step.counts.count(
                 step.token_ids,
                 step.index,
                 query_start,
@@ -200,5 +200,5 @@ class GPUKeptMetadataBuilder(ReplayedBuilder):
         for rotation, buffer in self._turns.items():
             assert lags is not None
             found[rotation] = buffer[: lags.numel()].view(*lags.shape, -1)
-            found[rotation].copy_(rotation.rows(-lags.flatten()).view_as(found[rotation]))
+            found[rotation].copy_(rotation.cos_sin(-lags.flatten()).view_as(found[rotation]))
         return found

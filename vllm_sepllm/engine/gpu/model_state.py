@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vllm_sepllm.engine.gpu.counts import DeviceRows
+from vllm_sepllm.engine.gpu.counts import DeviceCounts
 from vllm_sepllm.engine.gpu.metadata import GPUKeptMetadataBuilder
 from vllm_sepllm.engine.worker.model_state import SepLLMModelState
 
@@ -13,6 +13,6 @@ class SepLLMGPUModelState(SepLLMModelState):
     kept_builder = GPUKeptMetadataBuilder
     has_unreal_metadata = True
 
-    def make_rows(self) -> DeviceRows:
-        """Rows of what a step needs."""
-        return DeviceRows.of(self.vllm_config, self.device)
+    def make_counts(self) -> DeviceCounts:
+        """Counts of what a step needs."""
+        return DeviceCounts.of(self.vllm_config, self.device)

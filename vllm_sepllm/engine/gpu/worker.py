@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_sepllm.engine.gpu.counts import DeviceRows
+from vllm_sepllm.engine.gpu.counts import DeviceCounts
 from vllm_sepllm.engine.gpu.metadata import GPUKeptMetadataBuilder
 from vllm_sepllm.engine.worker.worker import SepLLMWorker
 
@@ -20,9 +20,9 @@ class DeviceTokenWorker(SepLLMWorker):
 
         SepLLMGPUModelState.replace(self.model_runner)
 
-    def make_rows(self) -> DeviceRows:
-        """Rows of what a step needs, for the V1 runner."""
-        return DeviceRows.of(self.vllm_config, self.device)
+    def make_counts(self) -> DeviceCounts:
+        """Counts of what a step needs, for the V1 runner."""
+        return DeviceCounts.of(self.vllm_config, self.device)
 
 
 class SepLLMGPUWorker(DeviceTokenWorker, Worker):

@@ -22,7 +22,6 @@ step is scheduled wait in ``RequestStream.pending`` until that is done.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -42,26 +41,8 @@ from vllm.v1.request import Request
 from vllm_sepllm.engine.scheduling.eviction import leaving_pages, refresh
 from vllm_sepllm.engine.scheduling.pool_state import PoolState
 from vllm_sepllm.engine.scheduling.prefix_index import done_key
+from vllm_sepllm.engine.scheduling.request_stream import RequestStream
 from vllm_sepllm.policy import CountArray, KeepRule, KeptCounts
-
-
-@dataclass(eq=False)
-class RequestStream:
-    """What the manager knows of a request, from its first count until its pages are given back.
-
-    Attributes:
-        counts: of its tokens whose ids are known.
-        most: tokens known, tokens in flight, and the pages these take at most; as last counted.
-        num_shared: with a bound, pages up to its last junction, which other requests resume at.
-        has_started: its first step was seen.
-        pending: keys of this step's pages: key, page, tokens of the prefix.
-    """
-
-    counts: KeptCounts
-    most: tuple[int, int, int] | None = None
-    num_shared: int = 0
-    has_started: bool = False
-    pending: list[tuple[BlockHash, KVCacheBlock, int]] = field(default_factory=list)
 
 
 class KeptManager(SingleTypeKVCacheManager):

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.utils import extract_layer_index
@@ -24,7 +25,8 @@ from vllm_sepllm.engine.names import BACKEND_NAME
 from vllm_sepllm.engine.scheduling.spec import KeptSpec, WindowSpec
 from vllm_sepllm.engine.startup.checks import OTHER_BACKEND
 from vllm_sepllm.engine.startup.settings import Settings
-from vllm_sepllm.engine.worker.rotary import Rotation
+from vllm_sepllm.engine.worker.metadata import WindowMetadata
+from vllm_sepllm.engine.worker.rotation import Rotation
 from vllm_sepllm.layers import Layer, LayerPlan
 
 KEPT_SUFFIX = ".kept"
@@ -173,6 +175,49 @@ class SepLLMImpl(AttentionImpl):
 
     def prepare(self, vllm_config: VllmConfig, layer: Attention) -> None:
         """Allocate what attention of this layer needs beside pages."""
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: WindowMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Write the step's keys and values, then attend.
+
+        Args:
+            layer: the attention layer.
+            query: ``[num_tokens, num_heads, head_size]``.
+            key, value: ``[num_tokens, num_kv_heads, head_size]``.
+            kv_cache: the layer's pages, ``[num_pages, num_kv_heads, page_size, 2 * head_size]``.
+            attn_metadata: the window group's part of the batch; ``None`` when vLLM warms up.
+            output: ``[num_tokens, num_heads, head_size]``, written.
+            output_scale, output_block_scale: fused output quantization, never asked for.
+        """
+        if attn_metadata is None:
+            return output.zero_()
+        kept = get_forward_context().attn_metadata[self.kept_name]
+        self.write_and_attend(layer, query, key, value, kv_cache, attn_metadata, kept, output)
+        return output
+
+    @abstractmethod
+    def write_and_attend(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        window: WindowMetadata,
+        kept: Any,
+        output: torch.Tensor,
+    ) -> None:
+        """:meth:`forward` of a step, with the parts of both groups."""
 
     def _make_dense(self, layer: Attention, act_dtype: torch.dtype) -> None:
         """Give the layer vLLM's own backend; only now is it known which layer it is."""

@@ -12,7 +12,7 @@ import torch
 TokenArray = npt.NDArray[np.int32]
 
 
-class Rows(Protocol):
+class Counts(Protocol):
     """Counts of kept tokens, a row per request. They change in two ways and no other.
 
     A row is restarted when its request starts or resumes, from ids that are final on the host. A

@@ -13,7 +13,7 @@ from vllm.v1.attention.backend import (
 )
 
 
-@dataclass
+@dataclass(eq=False)  # one object per step and group
 class WindowMetadata(AttentionMetadata):
     """The window group's part of a batch.
 

@@ -13,7 +13,7 @@ from vllm.v1.worker.gpu.model_states.interface import ModelSpecificAttnMetadata
 
 from vllm_sepllm.config import ConfigError
 from vllm_sepllm.engine.startup.checks import OTHER_BACKEND
-from vllm_sepllm.engine.worker.counts import Rows, computed_ids
+from vllm_sepllm.engine.worker.counts import Counts, computed_ids
 
 
 class SepLLMModelState(DefaultModelState):
@@ -31,12 +31,12 @@ class SepLLMModelState(DefaultModelState):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._rows = self.make_rows()
+        self._counts = self.make_counts()
         self._known: set[str] = set()
 
     @abstractmethod
-    def make_rows(self) -> Rows:
-        """Rows for as many requests as the runner has."""
+    def make_counts(self) -> Counts:
+        """Counts for as many requests as the runner has."""
 
     @classmethod
     def replace(cls, runner: GPUModelRunner) -> None:
@@ -60,7 +60,7 @@ class SepLLMModelState(DefaultModelState):
         super().add_request(req_index, new_req_data)
         self._known.add(new_req_data.req_id)
         known = new_req_data.prefill_token_ids, new_req_data.num_computed_tokens
-        self._rows.restart(req_index, computed_ids(new_req_data.req_id, *known))
+        self._counts.restart(req_index, computed_ids(new_req_data.req_id, *known))
 
     def remove_request(self, req_id: str) -> None:
         """Forget a request that ended or was preempted."""
@@ -71,7 +71,7 @@ class SepLLMModelState(DefaultModelState):
         """Metadata of a batch, of which vLLM makes some itself, of requests it never added."""
         step = None
         if input_batch.req_ids[0] in self._known:
-            step = self._rows.step(input_batch.idx_mapping, input_batch.input_ids)
+            step = self._counts.step(input_batch.idx_mapping, input_batch.input_ids)
         elif not self.has_unreal_metadata:
             return None
         handed_over = BatchStep(step, self.kept_builder)
@@ -84,8 +84,7 @@ class BatchStep(ModelSpecificAttnMetadata):
     """What one batch is, handed to the builders of all kept groups.
 
     Args:
-        step: of :meth:`vllm_sepllm.engine.worker.counts.Rows.step`; ``None`` if vLLM made the batch
-            up.
+        step: of :meth:`Counts.step`; ``None`` if vLLM made the batch up.
         kept_builder: class of those builders.
     """
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.v1.core.sched.output import SchedulerOutput
 
-from vllm_sepllm.engine.worker.counts import Rows, computed_ids
+from vllm_sepllm.engine.worker.counts import Counts, computed_ids
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -33,15 +33,15 @@ class RunnerSteps:
     """Told of each step before the runner prepares it, then asked by builders, who change nothing.
 
     Args:
-        rows: of all requests.
+        counts: of all requests.
         runner: its order of requests and its input are read.
     """
 
-    def __init__(self, rows: Rows, runner: GPUModelRunner) -> None:
-        self._rows = rows
+    def __init__(self, counts: Counts, runner: GPUModelRunner) -> None:
+        self._counts = counts
         self._runner = runner
         self._held: dict[str, int] = {}
-        self._free = list(range(len(rows)))
+        self._free = list(range(len(counts)))
         self._last_step: dict[str, int] = {}  # of each request that holds a row
         self._number = 0
         self._is_running = False
@@ -75,7 +75,7 @@ class RunnerSteps:
             self._is_running, self._step = False, None
 
     def current(self) -> Any:
-        """The running step, one object for all builders (see :meth:`Rows.step`).
+        """The running step, one object for all builders (see :meth:`Counts.step`).
 
         ``None`` between steps: a batch is then of vLLM's own making, and its requests are none.
         """
@@ -84,7 +84,7 @@ class RunnerSteps:
             index = torch.tensor([self._held[r] for r in self._runner.input_batch.req_ids])
             if token_ids.is_cuda:
                 index = index.pin_memory()
-            self._step = self._rows.step(index.to(token_ids.device, non_blocking=True), token_ids)
+            self._step = self._counts.step(index.to(token_ids.device, non_blocking=True), token_ids)
         return self._step
 
     def _begin(self, scheduled: SchedulerOutput) -> None:
@@ -102,7 +102,7 @@ class RunnerSteps:
     def _restart(self, req_id: str, token_ids: Sequence[int] | None, num_computed: int) -> None:
         if req_id not in self._held:
             self._held[req_id] = self._take()
-        self._rows.restart(self._held[req_id], computed_ids(req_id, token_ids, num_computed))
+        self._counts.restart(self._held[req_id], computed_ids(req_id, token_ids, num_computed))
 
     def _take(self) -> int:
         """A free row, or that of a session that waits for its next turn, which tells no one."""

@@ -13,7 +13,7 @@ from vllm_sepllm.config import ConfigError
 from vllm_sepllm.engine.scheduling.spec import WindowSpec
 from vllm_sepllm.engine.startup.settings import Settings
 from vllm_sepllm.engine.worker.backend import KEPT_SUFFIX, SepLLMImpl, is_dense, layer_index
-from vllm_sepllm.engine.worker.counts import Rows
+from vllm_sepllm.engine.worker.counts import Counts
 from vllm_sepllm.engine.worker.rotary import prepare_cache_positions
 from vllm_sepllm.engine.worker.runner_steps import RunnerSteps
 
@@ -36,8 +36,8 @@ class SepLLMWorker(Worker):
         """Have the V2 runner's builders find token ids."""
 
     @abstractmethod
-    def make_rows(self) -> Rows:
-        """Rows for as many requests as the V1 runner has."""
+    def make_counts(self) -> Counts:
+        """Counts for as many requests as the V1 runner has."""
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load the model; the V2 runner then keeps our state beside it.
@@ -101,7 +101,7 @@ class SepLLMWorker(Worker):
 
     def _tell_builders(self) -> None:
         """Have the V1 runner's builders of kept groups find out about each step."""
-        steps = RunnerSteps(self.make_rows(), self.model_runner)
+        steps = RunnerSteps(self.make_counts(), self.model_runner)
         steps.follow()
         groups = [group for groups in self.model_runner.attn_groups for group in groups]
         for builder in [b for group in groups for b in group.metadata_builders]:

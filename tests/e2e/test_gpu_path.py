@@ -22,7 +22,7 @@ def test_v1_runner_asynchronous():
 
 
 def test_v2_runner():
-    rerun(20, TESTS, "test", SEPLLM_TEST_GPU_PATH="1", VLLM_USE_V2_MODEL_RUNNER="1")
+    rerun(21, TESTS, "test", SEPLLM_TEST_GPU_PATH="1", VLLM_USE_V2_MODEL_RUNNER="1")
 
 
 def test_v2_runner_asynchronous():

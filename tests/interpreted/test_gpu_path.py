@@ -235,6 +235,14 @@ def test_other_policies(engines, book, make_reference, options):
     engine.check_empty()
 
 
+def test_a_policy_of_ones_own(engines, added_policy, book, reference_model, make_reference):
+    """CONTRIBUTING's example, without a line of the GPU path that knows it."""
+    engine = engines(**options_with(policy=added_policy))
+    reference = make_reference(separators=range(0, reference_model.config.vocab_size, 2))
+    reference.check_output(run(engine, [book[:90]], max_tokens=8)[0])
+    engine.check_empty()
+
+
 @pytest.fixture
 def xformers_calls(monkeypatch):
     """Tokens of each call of xformers' attention."""

@@ -19,7 +19,7 @@ SCRIPT = Path(__file__).parent / "compile_for_gpus.py"
 def compiled():
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
     result = subprocess.run(
-        [sys.executable, str(SCRIPT)], env=environment, capture_output=True, text=True, timeout=500
+        [sys.executable, str(SCRIPT)], env=environment, capture_output=True, text=True, timeout=580
     )
     assert result.returncode == 0, result.stderr[-3000:]
     return [json.loads(line) for line in result.stdout.splitlines()]

@@ -65,11 +65,6 @@ class Span(NamedTuple):
     stop: int
     turn: int = 0
 
-    @property
-    def length(self) -> int:
-        """Entries."""
-        return self.stop - self.start
-
     def piece(self, start: int, stop: int, page_size: int, turn: int = 0) -> Piece:
         """Entries ``[start, stop)`` of it, which lie in one page."""
         return Piece(int(self.pages[start // page_size]), start % page_size, stop - start, turn)

@@ -1,0 +1,51 @@
+"""Versions of vLLM are said in ``engine/compat.py``; what cannot import it says the same."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.unit
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def releases():
+    """Releases that tests ran with, and all that are known of, oldest first."""
+    pytest.importorskip("packaging", reason="needs packaging, which vLLM brings")
+    from vllm_sepllm.engine.compat import COMPATIBILITY
+
+    return [e.version for e in COMPATIBILITY if e.evidence == "run"], [
+        e.version for e in COMPATIBILITY
+    ]
+
+
+def test_scripts_install_what_tests_ran_with(releases):
+    newest = str(releases[0][-1])
+    for path in ("scripts/setup.sh", "scripts/gpu_bundle.py"):
+        [found] = re.findall(r'^VLLM ?= ?"?([\d.]+)"?$', (ROOT / path).read_text(), re.MULTILINE)
+        assert found == newest, path
+    name = tomllib.loads((ROOT / "scripts/vllm-name/pyproject.toml").read_text())
+    assert name["project"]["version"] == f"{newest}+cpu"
+
+
+def test_extras_allow_what_is_known(releases):
+    from packaging.requirements import Requirement
+
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    for extra in ("cpu", "cuda"):
+        [allowed] = [Requirement(text).specifier for text in extras[extra]]
+        assert all(version in allowed for version in releases[1])
+        after = f"{releases[1][-1].major}.{releases[1][-1].minor + 1}"
+        assert after not in allowed, "a release that nobody has looked at"
+
+
+def test_the_readme_names_them(releases):
+    text = (ROOT / "README.md").read_text()
+    assert f"installs vLLM {releases[0][-1]} for CPU" in text
+    for version in releases[1]:
+        assert f"| {version} |" in text

@@ -4,9 +4,9 @@ The tests themselves are in ``tests/interpreted``: what they need is chosen befo
 """
 
 import pytest
-from rerun import rerun
+from rerun import LIMIT, rerun
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(LIMIT + 60)]
 
 TESTS = "interpreted/test_gpu_path.py"
 

@@ -5,9 +5,9 @@ CONTRIBUTING says how to run others.
 """
 
 import pytest
-from rerun import rerun
+from rerun import LIMIT, rerun
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(LIMIT + 60)]
 
 SYNCHRONOUS = {
     "chunks and mixed batches": (3, "test_exactness.py", "64-4-32 or 3000 or come_while"),

@@ -1,7 +1,7 @@
 """vLLM's V2 model runner, the default on CUDA, passes tests of this suite too.
 
-On a CPU its Triton kernels run in the interpreter, so these are the quicker tests of each kind;
-CONTRIBUTING says how to run others.
+On a CPU its Triton kernels run in the interpreter, so these are a few; CONTRIBUTING says how to run
+others. With the CUDA backend it runs more of them: test_gpu_path.py.
 """
 
 import pytest
@@ -10,7 +10,6 @@ from rerun import LIMIT, rerun
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(LIMIT + 60)]
 
 SYNCHRONOUS = {
-    "chunks and mixed batches": (3, "test_exactness.py", "64-4-32 or 3000 or come_while"),
     "preemption and aborts": (
         4,
         "test_request_interruptions.py",
@@ -19,7 +18,6 @@ SYNCHRONOUS = {
     "drafts": (1, "test_speculation.py", "64-32"),
 }
 ASYNCHRONOUS = {
-    "eviction": (1, "test_prefix_caching.py", "pressure"),
     "random traffic": (1, "test_soak.py", "301"),
 }
 

@@ -86,7 +86,8 @@ class KeptManager(SingleTypeKVCacheManager):
 
     def _counts(self, request_id: str, num_tokens: int) -> KeptCounts:
         """Counts of a request, of its first ``num_tokens`` tokens as far as their ids are known."""
-        request, counts = self._requests[request_id], self._stream(request_id).counts
+        request = self._requests[request_id]
+        counts = self._stream(request_id).counts
         if request.num_computed_tokens:
             # Ids at computed positions are final; later ones may have been replaced.
             counts.truncate(request.num_computed_tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +21,7 @@ def mend() -> None:
         _round_to_nearest(interpreter)
         _find_overflows(interpreter)
         _adapt_language_once(interpreter)
+        _remember_types(interpreter)
         _make_room_on_the_stack(interpreter)
 
 
@@ -116,6 +118,65 @@ def _adapt_language_once(interpreter: Any) -> None:
         return interpreter._LangPatchScope()  # nothing to restore
 
     interpreter._patch_lang = _patch_lang
+
+
+def _remember_types(interpreter: Any) -> None:
+    """Each value gets a type, a shape and a size of its own, made and checked anew, which takes
+    another third of the time. There are few: they are made once."""
+    import triton.language as tl
+
+    core, semantic = tl.core, type(interpreter.interpreter_semantic)
+    find_dtype, is_fitting = interpreter._get_np_dtype, interpreter._validate_np_data_size
+    make_type, broadcast = core.block_type.__init__, semantic.broadcast_impl_value
+    dtypes: dict[str, Any] = {}
+    fitting: dict[tuple[int, str], bool] = {}
+    shapes: dict[tuple[int, ...], Any] = {}
+    types: dict[tuple[Any, ...], dict[str, Any]] = {}
+    of_scalar = {"shape": core.tuple([]), "numel": core.constexpr(1)}
+
+    def _get_np_dtype(dtype: Any) -> Any:
+        scalar = dtype.scalar
+        if isinstance(scalar, tl.pointer_type):
+            return np.dtype(np.uint64)
+        if scalar.name not in dtypes:
+            dtypes[scalar.name] = find_dtype(scalar)
+        return dtypes[scalar.name]
+
+    def _validate_np_data_size(array: Any, dtype: Any) -> bool:
+        key = array.itemsize, dtype.name
+        if key not in fitting:
+            fitting[key] = is_fitting(array, dtype)
+        return fitting[key]
+
+    def make_block_type(self: Any, element: Any, shape: Any) -> None:
+        sizes = (*(getattr(size, "value", size) for size in shape),)
+        found = types.get((element.name, sizes))
+        if found is None:
+            make_type(self, element, shape)
+            self.shape = shapes.setdefault(sizes, self.shape)
+            values = [core.constexpr(size) for size in sizes]
+            self.of_tensor = {
+                "shape": core.tuple(values),
+                "numel": core.constexpr(math.prod(sizes)),
+            }
+            found = types[element.name, sizes] = dict(vars(self))
+        self.__dict__.update(found)
+
+    def make_tensor(self: Any, handle: Any, type: Any) -> None:
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.__dict__.update(type.of_tensor if type.is_block() else of_scalar)
+
+    def broadcast_impl_value(self: Any, lhs: Any, rhs: Any) -> Any:
+        blocks = lhs.type.is_block() + rhs.type.is_block()
+        if blocks == 0 or (blocks == 2 and lhs.type.shape is rhs.type.shape):
+            return lhs, rhs
+        return broadcast(self, lhs, rhs)
+
+    interpreter._get_np_dtype = _get_np_dtype
+    interpreter._validate_np_data_size = _validate_np_data_size
+    core.block_type.__init__ = make_block_type
+    core.tensor.__init__ = make_tensor
+    semantic.broadcast_impl_value = broadcast_impl_value
 
 
 def _make_room_on_the_stack(interpreter: Any) -> None:

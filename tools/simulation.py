@@ -271,8 +271,7 @@ class Simulation:
             **common,
             window_size=self.rule.window_size,
             num_sink_tokens=self.rule.num_sink_tokens,
-            expected_kept_share=Settings.of(config).plan.share,
-            planning_margin=Settings.of(config).plan.margin,
+            planned_share=Settings.of(config).plan.planned_share,
             max_separator_tokens=self.rule.max_separator_tokens,
         )
         layers = range(num_layers)

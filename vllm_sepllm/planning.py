@@ -1,4 +1,4 @@
-"""The share of a text that stays, for planning memory before any text has come.
+"""The share of a text that stays and the pages it takes, planned before any text has come.
 
 How much separators keep depends on the text. Unless a share or a text is given, it is the largest
 that they keep in any of ``SAMPLES``, so that no script among them gets less memory than it needs.
@@ -6,13 +6,14 @@ that they keep in any of ``SAMPLES``, so that no script among them gets less mem
 
 from __future__ import annotations
 
+import math
 import os
 import stat
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from vllm_sepllm.config import ConfigError, SepLLMConfig
-from vllm_sepllm.policy import KeepRule
+from vllm_sepllm.policy import KeepRule, SeenStream
 from vllm_sepllm.samples import SAMPLES
 from vllm_sepllm.separator_lists import LIST_OF_SAMPLE, SEPARATOR_LISTS
 from vllm_sepllm.token_texts import Tokenizer, token_texts
@@ -65,9 +66,43 @@ class Plan:
         return replace(self, helpful=lists_for(self.scarce, tokenizer, found))
 
     @property
+    def planned_share(self) -> float:
+        """``share`` with its margin."""
+        return min(1.0, self.share * self.margin)
+
+    @property
     def covers_samples(self) -> bool:
         """Whether every sample text keeps at most what is planned."""
-        return self.share * self.margin >= self.largest_share
+        return self.planned_share >= self.largest_share
+
+
+def expected_kept_pages(
+    planned_share: float,
+    seen: SeenStream,
+    window_size: int,
+    page_size: int,
+    num_tokens: int,
+    num_in_flight: int,
+) -> int:
+    """Pages of kept tokens planned for one request.
+
+    Args:
+        planned_share: see :class:`Plan`.
+        seen: which of them a query sees.
+        window_size: ``n``, tokens.
+        page_size: entries of a page.
+        num_tokens: of the request.
+        num_in_flight: tokens of it that steps in flight compute at most.
+    """
+    sinks, bound = seen.num_sink_tokens, seen.max_separator_tokens
+    kept = math.ceil(min(num_tokens, sinks + planned_share * num_tokens))
+    pages = -(-kept // page_size)
+    if bound is None:
+        return pages
+    recent = math.ceil(planned_share * (window_size - 1 + num_in_flight))
+    # Their first entry may lie anywhere in its page.
+    bounded = -(-(bound + recent) // page_size) + 1
+    return min(pages, seen.num_sink_pages(page_size) + bounded)
 
 
 def make_plan(options: SepLLMConfig, rule: KeepRule, tokenizer: Tokenizer | None) -> Plan:

@@ -208,8 +208,7 @@ def test_a_given_share_has_no_margin(tmp_path):
             dtype=config.model_config.dtype,
             window_size=64,
             num_sink_tokens=0,
-            expected_kept_share=found.share,
-            planning_margin=found.margin,
+            planned_share=found.planned_share,
         )
         expected[found.source] = spec.expected_pages(32_000, 0), found.share
     assert expected["planned_kept_share"] == (250, 0.25)

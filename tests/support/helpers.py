@@ -405,7 +405,7 @@ def make_kept_manager(pool: Any, sinks: int, bound: int | None = None) -> Any:
         dtype=torch.float32,
         window_size=8,
         num_sink_tokens=sinks,
-        expected_kept_share=0.2,
+        planned_share=0.25,
         max_separator_tokens=bound,
     )
     return KeptManager(

@@ -35,7 +35,7 @@ def make_builders(kind: type[Any], count: int) -> list[Any]:
         dtype=torch.float32,
         window_size=WINDOW,
         num_sink_tokens=SINKS,
-        expected_kept_share=0.2,
+        planned_share=0.25,
     )
     return [kind(spec, [f"layer{i}"], config, torch.device("cpu")) for i in range(count)]
 

@@ -14,7 +14,6 @@ Both draw pages of the same size from vLLM's one block pool.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -26,7 +25,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cach
 
 from vllm_sepllm.engine.scheduling.kept_manager import KeptManager
 from vllm_sepllm.engine.scheduling.window_manager import WindowManager
-from vllm_sepllm.planning import PLANNING_MARGIN
+from vllm_sepllm.planning import expected_kept_pages
 from vllm_sepllm.policy import SeenStream
 
 # The registry only loads vLLM's own entries while it is empty.
@@ -61,15 +60,13 @@ class KeptSpec(AttentionSpec):
         window_size: ``n``, tokens.
         num_sink_tokens: ``a``, tokens.
         max_separator_tokens: ``s``, kept tokens seen before the window beside the sinks.
-        expected_kept_share: kept tokens per token of the text that memory is planned for.
-        planning_margin: memory planned is this times that share.
+        planned_share: kept tokens per token of a text that memory is planned for.
     """
 
     window_size: int
     num_sink_tokens: int
-    expected_kept_share: float
+    planned_share: float
     max_separator_tokens: int | None = None
-    planning_margin: float = PLANNING_MARGIN
 
     @property
     def uses_slot_mapping(self) -> bool:
@@ -88,15 +85,8 @@ class KeptSpec(AttentionSpec):
             num_tokens: of the request.
             num_in_flight: tokens of it that steps in flight compute at most.
         """
-        share = min(1.0, self.planning_margin * self.expected_kept_share)
-        kept = math.ceil(min(num_tokens, self.num_sink_tokens + share * num_tokens))
-        pages = cdiv(kept, self.block_size)
-        if self.max_separator_tokens is None:
-            return pages
-        recent = math.ceil(share * (self.window_size - 1 + num_in_flight))
-        # Their first entry may lie anywhere in its page.
-        bounded = cdiv(self.max_separator_tokens + recent, self.block_size) + 1
-        return min(pages, self.seen.num_sink_pages(self.block_size) + bounded)
+        sizes = self.window_size, self.block_size, num_tokens, num_in_flight
+        return expected_kept_pages(self.planned_share, self.seen, *sizes)
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         """Memory planned for a request of ``max_model_len`` tokens of ordinary text.

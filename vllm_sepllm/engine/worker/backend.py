@@ -97,8 +97,7 @@ class KeptLayer(torch.nn.Module, AttentionLayerBase):
             block_size=vllm_config.cache_config.block_size,
             window_size=options.window_size,
             num_sink_tokens=options.num_sink_tokens,
-            expected_kept_share=plan.share,
-            planning_margin=plan.margin,
+            planned_share=plan.planned_share,
             max_separator_tokens=options.max_separator_tokens,
         )
 
@@ -111,7 +110,7 @@ class SepLLMImpl(AttentionImpl):
     Attributes:
         kept_backend: of the kept group.
         kept_name: of the layer that stands for the kept group.
-        rotation: in cache positions, how the layer turns its keys; ``None`` if it does not.
+        rotation: in cache positions, how the layer rotates its keys; ``None`` if it does not.
     """
 
     kept_backend: ClassVar[type[AttentionBackend]]

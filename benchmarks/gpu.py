@@ -33,7 +33,7 @@ from sepllm_kernels.paged.decode.triton import (
     processors,
 )
 from sepllm_kernels.paged.prefill.triton import kept_prefill_paged
-from sepllm_kernels.turn_queries import turn_queries
+from sepllm_kernels.rotate_queries import rotate_queries
 from sepllm_kernels.write_kv import write_kv
 
 WINDOW, SINKS, PAGE = 256, 4, 16
@@ -350,17 +350,17 @@ def run_overhead(case: Case, time: Callable[..., float], decode_ms: float) -> di
     def write() -> None:
         write_kv(key, value, case.pages, window_slots, window_slots)
 
-    turns = torch.zeros(1, num_reqs, case.shape.head_size, device=device)
+    cos_sin = torch.zeros(1, num_reqs, case.shape.head_size, device=device)
 
-    def turn() -> None:  # in cache positions only
-        turn_queries(case.query, turns)
+    def rotate() -> None:  # in cache positions only
+        rotate_queries(case.query, cos_sin)
 
     metadata_ms, write_ms = time([count]), time([write])
     return {
         "metadata_ms": metadata_ms,
         "write_ms": write_ms,
         "share_of_decode": (metadata_ms + LAYERS * write_ms) / (LAYERS * decode_ms),
-        "turn_ms": time([turn]),
+        "rotate_ms": time([rotate]),
     }
 
 

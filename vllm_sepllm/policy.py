@@ -26,9 +26,9 @@ limit. Limits never decrease, so an entry that one query no longer sees is seen 
 In *cache positions* (StreamingLLM, arXiv 2309.17453, section 3.2) what a query sees is numbered
 from 0: sinks and separators by their place in the stream, then the window. Nothing is renumbered
 for it. Rotary embeddings see differences only, and inside the window those are what they are in
-positions of the text. So a kept key is turned back once, from its position to its entry, and the
+positions of the text. So a kept key is rotated back once, from its position to its entry, and the
 query that meets it by as many positions as are missing between them in the cache: the evicted
-ones, and with a bound those of separators no longer seen (:meth:`KeepRule.stream_lag`).
+ones, and with a bound those of separators no longer seen (:meth:`KeepRule.stream_shift`).
 
 Being kept depends on a token's id and position alone. So it is the same on every rank, for
 every way of cutting a prompt into chunks, and for every request that shares the prefix.
@@ -177,11 +177,11 @@ class KeepRule:
         """Stream entries ``[0, limit)`` that queries at ``position`` attend to."""
         return kept_prefix[self.window_start(position)]
 
-    def stream_lag(self, limit: npt.ArrayLike, position: npt.ArrayLike) -> npt.NDArray[np.int64]:
-        """Positions that a query is turned back by to meet stream keys at their entries.
+    def stream_shift(self, limit: npt.ArrayLike, position: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        """Positions that a query is rotated back by to meet stream keys at their entries.
 
         Entry ``j`` is ``limit - j`` before the window in the cache, whatever its bound. The sinks
-        are nearer if there is one: :meth:`sink_lag`.
+        are nearer if there is one: :meth:`sink_shift`.
 
         Args:
             limit: of the queries, see :meth:`stream_limit`.
@@ -189,13 +189,13 @@ class KeepRule:
         """
         return self.window_start(position) - np.asarray(limit, dtype=np.int64)
 
-    def sink_lag(self, limit: npt.ArrayLike, position: npt.ArrayLike) -> npt.NDArray[np.int64]:
+    def sink_shift(self, limit: npt.ArrayLike, position: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """The same to meet the keys of the sinks, which with a bound are followed by the newest
         separators alone."""
         limits = np.asarray(limit, dtype=np.int64)
         sinks = np.minimum(limits, self.num_sink_tokens)
         skipped = np.maximum(0, self.seen.first_entries(limits) - sinks)
-        return self.stream_lag(limits - skipped, position)
+        return self.stream_shift(limits - skipped, position)
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,7 @@ def test_drafts(engines, book, reference_of, bound):
 
 
 def test_requests_beside_adapters(engines, book, reference_of):
-    """Layers that adapters are added to can be asked how they turn keys as well."""
+    """Layers that adapters are added to can be asked how they rotate keys as well."""
     engine = engines(sepllm=cache_positions(max_separator_tokens=20), enable_lora=True)
     tokens = engine.tokens([book[:500]], max_tokens=20)[0]
     reference_of(bound=20).check(book[:500], tokens)

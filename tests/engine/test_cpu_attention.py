@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from vllm_sepllm.engine.cpu.attention import CpuPages, PagedCall, probe_layout
-from vllm_sepllm.engine.cpu.plan import MergedPages, PackedEntries, PagedRows
+from vllm_sepllm.engine.cpu.plan import MergedPages, PackedEntries, PagedPlan
 from vllm_sepllm.oracle.dense_mask import masked_attention
 
 pytestmark = pytest.mark.engine
@@ -118,11 +118,11 @@ def test_paged_call_equals_the_reference(block_size, head_size, dtype):
     query_lens = [1, 3, 1]
     starts = np.cumsum([0, *query_lens]).astype(np.int32)
     seq_lens = np.array(lengths, dtype=np.int32)
-    rows = PagedRows(np.arange(3), block_table, staged, seq_lens, starts, copy, None)
+    plan = PagedPlan(np.arange(3), block_table, staged, seq_lens, starts, copy, None)
     query = torch.randn(sum(query_lens), num_heads, head_size).to(dtype)
     output = torch.full_like(query, float("nan"))
     scale = head_size**-0.5
-    call = PagedCall(rows, num_heads, num_kv_heads, head_size, dtype, pages.isa)
+    call = PagedCall(plan, num_heads, num_kv_heads, head_size, dtype, pages.isa)
     call.run(pages, query, output, scale, 0.0)
     first = 0
     for table, length, count in zip(tables, lengths, query_lens, strict=True):

@@ -15,7 +15,7 @@ WRONG = -1  # content of anything that must not be read
 
 
 class Pages:
-    """A pool of numpy pages that hold positions instead of keys, and where keys are turned to."""
+    """A pool of numpy pages that hold positions instead of keys, and where keys are rotated to."""
 
     def __init__(self, block_size, num_requests, max_len, rng):
         per_request = -(-max_len // block_size) + 1
@@ -64,39 +64,39 @@ def visible(policy, ids, position):
     return [*sinks, *separators, *window]
 
 
-def staged(rows, content, turns=0):
+def staged(reads, content, shifts=0):
     """The staging area after the copies the plan asks for."""
-    count = 1 + int(rows.block_table[rows.staged].max(initial=-1))
+    count = 1 + int(reads.block_table[reads.staged].max(initial=-1))
     area = np.full((count, content.shape[1]), WRONG)
-    if rows.merged is not None:
-        for j, split in enumerate(rows.merged.splits):
-            area[j] = content[rows.merged.heads[j]]
-            area[j, :split] = content[rows.merged.tails[j], :split]
-    if rows.packed is not None:
-        packed = rows.packed
-        area.flat[packed.slots] = content[packed.pages, packed.offsets] + turns
+    if reads.merged is not None:
+        for j, split in enumerate(reads.merged.splits):
+            area[j] = content[reads.merged.heads[j]]
+            area[j, :split] = content[reads.merged.tails[j], :split]
+    if reads.packed is not None:
+        packed = reads.packed
+        area.flat[packed.slots] = content[packed.pages, packed.offsets] + shifts
     return area
 
 
-def read_row(rows, row, content, turns=0):
+def read_row(reads, row, content, shifts=0):
     """Entries of the pages a row names, in order."""
-    area = staged(rows, content, turns)
-    is_staged = set(zip(*(index.tolist() for index in rows.staged), strict=True))
-    width = -(-int(rows.seq_lens[row]) // content.shape[1])
+    area = staged(reads, content, shifts)
+    is_staged = set(zip(*(index.tolist() for index in reads.staged), strict=True))
+    width = -(-int(reads.seq_lens[row]) // content.shape[1])
     read = [
         (area if (row, column) in is_staged else content)[page]
-        for column, page in enumerate(rows.block_table[row, :width])
+        for column, page in enumerate(reads.block_table[row, :width])
     ]
-    return np.concatenate(read)[: rows.seq_lens[row]].tolist()
+    return np.concatenate(read)[: reads.seq_lens[row]].tolist()
 
 
 def check(policy, ids, pages, plan):
     served = plan.batch.starts.tolist()  # queries up to here have been looked at, per request
     if plan.paged is not None:
-        rows = plan.paged
-        for row, request in enumerate(rows.requests):
-            served[request] += int(rows.query_start[row + 1] - rows.query_start[row])
-            keys = read_row(rows, row, pages.content)
+        reads = plan.paged
+        for row, request in enumerate(reads.requests):
+            served[request] += int(reads.query_start[row + 1] - reads.query_start[row])
+            keys = read_row(reads, row, pages.content)
             last = served[request] - 1
             if plan.batch.starts[request] < last:  # causal rows keep the order of positions
                 assert last < policy.window_size
@@ -129,22 +129,22 @@ def check(policy, ids, pages, plan):
 
 def check_cache_positions(policy, ids, pages, plan):
     """Every query is as far from the keys it meets as in a cache numbered from 0."""
-    rows = plan.paged
-    if rows is not None:
-        turns = rows.turns
-        of_entries = 0 if turns is None else turns.positions[turns.of_entries]
-        for row, request in enumerate(rows.requests):
+    reads = plan.paged
+    if reads is not None:
+        shifts = reads.shifts
+        of_entries = 0 if shifts is None else shifts.positions[shifts.of_entries]
+        for row, request in enumerate(reads.requests):
             last = int(plan.batch.stops[request]) - 1
             if plan.batch.starts[request] < last:
-                first, stop = rows.query_start[row : row + 2]
-                given = 0 if turns is None else turns.positions[turns.of_queries[first:stop]]
+                first, stop = reads.query_start[row : row + 2]
+                given = 0 if shifts is None else shifts.positions[shifts.of_queries[first:stop]]
                 assert not np.any(given), "all of it is in the window"
                 continue
             query = last
-            if turns is not None:
-                query += turns.positions[turns.of_queries[rows.query_start[row]]]
-            keys = read_row(rows, row, pages.content)
-            angles = read_row(rows, row, pages.angle, of_entries)
+            if shifts is not None:
+                query += shifts.positions[shifts.of_queries[reads.query_start[row]]]
+            keys = read_row(reads, row, pages.content)
+            angles = read_row(reads, row, pages.angle, of_entries)
             number = {key: i for i, key in enumerate(visible(policy, ids[request], last))}
             for key, angle in zip(keys, angles, strict=True):
                 assert query - angle == number[last] - number[key]
@@ -157,11 +157,11 @@ def check_cache_positions(policy, ids, pages, plan):
             number = {key: n for n, key in enumerate(visible(policy, ids[row.request], position))}
             begin = 0 if row.stream_starts is None else int(row.stream_starts[i])
             for entry in range(begin, row.stream_limits[i]):
-                distance = position - row.stream_lags[i] - angles[entry]
+                distance = position - row.stream_shifts[i] - angles[entry]
                 assert distance == number[position] - number[stream[entry]]
             if row.stream_starts is not None:
                 for entry in range(min(policy.num_sink_tokens, row.stream_limits[i])):
-                    distance = position - row.sink_lags[i] - angles[entry]
+                    distance = position - row.sink_shifts[i] - angles[entry]
                     assert distance == number[position] - number[stream[entry]]
 
 
@@ -213,8 +213,8 @@ def test_staging_stays_within_what_is_reserved(window, block_size, bound, sinks,
     lengths = rng.integers(1, 700, 60).tolist()
     _ids, pages, batch = make_batch(policy, lengths, [1] * 60, block_size, rng)
     in_cache_positions = position_mode == "cache"
-    rows = plan_batch(policy, batch, pages.window, block_size, in_cache_positions).paged
-    per_request = np.bincount(rows.staged[0], minlength=1)
+    reads = plan_batch(policy, batch, pages.window, block_size, in_cache_positions).paged
+    per_request = np.bincount(reads.staged[0], minlength=1)
     options = SepLLMConfig(
         window_size=window,
         num_sink_tokens=sinks,
@@ -222,7 +222,7 @@ def test_staging_stays_within_what_is_reserved(window, block_size, bound, sinks,
         position_mode=position_mode,
     )
     assert per_request.max() <= staging_pages_per_request(options, block_size, max(lengths))
-    pages_named = rows.block_table[rows.staged]
+    pages_named = reads.block_table[reads.staged]
     assert sorted(pages_named) == list(range(len(pages_named))), "a staging page is used twice"
 
 
@@ -252,6 +252,6 @@ def test_windows_of_whole_pages_copy_no_entry_of_the_stream():
     rng = np.random.default_rng(1)
     policy = KeepRule(3, 64, np.arange(VOCABULARY) == SEPARATOR)
     _, pages, batch = make_batch(policy, [333, 500], [1, 1], 16, rng)
-    rows = plan_batch(policy, batch, pages.window, 16).paged
-    assert rows.packed is None
-    assert set(rows.merged.heads) | set(rows.merged.tails) <= set(pages.window.flat)
+    reads = plan_batch(policy, batch, pages.window, 16).paged
+    assert reads.packed is None
+    assert set(reads.merged.heads) | set(reads.merged.tails) <= set(pages.window.flat)

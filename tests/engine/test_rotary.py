@@ -111,8 +111,8 @@ def test_differences_are_all_that_matters(make_rope):
 
     def product(start):
         positions = torch.tensor([start + 37]), torch.tensor([start])
-        turned = (long(p, x.clone())[0] for p, x in zip(positions, (query, key), strict=True))
-        return float((next(turned) * next(turned)).sum())
+        rotated = (long(p, x.clone())[0] for p, x in zip(positions, (query, key), strict=True))
+        return float((next(rotated) * next(rotated)).sum())
 
     rounding = 8 * torch.finfo(torch.float32).eps * float(query.norm() * key.norm())
     assert abs(product(2**23 - 64) - product(0)) <= rounding
@@ -120,16 +120,16 @@ def test_differences_are_all_that_matters(make_rope):
 
 @pytest.mark.parametrize("is_neox", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_turn_is_the_definition(is_neox, dtype):
+def test_rotation_is_the_definition(is_neox, dtype):
     inv_freq = torch.tensor([1.0, 0.1, 0.01], dtype=torch.float64)  # 2 of 8 elements stay
     rotation = Rotation(inv_freq, is_neox)
     positions = torch.tensor([3, -5])
     x = torch.randn(4, 2, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
     index = torch.tensor([1, 0, 0, 1])
     before = x.clone()
-    turned = rotation.rotate(x, rotation.cos_sin(positions), index)
+    rotated = rotation.rotate(x, rotation.cos_sin(positions), index)
     assert torch.equal(x, before)
-    assert turned.dtype == dtype
+    assert rotated.dtype == dtype
     for i in range(4):
         for head in range(2):
             expected = x[i, head].double().clone()
@@ -139,7 +139,7 @@ def test_turn_is_the_definition(is_neox, dtype):
                 u, v = float(x[i, head, a]), float(x[i, head, b])
                 expected[a] = u * math.cos(angle) - v * math.sin(angle)
                 expected[b] = v * math.cos(angle) + u * math.sin(angle)
-            error = (turned[i, head].double() - expected).abs().max()
+            error = (rotated[i, head].double() - expected).abs().max()
             assert error <= 2 * torch.finfo(dtype).eps * expected.abs().max()
 
 
@@ -258,7 +258,7 @@ def test_keys_changed_in_other_ways_are_refused(make_rope, prepare, change):
 
 
 def test_modules_that_cannot_be_asked_are_refused(make_rope, prepare):
-    with pytest.raises(ConfigError, match=r"cannot see how layers\.0\.attn turns its keys"):
+    with pytest.raises(ConfigError, match=r"cannot see how layers\.0\.attn rotates its keys"):
         prepare(Block(make_rope("plain")), size=HEAD_SIZE + 1)
     block = Block(make_rope("plain"))
     block.second = make_rope("linear")

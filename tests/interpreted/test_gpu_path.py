@@ -286,7 +286,7 @@ def launches(monkeypatch):
         if self.fn.__module__.startswith("sepllm_kernels"):
             given = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
             if given.get("HALF") == 0:
-                del given["stream_turns"]  # not read
+                del given["stream_cos_sin"]  # not read
             shown = {
                 name: (x.data_ptr(), x.stride()) if torch.is_tensor(x) else x
                 for name, x in given.items()

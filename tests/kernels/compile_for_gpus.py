@@ -24,7 +24,7 @@ from sepllm_kernels.paged.decode_plan.triton import _decode_plan
 from sepllm_kernels.paged.launches import Launch
 from sepllm_kernels.paged.prefill.triton import LAUNCHES, _prefill
 from sepllm_kernels.paged.tiles import tile_entries
-from sepllm_kernels.turn_queries.triton import _turn_queries
+from sepllm_kernels.rotate_queries.triton import _rotate_queries
 from sepllm_kernels.write_kv.triton import _write_kv
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -35,9 +35,9 @@ INDEX = {"query_start": "*i32", "seq_lens": "*i32", "window_table": "*i32", "kep
 INDEX |= {"stream_ranges": "*i32", "stream_slots": "*i64", "window_slots": "*i64", "rows": "*i64"}
 INDEX |= dict.fromkeys(("most", "starts", "slots", "requests"), "*i32")
 INDEX["plan"] = "*i32"
-INDEX |= {"token_ids": "*i32", "kept_prefix": "*i32", "is_chosen": "*i1", "lags": "*i32"}
-FLOATS = {"partial": "*fp32", "log_sums": "*fp32", "stream_turns": "*fp32", "scale": "fp32"}
-FLOATS |= {"turns": "*fp32"}
+INDEX |= {"token_ids": "*i32", "kept_prefix": "*i32", "is_chosen": "*i1", "shifts": "*i32"}
+FLOATS = {"partial": "*fp32", "log_sums": "*fp32", "stream_cos_sin": "*fp32", "scale": "fp32"}
+FLOATS |= {"cos_sin": "*fp32"}
 FLOATS |= dict.fromkeys(("value_scale", "inverse_key_scale", "inverse_value_scale"), "fp32")
 SIZES = {"bf16": 2, "fp8e4nv": 1, "fp32": 4}  # bytes of an element
 TILES = re.compile(r"memdesc<(\d+)x\d+x\d+x\w+, #shared")  # of keys and values at a time
@@ -80,10 +80,10 @@ def cases() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], Sequence[Laun
     yield _decode_plan, {}, plan, (), H200
     for bounded in (False, True):
         constants = {"PAGE": 16, "TILE": TOKENS, "BOUNDED": bounded}
-        yield _kept_metadata, {}, constants if bounded else {**constants, "lags": None}, (), H200
+        yield _kept_metadata, {}, constants if bounded else {**constants, "shifts": None}, (), H200
     for neox in (False, True):
         layer = {"NUM_HEADS": 32, "HEAD_SIZE": 128, "HALF": 64, "NEOX": neox}
-        yield _turn_queries, {"query": "*bf16", "output": "*bf16"}, layer, (), H200
+        yield _rotate_queries, {"query": "*bf16", "output": "*bf16"}, layer, (), H200
     for pages, half, limit in (("bf16", 0, 0.0), ("fp8e4nv", 64, 448.0)):
         types = {"key": "*bf16", "value": "*bf16"}
         types |= {"key_pages": f"*{pages}", "value_pages": f"*{pages}"}

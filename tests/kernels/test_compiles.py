@@ -39,7 +39,7 @@ def test_all_kernels_compile(compiled):
         "_prefill",
         "_kept_metadata",
         "_write_kv",
-        "_turn_queries",
+        "_rotate_queries",
     }
     for kernel in compiled:
         assert kernel["shared"] <= SHARED_MEMORY[kernel["capability"]], kernel

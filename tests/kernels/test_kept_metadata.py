@@ -34,7 +34,7 @@ class Worker:
     def step(
         self, token_ids: list[torch.Tensor], stops: list[int], rows: list[int], padding: int = 0
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """``token_ids`` of each request end at position ``stops``. Returns slots, ranges, lags."""
+        """``token_ids`` of each request end at position ``stops``. Gives slots, ranges, shifts."""
         lengths = [len(ids) for ids in token_ids] + [0] * padding
         flat = torch.cat([*token_ids, torch.full((padding,), SEPARATORS[0])]).int()
         pages = max([*stops, 1]) // PAGE + 1
@@ -56,12 +56,12 @@ class Worker:
             ranges = torch.full((len(flat), 2), 777, dtype=torch.int32, device=device)
             on_device = prefix.to(device)
             inputs = [argument.to(device) for argument in arguments]
-            lags = torch.full((3, len(flat)), 777, dtype=torch.int32, device=device)
+            shifts = torch.full((3, len(flat)), 777, dtype=torch.int32, device=device)
             before = on_device.clone()
-            operation(*inputs, on_device, slots, ranges, **self.options, lags=lags)
+            operation(*inputs, on_device, slots, ranges, **self.options, shifts=shifts)
             prefix.copy_(on_device)
-            results.append((slots.cpu(), ranges.cpu(), lags.cpu()))
-            if operation is kept_metadata:  # the same without lags
+            results.append((slots.cpu(), ranges.cpu(), shifts.cpu()))
+            if operation is kept_metadata:  # the same without shifts
                 plain = slots.clone(), ranges.clone()
                 operation(*inputs, before, slots.fill_(7), ranges.fill_(7), **self.options)
                 assert torch.equal(slots, plain[0])
@@ -134,7 +134,7 @@ def test_counts_are_the_policys(bound):
     policy = KeepRule.of(config, VOCAB)
     worker = Worker(1, ring=512, max_separator_tokens=bound)
     ids = worker.tokens(300)
-    slots, ranges, lags = worker.step([ids], [300], [0])
+    slots, ranges, shifts = worker.step([ids], [300], [0])
     kept = policy.kept_flags(ids.numpy())
     prefix = np.concatenate([[0], np.cumsum(kept)]).astype(np.int32)
     assert (worker.prefix[1][0, :301].numpy() == prefix).all()
@@ -143,9 +143,9 @@ def test_counts_are_the_policys(bound):
     limits = policy.stream_limit(prefix, position)
     assert (ranges[:, 1].numpy() == limits).all()
     assert (ranges[:, 0].numpy() == policy.seen.first_entries(limits)).all()
-    assert (lags[0].numpy() == np.where(kept, position - prefix[:-1], 0)).all()
-    assert (lags[1].numpy() == policy.stream_lag(limits, position)).all()
-    assert (lags[2].numpy() == policy.sink_lag(limits, position)).all()
+    assert (shifts[0].numpy() == np.where(kept, position - prefix[:-1], 0)).all()
+    assert (shifts[1].numpy() == policy.stream_shift(limits, position)).all()
+    assert (shifts[2].numpy() == policy.sink_shift(limits, position)).all()
 
 
 def test_what_is_computed_again_is_counted_again():

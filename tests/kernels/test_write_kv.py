@@ -2,7 +2,7 @@ import pytest
 import torch
 from batches import DEVICE, NAN, Shape, far_apart, make_pages
 from sepllm_kernels.batch import PagedKV
-from sepllm_kernels.turn_queries import turn_queries, turn_queries_reference
+from sepllm_kernels.rotate_queries import rotate_queries, rotate_queries_reference
 from sepllm_kernels.write_kv import write_kv, write_kv_reference
 
 pytestmark = pytest.mark.kernels
@@ -97,7 +97,7 @@ def test_pages_far_apart():
     assert_same(found, write_both(shape, inputs=inputs)[1])
 
 
-def turns_of(angles: torch.Tensor) -> torch.Tensor:
+def cos_sin_of(angles: torch.Tensor) -> torch.Tensor:
     return torch.cat([angles.cos(), angles.sin()], -1).float()
 
 
@@ -109,8 +109,8 @@ def test_rotated_stream(is_neox, rotary_dim):
     inputs = random_inputs(shape)
     rng = torch.Generator().manual_seed(1)
     angles = 50 * torch.randn(len(inputs[2]), rotary_dim // 2, generator=rng)
-    turns = turns_of(angles).to(DEVICE)
-    found, expected = write_both(shape, inputs=inputs, stream_turns=turns, is_neox=is_neox)
+    cos_sin = cos_sin_of(angles).to(DEVICE)
+    found, expected = write_both(shape, inputs=inputs, stream_cos_sin=cos_sin, is_neox=is_neox)
     # Two products and a sum, each rounded, or the second product not.
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0, equal_nan=True)
     plain = write_both(shape, inputs=inputs)[1]
@@ -121,7 +121,7 @@ def test_rotated_stream(is_neox, rotary_dim):
 
 
 def test_a_rotation_is_that_of_positions():
-    """A key rotated for position p, written with the turn of j - p, is rotated for j."""
+    """A key rotated for position p, written with the rotation of j - p, is rotated for j."""
     shape = Shape(num_kv_heads=1)
     rng = torch.Generator().manual_seed(2)
     plain = torch.randn(1, 1, shape.head_size, generator=rng)
@@ -140,9 +140,9 @@ def test_a_rotation_is_that_of_positions():
         pages,
         torch.tensor([-1], device=DEVICE),
         torch.tensor([17], device=DEVICE),
-        turns_of((37 - 900) * frequencies)[None].to(DEVICE),
+        cos_sin_of((37 - 900) * frequencies)[None].to(DEVICE),
     )
-    # The key, its turn, and both products are rounded to float32; elements are below 4.
+    # The key, its rotation, and both products are rounded to float32; elements are below 4.
     expected = rotated_for(37)[0]
     torch.testing.assert_close(pages.key[1, :, 1].cpu().double(), expected, atol=2e-6, rtol=0)
 
@@ -151,14 +151,14 @@ def test_a_rotation_is_that_of_positions():
 @pytest.mark.parametrize("is_neox", [True, False])
 @pytest.mark.parametrize("sizes", [(4, 64, 64), (1, 80, 20), (32, 128, 128), (6, 96, 32)])
 @pytest.mark.parametrize("num_parts", [1, 2])
-def test_turned_queries(dtype, is_neox, sizes, num_parts):
+def test_rotated_queries(dtype, is_neox, sizes, num_parts):
     num_heads, head_size, rotary_dim = sizes
     rng = torch.Generator().manual_seed(4)
     fused = torch.randn(9, num_heads + 3, head_size, generator=rng).to(dtype).to(DEVICE)
     query = fused[:, :num_heads]  # a slice of a projection
-    turns = turns_of(50 * torch.randn(num_parts, 9, rotary_dim // 2, generator=rng)).to(DEVICE)
-    found = turn_queries(query, turns, is_neox)
-    expected = turn_queries_reference(query, turns, is_neox)
+    cos_sin = cos_sin_of(50 * torch.randn(num_parts, 9, rotary_dim // 2, generator=rng)).to(DEVICE)
+    found = rotate_queries(query, cos_sin, is_neox)
+    expected = rotate_queries_reference(query, cos_sin, is_neox)
     assert found.shape == (1 + num_parts, 9, num_heads, head_size)
     assert found.dtype == dtype
     assert torch.equal(found[0], query)
@@ -167,4 +167,4 @@ def test_turned_queries(dtype, is_neox, sizes, num_parts):
     atol = 1e-6 if dtype == F32 else 5 * torch.finfo(dtype).eps
     torch.testing.assert_close(found, expected, atol=atol, rtol=0)
     assert not torch.isclose(found[1], query, atol=0.1).all()
-    assert turn_queries(query[:0], turns[:, :0], is_neox).shape[1] == 0
+    assert rotate_queries(query[:0], cos_sin[:, :0], is_neox).shape[1] == 0

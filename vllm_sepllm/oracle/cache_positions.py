@@ -40,8 +40,8 @@ def rotated(
     rotary, rest = vectors[..., : 2 * half], vectors[..., 2 * half :]
     pairs = rotary.reshape(*rotary.shape[:-1], *((2, half) if is_neox else (half, 2)))
     x, y = pairs.unbind(-2 if is_neox else -1)
-    turned = torch.stack([x * cos - y * sin, x * sin + y * cos], -2 if is_neox else -1)
-    return torch.cat([turned.flatten(-2), rest], -1)
+    rotated = torch.stack([x * cos - y * sin, x * sin + y * cos], -2 if is_neox else -1)
+    return torch.cat([rotated.flatten(-2), rest], -1)
 
 
 def rebuilt_cache_attention(
@@ -80,9 +80,9 @@ def rebuilt_cache_attention(
         cache[row, number[row, token]] = token
         last = number[:, -1:]
         entries = torch.arange(size)[None].expand_as(cache)
-        turned = rotate(rows[:, None], last)[:, 0]
-        turned = turned.reshape(len(rows), -1, group, query.shape[2])
-        logits = torch.einsum("rkgd,rckd->rkgc", turned, rotate(key[cache], entries)) * scale
+        rotated = rotate(rows[:, None], last)[:, 0]
+        rotated = rotated.reshape(len(rows), -1, group, query.shape[2])
+        logits = torch.einsum("rkgd,rckd->rkgc", rotated, rotate(key[cache], entries)) * scale
         if logits_soft_cap:
             logits = logits_soft_cap * torch.tanh(logits / logits_soft_cap)
         logits = logits.masked_fill((entries > last)[:, None, None], float("-inf"))

@@ -23,7 +23,7 @@ def kept_metadata_reference(
     page_size: int,
     interval: int = 0,
     max_separator_tokens: int | None = None,
-    lags: torch.Tensor | None = None,
+    shifts: torch.Tensor | None = None,
 ) -> None:
     """Count a step's kept tokens, and find where they go and what each token sees of the stream.
 
@@ -50,15 +50,15 @@ def kept_metadata_reference(
         page_size: entries of a page.
         interval: tokens; 0 is none.
         max_separator_tokens: newest separators behind the window that are seen; ``None`` is all.
-        lags: ``[3, num_tokens]`` int32, written, for cache positions: positions that the stream's
-            copy of a kept token's key is turned back by to be at its entry, a token's query to meet
-            the keys of its range, and to meet those of the sinks; 0 for padding.
+        shifts: ``[3, num_tokens]`` int32, written, for cache positions: positions that the stream's
+            copy of a kept token's key is rotated back by to be at its entry, a token's query to
+            meet the keys of its range, and to meet those of the sinks; 0 for padding.
     """
     ring, vocab_size = kept_prefix.shape[1], is_chosen.shape[0]
     stream_slots.fill_(NO_SLOT)
     stream_ranges.fill_(0)
-    if lags is not None:
-        lags.fill_(0)
+    if shifts is not None:
+        shifts.fill_(0)
     for req in range(seq_lens.shape[0]):
         first, stop = int(query_start[req]), int(query_start[req + 1])
         start = int(seq_lens[req]) - (stop - first)
@@ -83,6 +83,6 @@ def kept_metadata_reference(
                 sinks = min(num_sink_tokens, limit)
                 unseen = max(0, limit - max_separator_tokens - sinks)
                 stream_ranges[token, 0] = sinks + unseen
-            if lags is not None:
-                lag = window_first - limit
-                lags[:, token] = torch.tensor([(position - entry) * kept, lag, lag + unseen])
+            if shifts is not None:
+                shift = window_first - limit
+                shifts[:, token] = torch.tensor([(position - entry) * kept, shift, shift + unseen])

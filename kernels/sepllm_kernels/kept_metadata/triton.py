@@ -54,7 +54,7 @@ def _kept_metadata(
     kept_prefix,
     stream_slots,
     stream_ranges,
-    lags,
+    shifts,
     num_reqs,
     num_tokens,
     ring,
@@ -77,9 +77,9 @@ def _kept_metadata(
             tl.store(stream_slots + token, -1, mask=valid)
             tl.store(stream_ranges + 2 * token, 0, mask=valid)
             tl.store(stream_ranges + 2 * token + 1, 0, mask=valid)
-            if lags is not None:
+            if shifts is not None:
                 for part in range(3):
-                    tl.store(lags + part * num_tokens + token, 0, mask=valid)
+                    tl.store(shifts + part * num_tokens + token, 0, mask=valid)
         return
     length = tl.load(query_start + req + 1) - first
     if length == 0:
@@ -120,11 +120,11 @@ def _kept_metadata(
         token = first + offset
         tl.store(stream_ranges + 2 * token, begin, mask=valid)
         tl.store(stream_ranges + 2 * token + 1, limit, mask=valid)
-        if lags is not None:
-            lag = window_first - limit
-            tl.store(lags + token, tl.where(kept, position - entry, 0), mask=valid)
-            tl.store(lags + num_tokens + token, lag, mask=valid)
-            tl.store(lags + 2 * num_tokens + token, lag + unseen, mask=valid)
+        if shifts is not None:
+            shift = window_first - limit
+            tl.store(shifts + token, tl.where(kept, position - entry, 0), mask=valid)
+            tl.store(shifts + num_tokens + token, shift, mask=valid)
+            tl.store(shifts + 2 * num_tokens + token, shift + unseen, mask=valid)
 
 
 def kept_metadata(
@@ -143,12 +143,12 @@ def kept_metadata(
     page_size: int,
     interval: int = 0,
     max_separator_tokens: int | None = None,
-    lags: torch.Tensor | None = None,
+    shifts: torch.Tensor | None = None,
 ) -> None:
     """Count a step's kept tokens, and find where they go and what each token sees of the stream.
 
-    Arguments as :func:`kept_metadata_reference`, ``lags`` contiguous. Nothing is waited for on the
-    host.
+    Arguments as :func:`kept_metadata_reference`, ``shifts`` contiguous. Nothing is waited for on
+    the host.
     """
     num_reqs = seq_lens.shape[0]
     _kept_metadata[(num_reqs + 1,)](
@@ -161,7 +161,7 @@ def kept_metadata(
         kept_prefix,
         stream_slots,
         stream_ranges,
-        lags,
+        shifts,
         num_reqs,
         stream_slots.shape[0],
         kept_prefix.shape[1],

@@ -1,6 +1,6 @@
-"""Queries turned to the angles at which they meet each part of what they see."""
+"""Queries rotated to the angles at which they meet each part of what they see."""
 
-from sepllm_kernels.turn_queries.reference import rotate, turn_queries_reference
-from sepllm_kernels.turn_queries.triton import turn_queries
+from sepllm_kernels.rotate_queries.reference import rotate, rotate_queries_reference
+from sepllm_kernels.rotate_queries.triton import rotate_queries
 
-__all__ = ["rotate", "turn_queries", "turn_queries_reference"]
+__all__ = ["rotate", "rotate_queries", "rotate_queries_reference"]

@@ -1,4 +1,4 @@
-"""``turn_queries`` in Triton: a program per token and part."""
+"""``rotate_queries`` in Triton: a program per token and part."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from sepllm_kernels.batch import STEP_SIZES
 
 
 @triton.jit
-def rotated(vectors, turn, offsets, dim, valid, HALF: tl.constexpr, NEOX: tl.constexpr):
-    """Elements of one token's vectors, each pair turned.
+def rotate_elements(vectors, cos_sin, offsets, dim, valid, HALF: tl.constexpr, NEOX: tl.constexpr):
+    """Elements of one token's vectors, each pair rotated.
 
-    ``offsets`` are those of the elements, ``dim`` their place in a vector; ``turn`` holds ``HALF``
-    cosines and as many sines.
+    ``offsets`` are those of the elements, ``dim`` their place in a vector; ``cos_sin`` holds
+    ``HALF`` cosines and as many sines.
     """
     rotary = valid & (dim < 2 * HALF)
     if NEOX:
@@ -25,21 +25,21 @@ def rotated(vectors, turn, offsets, dim, valid, HALF: tl.constexpr, NEOX: tl.con
         partner = tl.where(is_first, offsets + 1, offsets - 1)
     own = tl.load(vectors + offsets, mask=valid, other=0.0).to(tl.float32)
     other = tl.load(vectors + partner, mask=rotary, other=0.0).to(tl.float32)
-    cos = tl.load(turn + pair, mask=rotary, other=1.0)
-    sin = tl.load(turn + HALF + pair, mask=rotary, other=0.0)
+    cos = tl.load(cos_sin + pair, mask=rotary, other=1.0)
+    sin = tl.load(cos_sin + HALF + pair, mask=rotary, other=0.0)
     return own * cos + tl.where(is_first, -other, other) * sin
 
 
 @triton.jit(do_not_specialize=STEP_SIZES)
-def _turn_queries(
+def _rotate_queries(
     query,
-    turns,
+    cos_sin,
     output,
     num_tokens,
     token_stride,
     NUM_HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
-    HALF: tl.constexpr,  # pairs that are turned
+    HALF: tl.constexpr,  # pairs that are rotated
     NEOX: tl.constexpr,
 ):
     token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -50,29 +50,31 @@ def _turn_queries(
     if part == 0:
         tl.store(to, tl.load(own + flat, mask=valid), mask=valid)
         return
-    turn = turns + ((part - 1) * num_tokens + token) * 2 * HALF
-    turned = rotated(own, turn, flat, flat % HEAD_SIZE, valid, HALF, NEOX)
-    tl.store(to, turned.to(output.dtype.element_ty), mask=valid)
+    own_cos_sin = cos_sin + ((part - 1) * num_tokens + token) * 2 * HALF
+    result = rotate_elements(own, own_cos_sin, flat, flat % HEAD_SIZE, valid, HALF, NEOX)
+    tl.store(to, result.to(output.dtype.element_ty), mask=valid)
 
 
-def turn_queries(query: torch.Tensor, turns: torch.Tensor, is_neox: bool = True) -> torch.Tensor:
-    """Queries as they are, and turned.
+def rotate_queries(
+    query: torch.Tensor, cos_sin: torch.Tensor, is_neox: bool = True
+) -> torch.Tensor:
+    """Queries as they are, and rotated.
 
-    Arguments and result as :func:`turn_queries_reference`. Elements of a token's queries follow
-    each other, those of ``turns`` altogether.
+    Arguments and result as :func:`rotate_queries_reference`. Elements of a token's queries follow
+    each other, those of ``cos_sin`` altogether.
     """
     num_tokens, num_heads, head_size = query.shape
-    output = torch.empty(1 + turns.shape[0], *query.shape, dtype=query.dtype, device=query.device)
+    output = torch.empty(1 + cos_sin.shape[0], *query.shape, dtype=query.dtype, device=query.device)
     if num_tokens:
-        _turn_queries[(num_tokens, 1 + turns.shape[0])](
+        _rotate_queries[(num_tokens, 1 + cos_sin.shape[0])](
             query,
-            turns,
+            cos_sin,
             output,
             num_tokens,
             query.stride(0),
             NUM_HEADS=num_heads,
             HEAD_SIZE=head_size,
-            HALF=turns.shape[2] // 2,
+            HALF=cos_sin.shape[2] // 2,
             NEOX=is_neox,
         )
     return output

@@ -41,7 +41,7 @@ def kept_prefill_reference(
         stream_starts: ``[num_rows]`` int, entries; never decreasing.
         num_sinks: entries; only with ``stream_starts``.
         stream_query, sink_query: like ``query``, the same queries as they meet the stream's keys
-            and, with ``stream_starts``, those of the sinks (in cache positions they are turned to
+            and, with ``stream_starts``, those of the sinks (in cache positions they are rotated to
             other angles); ``None`` is ``query`` itself.
 
     Returns:

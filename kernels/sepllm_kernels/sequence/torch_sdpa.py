@@ -165,9 +165,9 @@ def kept_prefill(
         if stream_query is None and sink_query is None:
             keys, values, own = [torch.cat(keys, 2)], [torch.cat(values, 2)], [query]
         else:
-            own = [query if turned is None else turned for turned in (sink_query, stream_query)]
+            own = [query if rotated is None else rotated for rotated in (sink_query, stream_query)]
             own.append(query)
-        queries = [block.query(turned, num_kv_heads) for turned in own]
+        queries = [block.query(rotated, num_kv_heads) for rotated in own]
         attended = _attend(queries, keys, values, *options)
         output[block.first : block.stop] = block.output(attended, num_heads)
     return output

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from sepllm_kernels.batch import PagedKV
-from sepllm_kernels.turn_queries.reference import rotate
+from sepllm_kernels.rotate_queries.reference import rotate
 
 
 def write_kv_reference(
@@ -14,7 +14,7 @@ def write_kv_reference(
     pages: PagedKV,
     window_slots: torch.Tensor,
     stream_slots: torch.Tensor,
-    stream_turns: torch.Tensor | None = None,
+    stream_cos_sin: torch.Tensor | None = None,
     is_neox: bool = True,
 ) -> None:
     """Write the keys and values of a step to their window slots, and of kept tokens to the stream.
@@ -25,14 +25,14 @@ def write_kv_reference(
             limited to the largest finite one.
         window_slots, stream_slots: ``[num_tokens]`` int64, ``page * page_size + entry``; below 0 is
             nowhere.
-        stream_turns: ``[num_tokens, rotary_dim]`` float32, what the stream's copy of the key is
+        stream_cos_sin: ``[num_tokens, rotary_dim]`` float32, what the stream's copy of the key is
             rotated by, see :func:`rotate`; ``None`` is nothing.
         is_neox: see :func:`rotate`.
     """
     for token in range(window_slots.shape[0]):
         own = key[token]
-        shifted = own if stream_turns is None else rotate(own, stream_turns[token], is_neox)
-        for slot, copied in ((window_slots[token], own), (stream_slots[token], shifted)):
+        rotated = own if stream_cos_sin is None else rotate(own, stream_cos_sin[token], is_neox)
+        for slot, copied in ((window_slots[token], own), (stream_slots[token], rotated)):
             if slot < 0:
                 continue
             page, entry = divmod(int(slot), pages.page_size)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from sepllm_kernels.batch import PagedKV
-from sepllm_kernels.turn_queries.triton import rotated
+from sepllm_kernels.rotate_queries.triton import rotate_elements
 
 
 @triton.jit
@@ -26,7 +26,7 @@ def _write_kv(
     value_pages,
     window_slots,
     stream_slots,
-    stream_turns,
+    stream_cos_sin,
     key_stride,
     value_stride,
     page_stride,
@@ -59,9 +59,11 @@ def _write_kv(
     if stream_slot >= 0:
         at = stream_slot // PAGE * page_stride + stream_slot % PAGE * entry_stride + in_page
         if HALF > 0:
-            turn = stream_turns + token * 2 * HALF
-            turned = rotated(key + token * key_stride, turn, flat, dim, valid, HALF, NEOX)
-            stored_key = _stored(turned, inverse_key_scale, LIMIT, dtype)
+            cos_sin = stream_cos_sin + token * 2 * HALF
+            rotated = rotate_elements(
+                key + token * key_stride, cos_sin, flat, dim, valid, HALF, NEOX
+            )
+            stored_key = _stored(rotated, inverse_key_scale, LIMIT, dtype)
         tl.store(key_pages + at, stored_key, mask=valid)
         tl.store(value_pages + at, stored_value, mask=valid)
 
@@ -72,7 +74,7 @@ def write_kv(
     pages: PagedKV,
     window_slots: torch.Tensor,
     stream_slots: torch.Tensor,
-    stream_turns: torch.Tensor | None = None,
+    stream_cos_sin: torch.Tensor | None = None,
     is_neox: bool = True,
 ) -> None:
     """Write the keys and values of a step to their window slots, and of kept tokens to the stream.
@@ -92,7 +94,7 @@ def write_kv(
         pages.value,
         window_slots,
         stream_slots,
-        key if stream_turns is None else stream_turns,
+        key if stream_cos_sin is None else stream_cos_sin,
         key.stride(0),
         value.stride(0),
         page_stride,
@@ -103,7 +105,7 @@ def write_kv(
         NUM_HEADS=num_heads,
         HEAD_SIZE=head_size,
         PAGE=pages.page_size,
-        HALF=0 if stream_turns is None else stream_turns.shape[1] // 2,
+        HALF=0 if stream_cos_sin is None else stream_cos_sin.shape[1] // 2,
         NEOX=is_neox,
         LIMIT=torch.finfo(pages.key.dtype).max if is_fp8 else 0.0,
     )

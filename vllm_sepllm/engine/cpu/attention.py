@@ -24,7 +24,7 @@ import torch
 from vllm import _custom_ops as ops
 from vllm import envs
 
-from vllm_sepllm.engine.cpu.plan import PagedRows
+from vllm_sepllm.engine.cpu.plan import PagedPlan
 from vllm_sepllm.engine.cpu.staging import gather_entries, merge_pages, pack_entries
 from vllm_sepllm.engine.cpu.tables import MergedPages, PackedEntries
 from vllm_sepllm.engine.worker.rotation import Rotation
@@ -187,31 +187,31 @@ class PagedCall:
     """One call of vLLM's C++ paged kernel, prepared once per step and run for each layer.
 
     Args:
-        rows: what is read.
+        plan: what is read.
         num_heads, num_kv_heads, head_size, dtype, isa: of the layers.
     """
 
     def __init__(
         self,
-        rows: PagedRows,
+        plan: PagedPlan,
         num_heads: int,
         num_kv_heads: int,
         head_size: int,
         dtype: torch.dtype,
         isa: str,
     ) -> None:
-        self._rows = rows
-        self._table = torch.from_numpy(rows.block_table)
-        self._staged_pages = rows.block_table[rows.staged]
-        if rows.turns is not None:
-            self._turn_positions = torch.from_numpy(rows.turns.positions)
-            self._turn_of_queries = torch.from_numpy(rows.turns.of_queries)
-            self._turn_of_entries = torch.from_numpy(rows.turns.of_entries)
+        self._plan = plan
+        self._table = torch.from_numpy(plan.block_table)
+        self._staged_pages = plan.block_table[plan.staged]
+        if plan.shifts is not None:
+            self._shift_positions = torch.from_numpy(plan.shifts.positions)
+            self._shift_of_queries = torch.from_numpy(plan.shifts.of_queries)
+            self._shift_of_entries = torch.from_numpy(plan.shifts.of_entries)
         self._cos_sin: dict[Rotation, torch.Tensor] = {}
-        self._seq_lens = torch.from_numpy(rows.seq_lens)
-        self._query_start = torch.from_numpy(rows.query_start)
+        self._seq_lens = torch.from_numpy(plan.seq_lens)
+        self._query_start = torch.from_numpy(plan.query_start)
         self._schedule = ops.cpu_attn_get_scheduler_metadata(
-            num_reqs=len(rows.requests),
+            num_reqs=len(plan.requests),
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_size,
@@ -237,11 +237,11 @@ class PagedCall:
 
         ``rotation`` is the layer's, in cache positions; ``None`` if it has none.
         """
-        rows = self._rows
-        turns = self._turns_of(rotation)
-        if turns is not None:
+        plan = self._plan
+        cos_sin = self._cos_sin_of(rotation)
+        if cos_sin is not None:
             assert rotation is not None
-            query = rotation.rotate(query, turns, self._turn_of_queries)
+            query = rotation.rotate(query, cos_sin, self._shift_of_queries)
         if self._staged_pages.size:
             if self._staged_pages.size > pages.num_staging_pages:
                 raise RuntimeError(
@@ -249,15 +249,15 @@ class PagedCall:
                     f"{pages.num_staging_pages} were reserved: please report this"
                 )
             # Staging pages are numbered from the layer's own first page.
-            rows.block_table[rows.staged] = self._staged_pages + pages.first_staging_page
-            if turns is None:
-                pages.stage(rows.merged, rows.packed)
+            plan.block_table[plan.staged] = self._staged_pages + pages.first_staging_page
+            if cos_sin is None:
+                pages.stage(plan.merged, plan.packed)
             else:
-                assert rows.packed is not None
+                assert plan.packed is not None
                 assert rotation is not None
-                key, value = pages.gather(rows.packed)
-                key = rotation.rotate(key, turns, self._turn_of_entries)
-                slots = rows.packed.slots + pages.first_staging_page * pages.block_size
+                key, value = pages.gather(plan.packed)
+                key = rotation.rotate(key, cos_sin, self._shift_of_entries)
+                slots = plan.packed.slots + pages.first_staging_page * pages.block_size
                 pages.write(key, value, torch.from_numpy(slots))
         ops.cpu_attention_with_kv_cache(
             query=query,
@@ -276,10 +276,10 @@ class PagedCall:
             s_aux=None,
         )
 
-    def _turns_of(self, rotation: Rotation | None) -> torch.Tensor | None:
-        """Cosines and sines for the turns of a step, made by the first layer that has it."""
-        if rotation is None or self._rows.turns is None:
+    def _cos_sin_of(self, rotation: Rotation | None) -> torch.Tensor | None:
+        """Cosines and sines for the shifts of a step, made by the first layer that has it."""
+        if rotation is None or self._plan.shifts is None:
             return None
         if rotation not in self._cos_sin:
-            self._cos_sin[rotation] = rotation.cos_sin(self._turn_positions)
+            self._cos_sin[rotation] = rotation.cos_sin(self._shift_positions)
         return self._cos_sin[rotation]

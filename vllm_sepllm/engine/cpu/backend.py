@@ -13,7 +13,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from vllm_sepllm.engine.cpu.attention import CpuPages, PagedCall
 from vllm_sepllm.engine.cpu.metadata import KeptMetadata, KeptMetadataBuilder, StepWork
-from vllm_sepllm.engine.cpu.plan import StaircaseRow
+from vllm_sepllm.engine.cpu.plan import Staircase
 from vllm_sepllm.engine.cpu.tables import IntArray
 from vllm_sepllm.engine.worker.backend import SepLLMBackend, SepLLMImpl
 from vllm_sepllm.engine.worker.metadata import WindowMetadata, WindowMetadataBuilder
@@ -112,17 +112,17 @@ class SepLLMCPUImpl(SepLLMImpl):
         work = self._work(kept, window, pages, query.dtype)
         if work.paged is not None:
             self._run_paged(work, pages, query[:num_tokens], output[:num_tokens])
-        for row, masks in zip(work.plan.staircase, work.masks, strict=True):
-            self._run_staircase(kept, row, masks, pages, query, key, value, output)
+        for stairs, masks in zip(work.plan.staircase, work.masks, strict=True):
+            self._run_staircase(kept, stairs, masks, pages, query, key, value, output)
 
     def _write_stream(
         self, kept: KeptMetadata, pages: CpuPages, key: torch.Tensor, value: torch.Tensor
     ) -> None:
         """Write the kept tokens' ``[num_kept, num_kv_heads, head_size]``."""
-        lags = kept.key_lags
-        if self.rotation is not None and lags is not None:
-            rows = kept.cos_sin(self.rotation, "keys", lambda: lags)
-            key = self.rotation.rotate(key, rows)
+        shifts = kept.key_shifts
+        if self.rotation is not None and shifts is not None:
+            cos_sin = kept.cos_sin(self.rotation, "keys", lambda: shifts)
+            key = self.rotation.rotate(key, cos_sin)
         pages.write(key, value, kept.slot_mapping)
 
     def _work(
@@ -134,11 +134,11 @@ class SepLLMCPUImpl(SepLLMImpl):
             plan = kept.plan(window, pages.block_size)
             paged, token_index = None, None
             if plan.paged is not None:
-                batch, rows = plan.batch, plan.paged
+                batch, reads = plan.batch, plan.paged
                 sizes = self.num_heads, self.num_kv_heads, self.head_size
-                paged = PagedCall(rows, *sizes, dtype, pages.isa)
+                paged = PagedCall(reads, *sizes, dtype, pages.isa)
                 if plan.staircase:
-                    firsts, counts = batch.query_start[rows.requests], np.diff(rows.query_start)
+                    firsts, counts = batch.query_start[reads.requests], np.diff(reads.query_start)
                     spans = zip(firsts.tolist(), counts.tolist(), strict=True)
                     token_index = torch.cat([torch.arange(i, i + n) for i, n in spans])
             kept.works[key] = StepWork(plan, paged, token_index, [{} for _ in plan.staircase])
@@ -160,7 +160,7 @@ class SepLLMCPUImpl(SepLLMImpl):
     def _run_staircase(
         self,
         kept: KeptMetadata,
-        row: StaircaseRow,
+        stairs: Staircase,
         masks: dict[int, torch.Tensor],
         pages: CpuPages,
         query: torch.Tensor,
@@ -168,41 +168,41 @@ class SepLLMCPUImpl(SepLLMImpl):
         value: torch.Tensor,
         output: torch.Tensor,
     ) -> None:
-        chunk, stop = (int(x) for x in kept.batch.query_start[row.request : row.request + 2])
-        first = chunk + row.first_query
-        stream_key, stream_value = pages.read_pages(torch.from_numpy(row.stream_pages))
-        own = key[chunk + row.chunk_first : stop], value[chunk + row.chunk_first : stop]
+        chunk, stop = (int(x) for x in kept.batch.query_start[stairs.request : stairs.request + 2])
+        first = chunk + stairs.first_query
+        stream_key, stream_value = pages.read_pages(torch.from_numpy(stairs.stream_pages))
+        own = key[chunk + stairs.chunk_first : stop], value[chunk + stairs.chunk_first : stop]
         window_key, window_value = (part.transpose(0, 1) for part in own)
-        if row.window_length:
-            read = pages.read_pages(torch.from_numpy(row.window_pages))
-            before = slice(row.window_first, row.window_first + row.window_length)
+        if stairs.window_length:
+            read = pages.read_pages(torch.from_numpy(stairs.window_pages))
+            before = slice(stairs.window_first, stairs.window_first + stairs.window_length)
             window_key = torch.cat([read[0][:, before], window_key], dim=1)
             window_value = torch.cat([read[1][:, before], window_value], dim=1)
-        starts = row.stream_starts
+        starts = stairs.stream_starts
         output[first:stop] = kept_prefill(
             query[first:stop],
             stream_key,
             stream_value,
             window_key,
             window_value,
-            torch.from_numpy(row.stream_limits),
+            torch.from_numpy(stairs.stream_limits),
             kept.rule.window_size,
             self.scale,
             self.logits_soft_cap,
             masks,
             stream_starts=None if starts is None else torch.from_numpy(starts),
             num_sinks=kept.rule.num_sink_tokens,
-            stream_query=self._turned(kept, row, row.stream_lags, query[first:stop]),
-            sink_query=self._turned(kept, row, row.sink_lags, query[first:stop]),
+            stream_query=self._rotated(kept, stairs, stairs.stream_shifts, query[first:stop]),
+            sink_query=self._rotated(kept, stairs, stairs.sink_shifts, query[first:stop]),
         )
 
-    def _turned(
-        self, kept: KeptMetadata, row: StaircaseRow, lags: IntArray, query: torch.Tensor
+    def _rotated(
+        self, kept: KeptMetadata, stairs: Staircase, shifts: IntArray, query: torch.Tensor
     ) -> torch.Tensor | None:
         """Queries of a chunk as they meet keys at cache positions; ``None`` is as they are."""
-        if self.rotation is None or kept.key_lags is None:
+        if self.rotation is None or kept.key_shifts is None:
             return None
-        key = row.request, lags is row.sink_lags
+        key = stairs.request, shifts is stairs.sink_shifts
         return self.rotation.rotate(
-            query, kept.cos_sin(self.rotation, key, lambda: torch.from_numpy(lags))
+            query, kept.cos_sin(self.rotation, key, lambda: torch.from_numpy(shifts))
         )

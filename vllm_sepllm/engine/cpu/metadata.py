@@ -32,7 +32,7 @@ _NO_SLOTS = np.zeros(0, dtype=np.int64)
 
 
 # Of the step's kept keys, or of a request's queries as they meet the stream, or the sinks.
-LagName = Literal["keys"] | tuple[int, bool]
+ShiftName = Literal["keys"] | tuple[int, bool]
 
 
 @dataclass
@@ -60,20 +60,20 @@ class KeptMetadata(AttentionMetadata):
         batch: token ranges, kept counts and the stream's block table.
         token_index: ``[num_kept]`` int64, batch index of each kept token.
         slot_mapping: ``[num_kept]`` int64, stream slot of each kept token.
-        key_lags: ``[num_kept]`` int64, positions that each of their keys is turned back by to be
+        key_shifts: ``[num_kept]`` int64, positions that each of their keys is rotated back by to be
             at its entry; ``None`` if not in cache positions.
         works: what layers have made of the plan, for the other layers of the step: by window group
             and number of heads.
-        rotations: cosines and sines of lags, by the rotation of layers and the name of the lags.
+        rotations: cosines and sines of shifts, by the layers' rotation and the shifts' name.
     """
 
     rule: KeepRule
     batch: Batch
     token_index: torch.Tensor
     slot_mapping: torch.Tensor
-    key_lags: torch.Tensor | None = None
+    key_shifts: torch.Tensor | None = None
     works: dict[tuple[WindowMetadata, int], StepWork] = field(default_factory=dict)
-    rotations: dict[tuple[Rotation, LagName], torch.Tensor] = field(default_factory=dict)
+    rotations: dict[tuple[Rotation, ShiftName], torch.Tensor] = field(default_factory=dict)
 
     def plan(self, window: WindowMetadata, block_size: int) -> BatchPlan:
         """How the batch reads both groups."""
@@ -82,22 +82,22 @@ class KeptMetadata(AttentionMetadata):
             self.batch,
             window.block_table.numpy(),
             block_size,
-            in_cache_positions=self.key_lags is not None,
+            in_cache_positions=self.key_shifts is not None,
         )
 
     def cos_sin(
-        self, rotation: Rotation, name: LagName, lags: Callable[[], torch.Tensor]
+        self, rotation: Rotation, name: ShiftName, shifts: Callable[[], torch.Tensor]
     ) -> torch.Tensor:
-        """What turns back by ``lags``, made by the first layer that has this rotation.
+        """What rotates back by ``shifts``, made by the first layer that has this rotation.
 
         Args:
             rotation: of the layer.
-            name: of the lags among those of the step.
-            lags: gives them, ``[num_rows]`` int64.
+            name: of the shifts among those of the step.
+            shifts: gives them, ``[num_queries]`` int64.
         """
         key = rotation, name
         if key not in self.rotations:
-            self.rotations[key] = rotation.cos_sin(-lags())
+            self.rotations[key] = rotation.cos_sin(-shifts())
         return self.rotations[key]
 
 
@@ -138,7 +138,7 @@ class KeptMetadataBuilder(AttentionMetadataBuilder[KeptMetadata]):
         rule = step.counts.rule
         metadata = KeptMetadata(rule, batch, torch.from_numpy(kept), torch.from_numpy(slots))
         if self._in_cache_positions:
-            metadata.key_lags = torch.from_numpy(found.position - found.entry)
+            metadata.key_shifts = torch.from_numpy(found.position - found.entry)
         return metadata
 
     def _slots(self, block_table: TableArray, found: KeptTokens) -> IntArray:

@@ -16,9 +16,9 @@ size, head and tail of the window fill exactly one page, each entry already at i
 and the tail of the stream is read in place as the ragged last page. Otherwise the three
 partial pieces are packed entry by entry.
 
-In cache positions the parts a query reads want it turned to different angles, and the kernel takes
-it at one. So it is turned to that of the largest part, and the entries of the others are staged
-with their keys turned the rest of the way: at most about a window of them, or what a bound on
+In cache positions the parts a query reads want it rotated to different angles, and the kernel takes
+it at one. So it is rotated to that of the largest part, and the entries of the others are staged
+with their keys rotated the rest of the way: at most about a window of them, or what a bound on
 separators keeps beside it, whichever is less.
 
 *staircase*: the queries of a prompt chunk that see less than their whole context. Each has its
@@ -38,10 +38,10 @@ from vllm_sepllm.engine.cpu.tables import (
     IntArray,
     MergedPages,
     PackedEntries,
+    Shifts,
     Span,
     TableArray,
     TableBuilder,
-    Turns,
 )
 from vllm_sepllm.policy import CountArray, KeepRule
 
@@ -95,7 +95,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class PagedRows:
+class PagedPlan:
     """Queries served by one call of the paged kernel, the first ones of each request's chunk.
 
     Attributes:
@@ -113,11 +113,11 @@ class PagedRows:
     query_start: npt.NDArray[np.int32]
     merged: MergedPages | None
     packed: PackedEntries | None
-    turns: Turns | None = None
+    shifts: Shifts | None = None
 
 
 @dataclass(frozen=True)
-class StaircaseRow:
+class Staircase:
     """The queries of one request's chunk that see less than their whole context.
 
     Attributes:
@@ -131,7 +131,7 @@ class StaircaseRow:
         chunk_first: token of the chunk that the window goes on with, up to the chunk's end.
         stream_limits: ``[num_queries]`` entries of ``stream_pages`` each query sees.
         stream_starts: ``[num_queries]`` with a bound, the first of them beside the sinks.
-        stream_lags, sink_lags: ``[num_queries]`` see :meth:`KeepRule.stream_lag`.
+        stream_shifts, sink_shifts: ``[num_queries]`` see :meth:`KeepRule.stream_shift`.
     """
 
     request: int
@@ -143,8 +143,8 @@ class StaircaseRow:
     chunk_first: int
     stream_limits: CountArray
     stream_starts: CountArray | None
-    stream_lags: IntArray
-    sink_lags: IntArray
+    stream_shifts: IntArray
+    sink_shifts: IntArray
 
 
 @dataclass(frozen=True)
@@ -152,8 +152,8 @@ class BatchPlan:
     """How one step reads both groups."""
 
     batch: Batch
-    paged: PagedRows | None
-    staircase: list[StaircaseRow]
+    paged: PagedPlan | None
+    staircase: list[Staircase]
 
 
 def plan_batch(
@@ -170,7 +170,7 @@ def plan_batch(
         batch: the requests.
         window_pages: ``[num_reqs, max_pages]`` block table of the window group.
         block_size: entries of a page.
-        in_cache_positions: stream keys are turned to their entries, see ``policy``.
+        in_cache_positions: stream keys are rotated to their entries, see ``policy``.
     """
     paged, staircase = [], []
     spans = zip(batch.starts.tolist(), batch.stops.tolist(), strict=True)
@@ -184,10 +184,10 @@ def plan_batch(
         if inside < stop and start < stop:
             first = max(start, inside)
             staircase.append(_plan_staircase(rule, batch, request, first, window_pages, block_size))
-    rows = None
+    reads = None
     if paged:
-        rows = _plan_paged(rule, batch, paged, window_pages, block_size, in_cache_positions)
-    return BatchPlan(batch, rows, staircase)
+        reads = _plan_paged(rule, batch, paged, window_pages, block_size, in_cache_positions)
+    return BatchPlan(batch, reads, staircase)
 
 
 def _plan_staircase(
@@ -197,12 +197,12 @@ def _plan_staircase(
     first_position: int,
     tables: TableArray,
     block_size: int,
-) -> StaircaseRow:
+) -> Staircase:
     """Plan the queries of a request from ``first_position`` on."""
     start, stop = int(batch.starts[request]), int(batch.stops[request])
     prefix, positions = batch.kept_prefix[batch.rows[request]], np.arange(first_position, stop)
     limits = rule.stream_limit(prefix, positions)
-    lags = rule.stream_lag(limits, positions), rule.sink_lag(limits, positions)
+    shifts = rule.stream_shift(limits, positions), rule.sink_shift(limits, positions)
     first = int(rule.window_start(first_position))
     length = max(0, start - first)
     first_page, last_page = first // block_size, -(-start // block_size)
@@ -215,7 +215,7 @@ def _plan_staircase(
         # If any is left out, every query starts behind it.
         left_out = (seen_again - unseen) * block_size
         limits, starts = limits - left_out, starts - left_out
-    return StaircaseRow(
+    return Staircase(
         request,
         first_position - start,
         stream,
@@ -225,7 +225,7 @@ def _plan_staircase(
         max(0, first - start),
         limits,
         starts,
-        *lags,
+        *shifts,
     )
 
 
@@ -236,7 +236,7 @@ def _plan_paged(
     window_pages: TableArray,
     block_size: int,
     in_cache_positions: bool,
-) -> PagedRows:
+) -> PagedPlan:
     # Plain Python on purpose: a few numbers per request, where numpy's calls cost more.
     rows, query_start = [], [0]
     for request, start, stop in spans:
@@ -255,13 +255,13 @@ def _plan_paged(
         if not (in_cache_positions or is_bounded):
             builder.add(row, Span(pages, 0, limit), window)
             continue
-        # Turns that the parts ask of the query: see KeepRule.stream_lag and sink_lag.
-        lag = first - limit if in_cache_positions else 0
-        sink_lag = lag + max(0, begin - sinks) if in_cache_positions else 0
+        # Shifts that the parts ask of the query: see KeepRule.stream_shift and sink_shift.
+        shift = first - limit if in_cache_positions else 0
+        sink_shift = shift + max(0, begin - sinks) if in_cache_positions else 0
         builder.add_spans(
-            row, (Span(pages, 0, sinks, -sink_lag), Span(pages, begin, limit, -lag), window)
+            row, (Span(pages, 0, sinks, -sink_shift), Span(pages, begin, limit, -shift), window)
         )
-    return PagedRows(
+    return PagedPlan(
         [request for request, _, _ in spans],
         builder.table,
         builder.staged(),
@@ -269,5 +269,5 @@ def _plan_paged(
         np.array(query_start, dtype=np.int32),
         builder.merged(),
         builder.packed(),
-        builder.turns(np.diff(query_start)) if in_cache_positions else None,
+        builder.shifts(np.diff(query_start)) if in_cache_positions else None,
     )

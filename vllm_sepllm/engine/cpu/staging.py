@@ -64,7 +64,7 @@ def merge_pages(
 def gather_entries(
     flat: Any, pages: Any, offsets: Any, key_index: Any, value_index: Any, keys: Any, values: Any
 ) -> None:
-    """Copy single entries out of pages, to be turned before they are staged.
+    """Copy single entries out of pages, to be rotated before they are staged.
 
     Args:
         flat: all pages.

@@ -37,13 +37,13 @@ class PackedEntries:
 
 
 @dataclass(frozen=True)
-class Turns:
-    """How queries and staged keys of a step are turned, in cache positions.
+class Shifts:
+    """How queries and staged keys of a step are rotated, in cache positions.
 
     Attributes:
         positions: ``[num_turns]`` int64, positions forward; 0 comes first.
-        of_queries: ``[num_queries]`` int64, turn of each query of the paged call.
-        of_entries: ``[num_entries]`` int64, turn of each of ``PackedEntries``.
+        of_queries: ``[num_queries]`` int64, shift of each query of the paged call.
+        of_entries: ``[num_entries]`` int64, shift of each of ``PackedEntries``.
     """
 
     positions: IntArray
@@ -57,17 +57,17 @@ class Span(NamedTuple):
     Attributes:
         pages: block table of the request in one group.
         start, stop: entries.
-        turn: in cache positions, positions forward that these entries want the query turned by.
+        shift: in cache positions, positions forward that these entries want the query rotated by.
     """
 
     pages: TableArray
     start: int
     stop: int
-    turn: int = 0
+    shift: int = 0
 
-    def piece(self, start: int, stop: int, page_size: int, turn: int = 0) -> Piece:
+    def piece(self, start: int, stop: int, page_size: int, shift: int = 0) -> Piece:
         """Entries ``[start, stop)`` of it, which lie in one page."""
-        return Piece(int(self.pages[start // page_size]), start % page_size, stop - start, turn)
+        return Piece(int(self.pages[start // page_size]), start % page_size, stop - start, shift)
 
 
 class Piece(NamedTuple):
@@ -77,13 +77,13 @@ class Piece(NamedTuple):
         page: in the block pool.
         offset: of the first entry in its page.
         length: entries.
-        turn: place of their turn among the turns of the step.
+        shift: place of their shift among the shifts of the step.
     """
 
     page: int
     offset: int
     length: int
-    turn: int
+    shift: int
 
 
 class TableBuilder:
@@ -102,7 +102,7 @@ class TableBuilder:
         self._merged: list[tuple[int, int, int]] = []
         self._packed: list[Piece] = []
         self._slots: list[int] = []  # staging slot of the first entry of each
-        self._turns = {0: 0}  # place of each amount
+        self._shifts = {0: 0}  # place of each amount
         self._of_rows: list[int] = []
 
     def add(self, row: int, stream: Span, window: Span) -> None:
@@ -140,12 +140,12 @@ class TableBuilder:
     def add_spans(self, row: int, spans: Sequence[Span]) -> None:
         """Name the pages of all spans; ragged ends are packed.
 
-        The query is turned as the largest span asks. Of another that asks for something else all
-        entries are packed, to be turned the other way.
+        The query is rotated as the largest span asks. Of another that asks for something else all
+        entries are packed, to be rotated the other way.
         """
         size, column = self._block_size, 0
-        given = max(spans, key=lambda span: span.stop - span.start).turn
-        self._of_rows.append(self._turn(given))
+        given = max(spans, key=lambda span: span.stop - span.start).shift
+        self._of_rows.append(self._place(given))
         pieces: list[Piece] = []
         for span in spans:
             start, stop = span.start, span.stop
@@ -153,9 +153,9 @@ class TableBuilder:
                 continue
             first, last = -(-start // size), stop // size  # full pages
             own = 0
-            if span.turn != given:
-                # The query lacks ``turn - given``, so keys are turned by as much the other way.
-                own = self._turn(given - span.turn)
+            if span.shift != given:
+                # The query lacks ``shift - given``, so keys are rotated by as much the other way.
+                own = self._place(given - span.shift)
                 ends = list(pairwise([start, *range(first * size, stop, size), stop]))
             elif first <= last:
                 column = self._put(row, column, span.pages[first:last])
@@ -166,8 +166,8 @@ class TableBuilder:
         if pieces:
             self._pack(row, column, pieces)
 
-    def _turn(self, positions: int) -> int:
-        return self._turns.setdefault(positions, len(self._turns))
+    def _place(self, positions: int) -> int:
+        return self._shifts.setdefault(positions, len(self._shifts))
 
     def _pack(self, row: int, column: int, pieces: list[Piece]) -> None:
         slot = first = len(self._staged) * self._block_size
@@ -214,13 +214,13 @@ class TableBuilder:
             np.repeat(slots, counts) + step,
         )
 
-    def turns(self, query_lens: IntArray) -> Turns | None:
-        """How queries and packed entries are turned; ``None`` if none is."""
-        if len(self._turns) == 1:
+    def shifts(self, query_lens: IntArray) -> Shifts | None:
+        """How queries and packed entries are rotated; ``None`` if none is."""
+        if len(self._shifts) == 1:
             return None
         packed = np.asarray(self._packed, dtype=np.int64).reshape(-1, 4)
-        return Turns(
-            np.array(list(self._turns), dtype=np.int64),
+        return Shifts(
+            np.array(list(self._shifts), dtype=np.int64),
             np.repeat(np.array(self._of_rows, dtype=np.int64), query_lens),
             np.repeat(packed[:, 3], packed[:, 2]),
         )

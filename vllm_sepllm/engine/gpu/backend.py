@@ -9,7 +9,7 @@ import torch
 from sepllm_kernels.batch import KeptBatch, PagedKV
 from sepllm_kernels.paged.decode.triton import MAX_ROWS, DecodeBuffers, kept_decode, processors
 from sepllm_kernels.paged.prefill.triton import kept_prefill_paged
-from sepllm_kernels.turn_queries import turn_queries
+from sepllm_kernels.rotate_queries import rotate_queries
 from sepllm_kernels.write_kv import write_kv
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
@@ -176,11 +176,11 @@ class SepLLMGPUImpl(SepLLMImpl):
         if self.rotation is None:
             write_kv(key, value, pages, slots, kept.stream_slots)
         else:
-            turns, is_neox = kept.turns[self.rotation], self.rotation.is_neox
-            write_kv(key, value, pages, slots, kept.stream_slots, turns[0], is_neox)
+            cos_sin, is_neox = kept.cos_sin[self.rotation], self.rotation.is_neox
+            write_kv(key, value, pages, slots, kept.stream_slots, cos_sin[0], is_neox)
             # For the stream, and for the sinks where they are a part of their own.
-            parts = turns[1:] if kept.num_sinks else turns[1:2]
-            query = turn_queries(query[:num_tokens], parts, is_neox)
+            parts = cos_sin[1:] if kept.num_sinks else cos_sin[1:2]
+            query = rotate_queries(query[:num_tokens], parts, is_neox)
         first = kept.num_decodes if self._buffers is not None else 0
         options = self.scale, self.logits_soft_cap
         if first:

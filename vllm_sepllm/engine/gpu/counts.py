@@ -89,7 +89,7 @@ class DeviceCounts:
         page_size: int,
         stream_slots: torch.Tensor,
         stream_ranges: torch.Tensor,
-        lags: torch.Tensor | None = None,
+        shifts: torch.Tensor | None = None,
     ) -> None:
         """Count a step's tokens; see :func:`sepllm_kernels.kept_metadata.kept_metadata`.
 
@@ -112,7 +112,7 @@ class DeviceCounts:
             page_size=page_size,
             interval=self.rule.interval,
             max_separator_tokens=self.rule.max_separator_tokens,
-            lags=lags,
+            shifts=shifts,
         )
 
 

@@ -44,8 +44,8 @@ class GPUKeptMetadata(AttentionMetadata):
         num_decodes, num_decode_tokens: requests with few tokens, which come first, and those.
         max_decode_query_len: tokens of one of them at most.
         max_query_len: tokens of any request at most.
-        turns: in cache positions, ``[3, num_tokens, rotary_dim]`` float32 for each rotation of
-            layers: how it turns the keys and queries of tokens back by the lags of
+        cos_sin: in cache positions, ``[3, num_tokens, rotary_dim]`` float32 for each rotation of
+            layers: how it rotates the keys and queries of tokens back by the shifts of
             ``kept_metadata``.
         plan: pieces of the requests with few tokens.
         window_spans: of the prompts, made by the first layer for all, if xformers computes them.
@@ -62,7 +62,7 @@ class GPUKeptMetadata(AttentionMetadata):
     num_decode_tokens: int
     max_decode_query_len: int
     max_query_len: int
-    turns: dict[Rotation, torch.Tensor]
+    cos_sin: dict[Rotation, torch.Tensor]
     plan: DecodePlan
     window_spans: Any = None
 
@@ -119,14 +119,14 @@ class GPUKeptMetadataBuilder(ReplayedBuilder):
         assert isinstance(spec, KeptSpec)
         heads = spec.num_kv_heads, spec.head_size, spec.dtype.itemsize
         self._plan = plan_for(self.vllm_config.scheduler_config.max_num_seqs, *heads, self.device)
-        self._lags: torch.Tensor | None = None
-        self._turns: dict[Rotation, torch.Tensor] = {}
+        self._shifts: torch.Tensor | None = None
+        self._cos_sin: dict[Rotation, torch.Tensor] = {}
         if options.position_mode == "cache":
-            self._lags = torch.zeros(3 * most, dtype=torch.int32, device=self.device)
+            self._shifts = torch.zeros(3 * most, dtype=torch.int32, device=self.device)
             for rotation in self._rotations():
                 sizes = 3 * most, 2 * len(rotation.inv_freq)
                 zeros = torch.zeros(sizes, dtype=torch.float32, device=self.device)
-                self._turns[rotation] = zeros
+                self._cos_sin[rotation] = zeros
 
     def _rotations(self) -> set[Rotation]:
         """Of the group's layers."""
@@ -154,7 +154,9 @@ class GPUKeptMetadataBuilder(ReplayedBuilder):
         if self.steps is not None:
             step = self.steps.current()
         slots, ranges = self._slots[:num_tokens], self._ranges[:num_tokens]
-        lags = None if self._lags is None else self._lags[: 3 * num_tokens].view(3, num_tokens)
+        shifts = (
+            None if self._shifts is None else self._shifts[: 3 * num_tokens].view(3, num_tokens)
+        )
         query_start = common.query_start_loc[: num_reqs + 1]
         seq_lens = common.seq_lens[:num_reqs]
         if step is None:  # nothing of it may be counted, or written to a stream
@@ -170,7 +172,7 @@ class GPUKeptMetadataBuilder(ReplayedBuilder):
                 self.kv_cache_spec.block_size,
                 slots,
                 ranges,
-                lags,
+                shifts,
             )
         longest = self.reorder_batch_threshold
         assert longest is not None
@@ -191,14 +193,14 @@ class GPUKeptMetadataBuilder(ReplayedBuilder):
             num_decode_tokens=split[2],
             max_decode_query_len=longest,
             max_query_len=common.max_query_len,
-            turns=self._turn_back(lags),
+            cos_sin=self._cos_sin_of(shifts),
             plan=plan,
         )
 
-    def _turn_back(self, lags: torch.Tensor | None) -> dict[Rotation, torch.Tensor]:
+    def _cos_sin_of(self, shifts: torch.Tensor | None) -> dict[Rotation, torch.Tensor]:
         found = {}
-        for rotation, buffer in self._turns.items():
-            assert lags is not None
-            found[rotation] = buffer[: lags.numel()].view(*lags.shape, -1)
-            found[rotation].copy_(rotation.cos_sin(-lags.flatten()).view_as(found[rotation]))
+        for rotation, buffer in self._cos_sin.items():
+            assert shifts is not None
+            found[rotation] = buffer[: shifts.numel()].view(*shifts.shape, -1)
+            found[rotation].copy_(rotation.cos_sin(-shifts.flatten()).view_as(found[rotation]))
         return found

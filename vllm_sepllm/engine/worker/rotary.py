@@ -1,8 +1,8 @@
 """Rotary embeddings of a model whose queries number what they see from 0
 (``position_mode="cache"``).
 
-Keys and queries leave the model turned to their positions in the text. Stream keys, and the
-queries that meet them, are turned back from there (``policy`` says how far), so all that is needed
+Keys and queries leave the model rotated to their positions in the text. Stream keys, and the
+queries that meet them, are rotated back from there (``policy`` says how far), so all that is needed
 of a model are the frequencies of its rotary embeddings. Angles are multiplied out in float64 for
 the tokens of a step: no table grows with the length of texts, and at position 8,388,607 an angle
 is as exact as at position 1. (In float32, which vLLM's tables are made in, it is off by up to a
@@ -77,8 +77,8 @@ def prepare_cache_positions(model: nn.Module, hidden_size: int, dtype: torch.dty
     """Give a model rotary embeddings without end, and the layers of SepLLM attention their
     ``rotation``.
 
-    Each layer is asked how it turns its keys, with one vector at a few positions: some models have
-    rotary embeddings and leave them out in some layers, or change keys once they are turned.
+    Each layer is asked how it rotates its keys, with one vector at a few positions: some models
+    have rotary embeddings and leave them out in some layers, or change keys once they are rotated.
 
     Args:
         model: with its weights; changed.
@@ -86,7 +86,7 @@ def prepare_cache_positions(model: nn.Module, hidden_size: int, dtype: torch.dty
         dtype: of the model.
 
     Raises:
-        ConfigError: a layer turns its keys in a way that is not known, or none does.
+        ConfigError: a layer rotates its keys in a way that is not known, or none does.
     """
     known: dict[nn.Module, list[Rotation]] = {}
     used: dict[nn.Module, Rotation] = {}
@@ -105,7 +105,7 @@ def prepare_cache_positions(model: nn.Module, hidden_size: int, dtype: torch.dty
             used[embedding] = rotation
     if not any(layer.impl.rotation for _, _, layer in _attention_layers(model)):
         raise ConfigError(
-            "position_mode='cache' turns keys to other positions, and this model has no rotary "
+            "position_mode='cache' rotates keys to other positions, and this model has no rotary "
             f"embeddings: {REMEDY}"
         )
     for embedding, rotation in used.items():
@@ -178,7 +178,7 @@ def _keys_at_positions(
     hidden = hidden.to(device, dtype).expand(len(positions), -1).clone()
     known: dict[str, Any] = {"hidden_states": hidden, **dict.fromkeys(_POSITIONS, positions)}
     recorder = _Recorder()
-    # Layers with adapters only compute within a step; without them they turn keys all the same.
+    # Layers with adapters only compute within a step; without them they rotate keys all the same.
     wrapped = {n: m for n, m in parent.named_children() if isinstance(m, BaseLayerWithLoRA)}
     try:
         names = inspect.signature(parent.forward).parameters
@@ -194,7 +194,7 @@ def _keys_at_positions(
             parent.forward(**{name: value for name, value in known.items() if name in names})
     except Exception as error:
         raise ConfigError(
-            f"position_mode='cache' cannot see how {layer.layer_name} turns its keys "
+            f"position_mode='cache' cannot see how {layer.layer_name} rotates its keys "
             f"({type(error).__name__}: {error}): {REMEDY}"
         ) from error
     finally:
@@ -208,7 +208,7 @@ def _keys_at_positions(
 def _rotation_of_keys(
     keys: torch.Tensor, rotations: list[Rotation], layer: Attention
 ) -> Rotation | None:
-    """The one that turned ``[num_positions, num_kv_heads, head_size]``; ``None``: nothing did.
+    """The one that rotated ``[num_positions, num_kv_heads, head_size]``; ``None``: nothing did.
 
     Raises:
         ConfigError: something else did.
@@ -219,16 +219,16 @@ def _rotation_of_keys(
     near = float(keys.abs().max()) / 16
     if near > 0:
         for rotation in rotations:
-            rows, size = rotation.cos_sin(positions), keys.shape[-1]
+            cos_sin, size = rotation.cos_sin(positions), keys.shape[-1]
             index = torch.arange(len(positions), device=keys.device)
-            turned, _ = RotaryEmbedding.forward_static(
-                index, still.flatten(1), None, size, rows.shape[1], rows, rotation.is_neox
+            rotated, _ = RotaryEmbedding.forward_static(
+                index, still.flatten(1), None, size, cos_sin.shape[1], cos_sin, rotation.is_neox
             )
-            if float((keys - turned.view_as(keys)).abs().max()) <= near:
+            if float((keys - rotated.view_as(keys)).abs().max()) <= near:
                 return rotation
         if float((keys - still).abs().max()) <= near:
             return None
     raise ConfigError(
         f"position_mode='cache' finds that {layer.layer_name} does more to its keys, or another "
-        f"thing, than turning them by a plain, linear, llama3 or yarn rotary embedding: {REMEDY}"
+        f"thing, than rotating them by a plain, linear, llama3 or yarn rotary embedding: {REMEDY}"
     )

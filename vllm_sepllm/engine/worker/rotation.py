@@ -18,12 +18,12 @@ from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 
 @dataclass(frozen=True, eq=False)
 class Rotation:
-    """How rotary embeddings turn a vector (RoFormer, arXiv 2104.09864, equation 34).
+    """How rotary embeddings rotate a vector (RoFormer, arXiv 2104.09864, equation 34).
 
     Attributes:
         inv_freq: ``[rotary_dim / 2]`` float64, radians per position.
         is_neox: pairs are ``(i, i + rotary_dim / 2)``; otherwise ``(2 i, 2 i + 1)``.
-        scale: the model's own factor on turned vectors (YaRN, arXiv 2309.00071, section 3.4).
+        scale: the model's own factor on rotated vectors (YaRN, arXiv 2309.00071, section 3.4).
     """
 
     inv_freq: torch.Tensor
@@ -31,30 +31,32 @@ class Rotation:
     scale: float = 1.0
 
     def cos_sin(self, positions: torch.Tensor) -> torch.Tensor:
-        """Cosines, then sines, of the angles that ``[num_rows]`` positions stand for; they may be
-        negative. ``[num_rows, rotary_dim]`` float32."""
+        """Cosines, then sines, of the angles of positions, ``[num_positions, rotary_dim]`` float32.
+
+        Positions, ``[num_positions]``, may be negative.
+        """
         angles = positions.to(torch.float64)[:, None] * self.inv_freq
         return torch.cat([angles.cos(), angles.sin()], dim=-1).to(torch.float32)
 
     def rotate(
-        self, vectors: torch.Tensor, rows: torch.Tensor, index: torch.Tensor | None = None
+        self, vectors: torch.Tensor, cos_sin: torch.Tensor, index: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Turn vectors, in float32.
+        """Rotate vectors, in float32.
 
         Args:
             vectors: ``[num_vectors, num_heads, head_size]``.
-            rows: of :meth:`cos_sin`.
-            index: ``[num_vectors]`` int64, row of each vector; ``None`` is one for each.
+            cos_sin: of :meth:`cos_sin`.
+            index: ``[num_vectors]`` int64, which of them is for each; ``None``: one for each.
 
         Returns:
             A copy, of the same shape and dtype.
         """
         if index is None:
             index = torch.arange(len(vectors), device=vectors.device)
-        turned = vectors.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        rotated = vectors.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         size = vectors.shape[-1]
-        ops.rotary_embedding(index, turned.flatten(1), None, size, rows, self.is_neox)
-        return turned.to(vectors.dtype)
+        ops.rotary_embedding(index, rotated.flatten(1), None, size, cos_sin, self.is_neox)
+        return rotated.to(vectors.dtype)
 
 
 class LongRotaryEmbedding(nn.Module):
@@ -77,16 +79,16 @@ class LongRotaryEmbedding(nn.Module):
     def forward(
         self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Turn queries and keys to their positions, in place where vLLM's kernel does.
+        """Rotate queries and keys to their positions, in place where vLLM's kernel does.
 
         Args:
             positions: ``[num_tokens]`` int64.
             query, key: ``[num_tokens, num_heads * head_size]``.
         """
         positions = positions.flatten()
-        rows = (self._rotation.cos_sin(positions) * self._rotation.scale).to(query.dtype)
+        cos_sin = (self._rotation.cos_sin(positions) * self._rotation.scale).to(query.dtype)
         index = torch.arange(len(positions), device=positions.device)
-        options = self.head_size, rows, self.is_neox_style
+        options = self.head_size, cos_sin, self.is_neox_style
         if self._is_native:
             head_size, *rest = options
             result: tuple[torch.Tensor, torch.Tensor | None] = RotaryEmbedding.forward_static(
@@ -127,8 +129,8 @@ class LongTransformersEmbedding(nn.Module):
         Returns:
             Each ``[batch, num_tokens, rotary_dim]``.
         """
-        rows = self._rotation.cos_sin(position_ids.flatten()) * self._rotation.scale
-        parts = rows.to(hidden.dtype).chunk(2, dim=-1)
+        cos_sin = self._rotation.cos_sin(position_ids.flatten()) * self._rotation.scale
+        parts = cos_sin.to(hidden.dtype).chunk(2, dim=-1)
         if self._are_halves:
             cos, sin = (torch.cat([part, part], dim=-1) for part in parts)
         else:

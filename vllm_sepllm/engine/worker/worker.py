@@ -43,7 +43,7 @@ class SepLLMWorker(Worker):
         """Load the model; the V2 runner then keeps our state beside it.
 
         Raises:
-            ConfigError: the model needs a state of its own, or its keys cannot be turned to cache
+            ConfigError: the model needs a state of its own, or its keys cannot be rotated to cache
                 positions.
         """
         super().load_model(*args, **kwargs)

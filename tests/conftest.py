@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import textwrap
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +18,23 @@ assert environment
 def book() -> list[int]:
     """Token ids of a PG19 book, as the demo model's tokenizer cuts it."""
     return book_tokens()
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    """The demo model's, as Transformers loads it."""
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    return transformers.AutoTokenizer.from_pretrained(MODEL)
+
+
+@pytest.fixture(scope="session")
+def pythia() -> Any:
+    """GPT-NeoX-20B's tokenizer, which the Pythia models share."""
+    tokenizers = pytest.importorskip("tokenizers", reason="needs tokenizers")
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    with gzip.open(ROOT / "tests/data/20B_tokenizer.json.gz", "rt", encoding="utf-8") as file:
+        backend = tokenizers.Tokenizer.from_str(file.read())
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
 
 
 @pytest.fixture(scope="session")

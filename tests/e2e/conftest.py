@@ -1,4 +1,4 @@
-"""One server at a time, shared by consecutive tests that ask for the same."""
+"""One server at a time, shared by consecutive tests of a file that ask for the same."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ import pytest
 from serving import Server
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Servers by their options; asking for another, or after its end, starts a new one."""
+    """Servers by their options; asking for another, or after its end, starts a new one.
+
+    The last ends with its file: ranks of a server with nothing to do still look for work.
+    """
     keeper = ServerKeeper(tmp_path_factory.mktemp("serve"))
     yield keeper.get
     keeper.close()

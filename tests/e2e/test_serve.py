@@ -79,7 +79,7 @@ def test_a_bad_option_ends_the_start_with_one_sentence():
 def test_endless_chat(servers):
     """A conversation twice as long as the model's positions: each turn computes its own tokens, and
     as many blocks are held at the end as at the beginning."""
-    server = servers(script="serve_endless.sh")
+    server = servers("--enforce-eager", script="serve_endless.sh")
     command = [sys.executable, "examples/endless_chat.py", "--base-url", f"{server.url}/v1"]
     command += ["--turns", "8", "--words", "340"]
     shown = subprocess.run(

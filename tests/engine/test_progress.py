@@ -192,9 +192,9 @@ def test_a_prefix_that_is_found_costs_no_page_that_is_missing(num_groups, num_bl
     assert simulation.num_held == 0
 
 
-def test_a_request_waits_for_the_pages_of_a_session():
-    """A session that waits for its user keeps its pages; nothing ends, and both are served."""
-    simulation = Simulation(
+def small_simulation():
+    """Of 39 pages."""
+    return Simulation(
         {"window_size": 16, "separator_token_ids": list(SEPARATORS)},
         next_token,
         num_blocks=40,
@@ -202,6 +202,11 @@ def test_a_request_waits_for_the_pages_of_a_session():
         max_model_len=600,
         max_num_batched_tokens=64,
     )
+
+
+def test_a_request_waits_for_the_pages_of_a_session():
+    """A session that waits for its user keeps its pages; nothing ends, and both are served."""
+    simulation = small_simulation()
     first, other = [SEPARATORS[0]] * 200, [SEPARATORS[1]] * 450
     simulation.add("session", first, 1, resumable=True)
     for _ in range(10):
@@ -220,14 +225,7 @@ def test_a_request_waits_for_the_pages_of_a_session():
 
 def test_sessions_do_not_wait_for_each_others_pages():
     """Each holds a part of the pool and needs more than is left."""
-    simulation = Simulation(
-        {"window_size": 16, "separator_token_ids": list(SEPARATORS)},
-        next_token,
-        num_blocks=40,
-        block_size=16,
-        max_model_len=600,
-        max_num_batched_tokens=64,
-    )
+    simulation = small_simulation()
     first = {name: [separator] * 200 for name, separator in zip("ab", SEPARATORS, strict=True)}
     more = [SEPARATORS[1]] * 250
     for name, prompt in first.items():

@@ -26,7 +26,7 @@ BIN = Path(sys.executable).parent
 
 # float32, so that tokens can be compared, a pool that 2,000 separators outgrow, and a log that
 # shows which requests have reached the engine. Not compiled, as the start then takes longer than
-# what is asked; `serve_endless.sh` and `offline.py` are run as they are.
+# what is asked: `offline.py` and the stages of `test_parallel.py` are.
 SMALL_POOL = (
     "--enforce-eager",
     "--enable-log-requests",

@@ -25,12 +25,6 @@ def plain_terminal(monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    transformers = pytest.importorskip("transformers", reason="needs transformers")
-    return transformers.AutoTokenizer.from_pretrained(MODEL)
-
-
 @pytest.fixture
 def invoke(tokenizer, monkeypatch):
     """Run a command, without loading the tokenizer each time."""

@@ -1,7 +1,6 @@
 """What ``vllm-sepllm inspect`` says of each policy, and how much of a text it shows where."""
 
 import contextlib
-import gzip
 import html
 import io
 import re
@@ -19,7 +18,6 @@ from vllm_sepllm.cli import main as cli
 pytestmark = pytest.mark.unit
 
 MODEL = Path(__file__).parents[2] / "examples" / "models" / "pg19-5m-sep"
-DATA = Path(__file__).parents[1] / "data"
 ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
 BOOK = "".join(f"Line {i}, with some words; and more of them.\n" for i in range(400))
 CHINESE = "他说，总会来的。我们等了很久，天黑了。" * 20  # noqa: RUF001
@@ -31,21 +29,6 @@ def plain_terminal(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setenv("TERM", "xterm-256color")
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    transformers = pytest.importorskip("transformers", reason="needs transformers")
-    return transformers.AutoTokenizer.from_pretrained(MODEL)
-
-
-@pytest.fixture(scope="module")
-def pythia():
-    tokenizers = pytest.importorskip("tokenizers", reason="needs tokenizers")
-    transformers = pytest.importorskip("transformers", reason="needs transformers")
-    with gzip.open(DATA / "20B_tokenizer.json.gz", "rt", encoding="utf-8") as file:
-        backend = tokenizers.Tokenizer.from_str(file.read())
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
 
 
 @pytest.fixture

@@ -1,10 +1,8 @@
 # ruff: noqa: RUF001
 """What memory is planned for."""
 
-import gzip
 import json
 import os
-from pathlib import Path
 
 import pytest
 
@@ -16,8 +14,6 @@ from vllm_sepllm.policy import KeepRule
 from vllm_sepllm.samples import SAMPLES
 
 pytestmark = pytest.mark.unit
-
-DATA = Path(__file__).parents[1] / "data"
 
 
 class Characters:
@@ -39,15 +35,6 @@ class CannotEncode(Characters):
 
 
 CHARACTERS = Characters()  # its texts are read once
-
-
-@pytest.fixture(scope="module")
-def pythia():
-    tokenizers = pytest.importorskip("tokenizers", reason="needs tokenizers")
-    transformers = pytest.importorskip("transformers", reason="needs transformers")
-    with gzip.open(DATA / "20B_tokenizer.json.gz", "rt", encoding="utf-8") as file:
-        backend = tokenizers.Tokenizer.from_str(file.read())
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
 
 
 def plan_of(tokenizer, **options):

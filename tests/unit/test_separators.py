@@ -1,7 +1,5 @@
 # ruff: noqa: RUF001
-import gzip
 import unicodedata
-from pathlib import Path
 
 import pytest
 
@@ -18,7 +16,6 @@ from vllm_sepllm.separator_lists import CJK, LIST_OF_SAMPLE, SEPARATOR_LISTS, se
 
 pytestmark = pytest.mark.unit
 
-DATA = Path(__file__).parents[1] / "data"
 # Order: . , ? ! ; : space tab newline
 PYTHIA_EXACT = [15, 13, 32, 2, 28, 27, 209, 186, 187]
 PYTHIA_STREAMING = [964, 1157, 3736, 2195, 3706, 1163, 2490, 50276, 586, 4928, 50275]
@@ -28,15 +25,6 @@ LLAMA3_STREAMING = {
     662: " .", 1174: " ,", 949: " ?", 758: " !", 2652: " ;", 551: " :", 720: " \n",
     256: "  ", 262: "    ",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def pythia():
-    tokenizers = pytest.importorskip("tokenizers", reason="needs tokenizers")
-    transformers = pytest.importorskip("transformers", reason="needs transformers")
-    with gzip.open(DATA / "20B_tokenizer.json.gz", "rt", encoding="utf-8") as file:
-        backend = tokenizers.Tokenizer.from_str(file.read())
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
 
 
 class PieceTokenizer:

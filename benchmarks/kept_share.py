@@ -25,6 +25,7 @@ from vllm_sepllm.separator_lists import LIST_OF_SAMPLE
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKENIZERS = ("examples/models/pg19-5m-sep", "tests/data/20B_tokenizer.json.gz")
+PAGES = ("long-texts", "measurements", "options", "support")  # of docs/
 SCRIPTS = ("Chinese", "Japanese", "Korean", "Arabic", "Hindi", "Thai", "Russian")
 NONE = "–"  # noqa: RUF001 - where a column would repeat another
 
@@ -52,7 +53,7 @@ def texts() -> list[Text]:
         Text("school problems", "default", "\n\n".join(problems)),
         Text("Python code", "code", _all("vllm_sepllm", "*.py")),
         Text("JSON", "code", _all("benchmarks/results", "*.json")),
-        Text("Markdown", "markdown", _read("README.md")),
+        Text("Markdown", "markdown", "".join(_read(f"docs/{page}.md") for page in PAGES)),
         *(Text(name, LIST_OF_SAMPLE[name], SAMPLES[name]) for name in SCRIPTS),
     ]
 

@@ -9,7 +9,7 @@ import torch
 from sepllm_kernels.sequence import kept_prefill
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, _get_attn_isa
-from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
+from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from vllm_sepllm.engine.cpu.attention import CpuPages, PagedCall
 from vllm_sepllm.engine.cpu.metadata import KeptMetadata, KeptMetadataBuilder, StepWork
@@ -58,11 +58,6 @@ class KeptCPUBackend(SepLLMCPUBackend):
     def get_builder_cls() -> type[Any]:
         """The builder of this group."""
         return KeptMetadataBuilder
-
-    @classmethod
-    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        """The spec is ours already."""
-        return spec
 
 
 class SepLLMCPUImpl(SepLLMImpl):

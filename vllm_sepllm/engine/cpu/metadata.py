@@ -8,24 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
-from vllm.v1.attention.backend import (
-    AttentionMetadata,
-    AttentionMetadataBuilder,
-    CommonAttentionMetadata,
-)
+from vllm.v1.attention.backend import AttentionMetadata, CommonAttentionMetadata
 
 from vllm_sepllm.engine.cpu.attention import PagedCall
 from vllm_sepllm.engine.cpu.counts import HostStep, KeptTokens
 from vllm_sepllm.engine.cpu.plan import Batch, BatchPlan, plan_batch
 from vllm_sepllm.engine.cpu.tables import IntArray, TableArray
-from vllm_sepllm.engine.startup.settings import Settings
-from vllm_sepllm.engine.worker.metadata import WindowMetadata
+from vllm_sepllm.engine.worker.metadata import KeptBuilder, WindowMetadata
 from vllm_sepllm.engine.worker.rotation import Rotation
-from vllm_sepllm.engine.worker.runner_steps import RunnerSteps
 from vllm_sepllm.policy import KeepRule
 
 _NO_SLOTS = np.zeros(0, dtype=np.int64)
@@ -101,15 +95,8 @@ class KeptMetadata(AttentionMetadata):
         return self.rotations[key]
 
 
-class KeptMetadataBuilder(AttentionMetadataBuilder[KeptMetadata]):
+class KeptMetadataBuilder(KeptBuilder):
     """Builder of the kept group."""
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        # Set once where the runner has no way to hand over the step with every batch (V1).
-        self.steps: RunnerSteps | None = None
-        options = Settings.of(self.vllm_config).config
-        self._in_cache_positions = options.position_mode == "cache"
 
     def build(
         self,
@@ -126,8 +113,7 @@ class KeptMetadataBuilder(AttentionMetadataBuilder[KeptMetadata]):
             fast_build: vLLM's, not needed here.
             step: what the batch is (V2).
         """
-        if self.steps is not None:
-            step = self.steps.current()
+        step = self.step_of(step)
         assert step is not None, "the builder was not told what the batch is"
         common = common_attn_metadata
         found = step.kept_tokens(common.query_start_loc_cpu.numpy(), common.seq_lens.numpy())
@@ -137,7 +123,7 @@ class KeptMetadataBuilder(AttentionMetadataBuilder[KeptMetadata]):
         batch = Batch(*spans, found.rows, step.counts.table, block_table)
         rule = step.counts.rule
         metadata = KeptMetadata(rule, batch, torch.from_numpy(kept), torch.from_numpy(slots))
-        if self._in_cache_positions:
+        if self.options.position_mode == "cache":
             metadata.key_shifts = torch.from_numpy(found.position - found.entry)
         return metadata
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from vllm_sepllm.engine.cpu.counts import HostCounts
-from vllm_sepllm.engine.cpu.metadata import KeptMetadataBuilder
 from vllm_sepllm.engine.worker.model_state import SepLLMModelState
 
 
 class SepLLMCPUModelState(SepLLMModelState):
     """Counts on CPU."""
 
-    kept_builder = KeptMetadataBuilder
     has_unreal_metadata = False
 
     def make_counts(self) -> HostCounts:

@@ -11,7 +11,6 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_sepllm.engine.cpu.backend import SepLLMCPUBackend
 from vllm_sepllm.engine.cpu.counts import HostCounts
-from vllm_sepllm.engine.cpu.metadata import KeptMetadataBuilder
 from vllm_sepllm.engine.cpu.plan import staging_pages_per_request
 from vllm_sepllm.engine.startup.settings import Settings
 from vllm_sepllm.engine.worker.worker import SepLLMWorker, window_specs
@@ -21,8 +20,6 @@ logger = init_logger(f"vllm.{__name__}")
 
 class SepLLMCPUWorker(SepLLMWorker, CPUWorker):
     """Set as ``worker_cls`` at start-up when the SEPLLM backend is selected on CPU."""
-
-    kept_builder = KeptMetadataBuilder
 
     def replace_model_state(self) -> None:
         """Have the V2 runner's builders find token ids."""

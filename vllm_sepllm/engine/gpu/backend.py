@@ -17,7 +17,6 @@ from vllm.platforms import current_platform
 from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf, max_decode_query_len
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
-from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_sepllm.config import ConfigError
@@ -115,11 +114,6 @@ class KeptGPUBackend(SepLLMGPUBackend):
     def get_builder_cls() -> type[Any]:
         """The builder of this group."""
         return GPUKeptMetadataBuilder
-
-    @classmethod
-    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        """The spec is ours already."""
-        return spec
 
 
 @cache

@@ -22,11 +22,9 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from vllm_sepllm.engine.gpu.counts import DeviceStep
 from vllm_sepllm.engine.scheduling.spec import KeptSpec
-from vllm_sepllm.engine.startup.settings import Settings
 from vllm_sepllm.engine.worker.backend import KEPT_SUFFIX
-from vllm_sepllm.engine.worker.metadata import WindowMetadata, WindowMetadataBuilder
+from vllm_sepllm.engine.worker.metadata import KeptBuilder, WindowMetadata, WindowMetadataBuilder
 from vllm_sepllm.engine.worker.rotation import Rotation
-from vllm_sepllm.engine.worker.runner_steps import RunnerSteps
 
 
 @dataclass
@@ -102,14 +100,12 @@ class GPUWindowMetadataBuilder(ReplayedBuilder, WindowMetadataBuilder):
     """Builder of the window group."""
 
 
-class GPUKeptMetadataBuilder(ReplayedBuilder):
+class GPUKeptMetadataBuilder(ReplayedBuilder, KeptBuilder):
     """Builder of the kept group."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        # Set once where the runner has no way to hand over the step with every batch (V1).
-        self.steps: RunnerSteps | None = None
-        options = Settings.of(self.vllm_config).config
+        options = self.options
         self._window_size = options.window_size
         self._num_sinks = 0 if options.max_separator_tokens is None else options.num_sink_tokens
         most = self.vllm_config.scheduler_config.max_num_batched_tokens
@@ -151,8 +147,7 @@ class GPUKeptMetadataBuilder(ReplayedBuilder):
         """
         common = common_attn_metadata
         num_reqs, num_tokens = common.num_reqs, common.num_actual_tokens
-        if self.steps is not None:
-            step = self.steps.current()
+        step = self.step_of(step)
         slots, ranges = self._slots[:num_tokens], self._ranges[:num_tokens]
         shifts = (
             None if self._shifts is None else self._shifts[: 3 * num_tokens].view(3, num_tokens)

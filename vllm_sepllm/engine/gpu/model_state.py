@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from vllm_sepllm.engine.gpu.counts import DeviceCounts
-from vllm_sepllm.engine.gpu.metadata import GPUKeptMetadataBuilder
 from vllm_sepllm.engine.worker.model_state import SepLLMModelState
 
 
 class SepLLMGPUModelState(SepLLMModelState):
     """Counts on the device."""
 
-    kept_builder = GPUKeptMetadataBuilder
     has_unreal_metadata = True
 
     def make_counts(self) -> DeviceCounts:

@@ -5,14 +5,11 @@ from __future__ import annotations
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_sepllm.engine.gpu.counts import DeviceCounts
-from vllm_sepllm.engine.gpu.metadata import GPUKeptMetadataBuilder
 from vllm_sepllm.engine.worker.worker import SepLLMWorker
 
 
 class DeviceTokenWorker(SepLLMWorker):
     """What a worker that runs the GPU backend adds, whichever device it runs on."""
-
-    kept_builder = GPUKeptMetadataBuilder
 
     def replace_model_state(self) -> None:
         """Have the V2 runner's builders find token ids."""

@@ -61,7 +61,7 @@ class SepLLMBackend(AttentionBackend):
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        """Full attention in, the window group out; anything else stays what it is."""
+        """Full attention in, the window group out; the kept group's own and others stay."""
         if type(spec) is not FullAttentionSpec:
             return spec
         options = Settings.of(get_current_vllm_config()).config

@@ -1,4 +1,7 @@
-"""The window group's part of a step's batch. vLLM calls one builder per KV-cache group."""
+"""Builders of a step's metadata: that of the window group, and what those of the kept group share.
+
+vLLM calls one builder per KV-cache group.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,9 @@ from vllm.v1.attention.backend import (
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
 )
+
+from vllm_sepllm.engine.startup.settings import Settings
+from vllm_sepllm.engine.worker.runner_steps import RunnerSteps
 
 
 @dataclass(eq=False)  # one object per step and group
@@ -42,3 +48,21 @@ class WindowMetadataBuilder(AttentionMetadataBuilder[WindowMetadata]):
         return WindowMetadata(
             common_attn_metadata.block_table_tensor, common_attn_metadata.slot_mapping
         )
+
+
+class KeptBuilder(AttentionMetadataBuilder[Any]):
+    """What builders of the kept group share.
+
+    Attributes:
+        options: of the engine.
+        steps: says what the batch is, where the runner cannot hand that over with it (V1).
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.options = Settings.of(self.vllm_config).config
+        self.steps: RunnerSteps | None = None
+
+    def step_of(self, given: Any) -> Any:
+        """The step: that of ``steps``, or what was ``given`` with the batch (V2)."""
+        return given if self.steps is None else self.steps.current()

@@ -14,6 +14,7 @@ from vllm.v1.worker.gpu.model_states.interface import ModelSpecificAttnMetadata
 from vllm_sepllm.config import ConfigError
 from vllm_sepllm.engine.startup.checks import OTHER_BACKEND
 from vllm_sepllm.engine.worker.counts import Counts, computed_ids
+from vllm_sepllm.engine.worker.metadata import KeptBuilder
 
 
 class SepLLMModelState(DefaultModelState):
@@ -25,7 +26,6 @@ class SepLLMModelState(DefaultModelState):
     one kind of hardware.
     """
 
-    kept_builder: ClassVar[type[Any]]
     # Whether batches of vLLM's own making have metadata, as those that graphs are captured from.
     has_unreal_metadata: ClassVar[bool]
 
@@ -74,9 +74,8 @@ class SepLLMModelState(DefaultModelState):
             step = self._counts.step(input_batch.idx_mapping, input_batch.input_ids)
         elif not self.has_unreal_metadata:
             return None
-        handed_over = BatchStep(step, self.kept_builder)
         return super().prepare_attn(
-            input_batch, *args, **kwargs, model_specific_attn_metadata=handed_over
+            input_batch, *args, **kwargs, model_specific_attn_metadata=BatchStep(step)
         )
 
 
@@ -85,14 +84,12 @@ class BatchStep(ModelSpecificAttnMetadata):
 
     Args:
         step: of :meth:`Counts.step`; ``None`` if vLLM made the batch up.
-        kept_builder: class of those builders.
     """
 
-    def __init__(self, step: Any, kept_builder: type[Any]) -> None:
+    def __init__(self, step: Any) -> None:
         self._step = step
-        self._kept_builder = kept_builder
 
     def get_extra_attn_kwargs(self, attn_metadata_builder: Any, num_reqs: int) -> dict[str, Any]:
         """Arguments of ``build``."""
-        is_kept = isinstance(attn_metadata_builder, self._kept_builder)
+        is_kept = isinstance(attn_metadata_builder, KeptBuilder)
         return {"step": self._step} if is_kept else {}

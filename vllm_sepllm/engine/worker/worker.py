@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from vllm.config import get_layers_from_vllm_config, set_current_vllm_config
 from vllm.model_executor.layers.attention import Attention
@@ -14,6 +14,7 @@ from vllm_sepllm.engine.scheduling.spec import WindowSpec
 from vllm_sepllm.engine.startup.settings import Settings
 from vllm_sepllm.engine.worker.backend import KEPT_SUFFIX, SepLLMImpl, is_dense, layer_index
 from vllm_sepllm.engine.worker.counts import Counts
+from vllm_sepllm.engine.worker.metadata import KeptBuilder
 from vllm_sepllm.engine.worker.rotary import prepare_cache_positions
 from vllm_sepllm.engine.worker.runner_steps import RunnerSteps
 
@@ -26,10 +27,8 @@ else:
 class SepLLMWorker(Worker):
     """To be put before a worker class of vLLM's.
 
-    A subclass says what counts, and for which builders.
+    A subclass says what counts.
     """
-
-    kept_builder: ClassVar[type[Any]]
 
     @abstractmethod
     def replace_model_state(self) -> None:
@@ -105,7 +104,7 @@ class SepLLMWorker(Worker):
         steps.follow()
         groups = [group for groups in self.model_runner.attn_groups for group in groups]
         for builder in [b for group in groups for b in group.metadata_builders]:
-            if isinstance(builder, self.kept_builder):
+            if isinstance(builder, KeptBuilder):
                 builder.steps = steps
 
     def sepllm_layers(self) -> dict[str, Attention]:

@@ -14,7 +14,7 @@ demo: setup  ## install on the first run, then SepLLM beside full attention on a
 	@$(PY) examples/demo.py
 
 test: setup lint  ## install on the first run, then lint and all tests (PYTEST_ARGS="-m unit")
-	@$(PY) -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	@$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: setup  ## ruff and mypy
 	@$(PY) -m ruff check

@@ -10,6 +10,7 @@ if __name__ == "__main__":  # vLLM starts processes that import this file again
         attention_backend="sepllm",
         additional_config={"sepllm": {"window_size": 64}},
         max_model_len=2048,
+        enforce_eager=True,  # the demo model is too small for compiling to pay
         kv_cache_memory_bytes=2**28,
     )
     prompt = "It was late in the evening when she came back to the house, and"

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 from helpers import MODEL, ROOT
-from serving import BIN, NAME, SMALL_POOL, check_concurrent, environment
+from serving import BIN, NAME, SMALL_POOL, check_concurrent, environment, kill_while_busy
 
 from vllm_sepllm.engine.compat import vllm_version
 
@@ -74,6 +74,12 @@ def test_a_bad_option_ends_the_start_with_one_sentence():
     )
     assert result.returncode != 0
     assert "SepLLM attention: window_size=0: must be at least 1" in result.stdout + result.stderr
+
+
+def test_the_engine_core_dies(server):
+    # The status is vLLM's own: 0 with one API server process, whatever the attention.
+    outcomes, _ = kill_while_busy(server, "VLLM::EngineCore")
+    assert outcomes == {"error"}
 
 
 def test_endless_chat(servers):

@@ -12,6 +12,8 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ BIN = Path(sys.executable).parent
 
 # float32, so that tokens can be compared, a pool that 2,000 separators outgrow, and a log that
 # shows which requests have reached the engine. Not compiled, as the start then takes longer than
-# what is asked: `offline.py` and the stages of `test_parallel.py` are.
+# what is asked: the stages of `test_parallel.py` are, and `test_compiled`.
 SMALL_POOL = (
     "--enforce-eager",
     "--enable-log-requests",
@@ -163,3 +165,59 @@ def check_concurrent(
     for prompt, tokens in zip(prompts, answers, strict=True):
         assert len(tokens) == 24
         assert first_difference(reference_model, prompt, tokens, separator_ids, 4, 64) is None
+
+
+def _outcome(request: Any, stream: bool) -> str:
+    """How an open request ended: "error", "closed" without an answer, or its finish reason."""
+    try:
+        status, text = request.result()
+    except (ConnectionError, HTTPException):
+        return "closed"
+    if stream:
+        assert status == 200
+        lines = [line.removeprefix("data: ") for line in text.splitlines() if line]
+        if lines[-1:] != ["[DONE]"] or len(lines) == 1:
+            return "closed"
+        text = lines[-2]
+    last = json.loads(text)
+    if "error" not in last:
+        return last["choices"][0]["finish_reason"]
+    assert last["error"]["message"]
+    assert last["error"]["code"] == 500
+    assert stream or status == 500
+    return "error"
+
+
+def kill_while_busy(server: Server, name: str) -> tuple[set[str], int]:
+    """Kill the process vLLM calls ``name`` while requests are open.
+
+    Returns:
+        How these ended, and the exit status of the server.
+    """
+    [victim] = server.processes(name)
+    computing = server.processes("VLLM::EngineCore") + server.processes("VLLM::Worker")
+    said_before = len(server.log.read_text())
+    others = psutil.Process(server.process.pid).children(recursive=True)
+    body = {"prompt": [5, 6, 7], "max_tokens": 2000, "ignore_eos": True}
+    # They stand still meanwhile: on a loaded machine a request can end before the last is taken.
+    for process in computing:
+        process.suspend()
+    with ThreadPoolExecutor(8) as threads:
+        asked = [
+            (threads.submit(server.ask, "completions", stream=stream, **body), stream)
+            for stream in 4 * (False, True)
+        ]
+        while server.log.read_text()[said_before:].count("Added request") < len(asked):
+            assert not any(request.done() for request, _ in asked)
+            time.sleep(0.01)
+        victim.kill()
+        for process in computing:
+            with suppress(psutil.NoSuchProcess):
+                process.resume()
+        outcomes = {_outcome(request, stream) for request, stream in asked}
+    status = server.process.wait(120)
+    assert status >= 0, "ended by a signal"
+    assert " ERROR " in server.log.read_text()[said_before:]
+    _, left = psutil.wait_procs(others, 60)
+    assert not left
+    return outcomes, status

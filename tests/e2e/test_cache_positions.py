@@ -56,8 +56,8 @@ def test_greedy_tokens_equal_the_reference(
 ):
     sepllm = cache_positions(window_size=window, num_sink_tokens=sinks, max_separator_tokens=bound)
     engine = engines(sepllm=sepllm, block_size=block_size, max_num_batched_tokens=chunk)
-    texts = [book[:600], book[100:102], book[3000:3342], list(separator_ids[:2]) * 100]
-    for prompt, tokens in zip(texts, engine.tokens(texts, max_tokens=30), strict=True):
+    texts = [book[:450], book[100:102], book[3000:3200], list(separator_ids[:2]) * 100]
+    for prompt, tokens in zip(texts, engine.tokens(texts, max_tokens=24), strict=True):
         reference_of(window, sinks, bound).check(prompt, tokens)
     engine.check_empty()
 
@@ -156,8 +156,8 @@ def test_beyond_the_trained_length(engines, book, reference_of):
     """The model is made for 2,048 positions and never sees one past the 88th."""
     sepllm = cache_positions(max_separator_tokens=20)
     engine = engines(sepllm=sepllm, max_model_len=4096, max_num_batched_tokens=512)
-    prompts = [book[:2030], book[:3200]]
-    for prompt, tokens in zip(prompts, engine.tokens(prompts, max_tokens=40), strict=True):
+    prompts = [book[:2030], book[:2500]]
+    for prompt, tokens in zip(prompts, engine.tokens(prompts, max_tokens=30), strict=True):
         reference_of(bound=20).check(prompt, tokens)
     engine.check_empty()
 
@@ -288,15 +288,15 @@ def test_rotary_embeddings(engines, book, separator_ids, tmp_path, kind):
     name, options = MODELS[kind]
     bound = 12 if list(MODELS).index(kind) % 2 else None
     model = save_random_model(getattr(transformers, name)(**{**SIZES, **options}), tmp_path)
-    sepllm = cache_positions(window_size=48, max_separator_tokens=bound)
+    sepllm = cache_positions(window_size=32, max_separator_tokens=bound)
     engine = engines(sepllm=sepllm, model=str(tmp_path), max_model_len=512)
     is_neox = "interleaved" not in kind
-    reference = CacheReference(model, separator_ids, SINKS, 48, bound, is_neox)
-    prompts = [book[:450], book[900:930]]
+    reference = CacheReference(model, separator_ids, SINKS, 32, bound, is_neox)
+    prompts = [book[:280], book[900:930]]
     for prompt, tokens in zip(prompts, engine.tokens(prompts, max_tokens=30), strict=True):
         reference.check(prompt, tokens)
     if "sliding" in kind:
         return  # one mask for all layers is another model
-    original = Reference(model, separator_ids, SINKS, 48)
+    original = Reference(model, separator_ids, SINKS, 32)
     with pytest.raises(AssertionError, match="step"):
         original.check(prompts[0], engine.tokens(prompts[:1], max_tokens=30)[0])

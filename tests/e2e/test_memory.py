@@ -212,7 +212,7 @@ def test_a_request_that_outgrows_the_pool_ends_with_an_error(engines, separator_
     engine = engines(sepllm={"window_size": 64}, num_gpu_blocks_override=66)
     comma = separator_ids[0]
     bias = {comma: 100.0}
-    output = engine.generate([[comma] * 1500], max_tokens=540, logit_bias=bias)[0].outputs[0]
+    output = engine.generate([[comma] * 1900], max_tokens=140, logit_bias=bias)[0].outputs[0]
     assert output.finish_reason == "error"
     assert set(output.token_ids) == {comma}
     assert "KV cache blocks" in output.stop_reason

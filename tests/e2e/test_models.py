@@ -95,9 +95,9 @@ def test_head_counts_and_sizes(engines, book, separator_ids, tmp_path, num_kv_he
 
 @torch.no_grad()
 def greedy(model, prompt, separator_ids, sinks, window):
-    """30 tokens of the model's own choice under the mask."""
+    """12 tokens of the model's own choice under the mask."""
     ids = list(prompt)
-    for _ in range(30):
+    for _ in range(12):
         mask = bias(sepllm_mask(ids, separator_ids, sinks, window))
         ids.append(int(model(torch.tensor([ids]), attention_mask=mask).logits[0, -1].argmax()))
     return ids[len(prompt) :]
@@ -124,13 +124,13 @@ def test_pythia(engines, book, separator_ids, tmp_path):
     in_cache_positions = []
     for prompt in prompts:
         ids = list(prompt)
-        for _ in range(30):
+        for _ in range(12):
             ids.append(int(reference.logits(ids)[-1].argmax()))
         in_cache_positions.append(ids[len(prompt) :])
     assert in_cache_positions[0] != expected[0], "any positions would pass"
     options = {"model": str(tmp_path), "max_model_len": 1024}
     engine = engines(sepllm={"window_size": 48}, **options)
-    assert engine.tokens(prompts, max_tokens=30) == expected
+    assert engine.tokens(prompts, max_tokens=12) == expected
     sepllm = {"window_size": 48, "max_separator_tokens": 12, "position_mode": "cache"}
     engine = engines(sepllm=sepllm, **options)
-    assert engine.tokens(prompts, max_tokens=30) == in_cache_positions
+    assert engine.tokens(prompts, max_tokens=12) == in_cache_positions

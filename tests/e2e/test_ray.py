@@ -21,9 +21,9 @@ from pathlib import Path
 import psutil
 import pytest
 import two_processes
-from helpers import ROOT, tokenizer
+from helpers import ROOT, CacheReference, tokenizer
 
-from vllm_sepllm.oracle.dense_mask import first_difference, masked_logits, sepllm_mask
+from vllm_sepllm.oracle.dense_mask import masked_logits, sepllm_mask
 
 pytestmark = pytest.mark.e2e
 
@@ -151,22 +151,21 @@ def cluster(tmp_path_factory):
 
 
 def test_two_ranks(cluster, book, reference_model, separator_ids, tmp_path):
-    """Like test_parallel.py: kept sets are the same in every Ray worker."""
+    """Kept sets, and places in the cache, are the same in every Ray worker."""
     prompts = [book[:1100], book[100:102], book[3000:3342]]
     path = tmp_path / "prompts.json"
     path.write_text(json.dumps(prompts))
     ray = {"distributed_executor_backend": "ray", "tensor_parallel_size": 2}
-    options = json.dumps({**ray, "enforce_eager": True})
+    sepllm = {"position_mode": "cache", "max_separator_tokens": 20}
+    options = json.dumps({**ray, "enforce_eager": True, "sepllm": sepllm})
     command = [sys.executable, two_processes.__file__, path, options]
     env = {**cluster, "VLLM_LOGGING_LEVEL": "INFO"}
     with Command(*command, env=env, log=tmp_path / "log.txt") as run:
         run.wait()
         shown = run.output
 
-    def check(prompt, tokens):
-        assert first_difference(reference_model, prompt, tokens, separator_ids, 4, 64) is None
-
-    two_processes.check(shown, prompts, check)
+    reference = CacheReference(reference_model, separator_ids, 4, 64, bound=20)
+    two_processes.check(shown, prompts, reference.check)
     assert "(RayWorkerProc pid=" in shown
     assert "each of the 2 workers takes one logical GPU" in shown
 

@@ -11,9 +11,8 @@ STEPS = 100
 
 
 # With all separators kept, and with a bound on them.
-@pytest.mark.parametrize("seed", [304, 301])
-def test_soak(reference_model, seed):
-    soak = Soak(random.Random(seed), check_share=0.2, reference=reference_model)
+def test_soak(reference_model):
+    soak = Soak(random.Random(301), check_share=0.2, reference=reference_model)
     soak.run(lambda: soak.counts["steps"] < STEPS)
     assert soak.counts["compared"] > 3
     assert soak.counts["preemptions"] > 0

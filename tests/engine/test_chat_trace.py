@@ -10,7 +10,7 @@ MEMORY = 0.25  # of what all conversations need under full attention
 
 @pytest.fixture(scope="module")
 def trace():
-    return ChatTrace.make()
+    return ChatTrace.make(num_users=20)
 
 
 @pytest.fixture(scope="module")

@@ -145,8 +145,8 @@ def check(mode: str) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
     from vllm_sepllm.config import SepLLMConfig
-    from vllm_sepllm.keep_classes import resolve_separators
     from vllm_sepllm.oracle.dense_mask import first_difference
+    from vllm_sepllm.separators import resolve_separators
 
     tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
     text = DEMO_BOOK.read_text(encoding="utf8")[2000:40000]

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from vllm_sepllm.config import ConfigError, SepLLMConfig
-from vllm_sepllm.keep_classes import num_token_ids, resolve_separators
 from vllm_sepllm.planning import kept_share
 from vllm_sepllm.policy import KeepRule
 from vllm_sepllm.samples import SAMPLES
 from vllm_sepllm.separator_lists import LIST_OF_SAMPLE
+from vllm_sepllm.separators import num_token_ids, resolve_separators
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKENIZERS = ("examples/models/pg19-5m-sep", "tests/data/20B_tokenizer.json.gz")
@@ -129,7 +129,7 @@ def policy_of(tokenizer: Any, vocab_size: int, separators: tuple[str, ...], matc
         ids = resolve_separators(config, tokenizer).token_ids
     except ConfigError:
         ids = ()
-    return KeepRule.of(config.with_separator_ids(ids), vocab_size)
+    return KeepRule.of(config.with_kept_ids(ids), vocab_size)
 
 
 def markdown(path: str, tokenizer: Any, rows: list[dict[str, Any]]) -> str:

@@ -12,8 +12,8 @@ from tokenizers import Tokenizer
 from transformers import LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast
 
 from vllm_sepllm.config import SepLLMConfig
-from vllm_sepllm.keep_classes import resolve_separators
 from vllm_sepllm.policy import KeepRule
+from vllm_sepllm.separators import resolve_separators
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKENIZER = ROOT / "tests/data/20B_tokenizer.json.gz"
@@ -67,7 +67,7 @@ def policy() -> KeepRule:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(read_gzip(TOKENIZER)))
     config = SepLLMConfig(window_size=WINDOW)
     ids = resolve_separators(config, tokenizer).token_ids
-    return KeepRule.of(config.with_separator_ids(ids), MODEL["vocab_size"])
+    return KeepRule.of(config.with_kept_ids(ids), MODEL["vocab_size"])
 
 
 def kept_share(prompts: list[list[int]]) -> float:

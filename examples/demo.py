@@ -126,12 +126,12 @@ def share_visible(name: str, outputs: list[list[int]]) -> float:
     from transformers import AutoTokenizer
 
     from vllm_sepllm.config import SepLLMConfig
-    from vllm_sepllm.keep_classes import resolve_separators
     from vllm_sepllm.policy import KeepRule, KeptCounts
+    from vllm_sepllm.separators import resolve_separators
 
     tokenizer = AutoTokenizer.from_pretrained(HERE.parent / MODEL)
     config = SepLLMConfig(window_size=WINDOW)
-    config = config.with_separator_ids(resolve_separators(config, tokenizer).token_ids)
+    config = config.with_kept_ids(resolve_separators(config, tokenizer).token_ids)
     policy = KeepRule.of(config, len(tokenizer))
     total = 0.0
     for prompt, output in zip(prompts(book(tokenizer)), outputs, strict=True):

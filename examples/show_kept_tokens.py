@@ -11,14 +11,14 @@ from rich.text import Text
 from transformers import AutoTokenizer
 
 from vllm_sepllm.config import SepLLMConfig
-from vllm_sepllm.keep_classes import resolve_separators
 from vllm_sepllm.policy import KeepRule
+from vllm_sepllm.separators import resolve_separators
 
 HERE = Path(__file__).resolve().parent
 
 tokenizer = AutoTokenizer.from_pretrained(HERE / "models" / "pg19-5m-sep")
 config = SepLLMConfig(window_size=32)
-config = config.with_separator_ids(resolve_separators(config, tokenizer).token_ids)
+config = config.with_kept_ids(resolve_separators(config, tokenizer).token_ids)
 policy = KeepRule.of(config, len(tokenizer))
 
 book = (HERE / "data" / "860.txt").read_text(encoding="utf-8").strip()

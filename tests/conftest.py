@@ -9,7 +9,16 @@ from typing import Any
 
 import environment  # before vLLM or torch is imported
 import pytest
-from helpers import MODEL, POOL_FILLING_TOKENS, ROOT, SMALL_POOL, Engine, Reference, book_tokens
+from helpers import (
+    MODEL,
+    POOL_FILLING_TOKENS,
+    ROOT,
+    SMALL_POOL,
+    SMOLLM2,
+    Engine,
+    Reference,
+    book_tokens,
+)
 
 assert environment
 
@@ -35,6 +44,15 @@ def pythia() -> Any:
     with gzip.open(ROOT / "tests/data/20B_tokenizer.json.gz", "rt", encoding="utf-8") as file:
         backend = tokenizers.Tokenizer.from_str(file.read())
     return transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Any:
+    """SmolLM2's tokenizer."""
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    if not SMOLLM2.is_dir():
+        pytest.skip("needs SmolLM2: scripts/fetch_model.py fetches it")
+    return transformers.AutoTokenizer.from_pretrained(SMOLLM2)
 
 
 @pytest.fixture(scope="session")
@@ -64,6 +82,18 @@ def added_policy(monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setitem(policy.POLICIES, "even", None)  # taken back at the end
     exec(textwrap.dedent(example), vars(policy))
     return "even"
+
+
+@pytest.fixture
+def added_class(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The keep class that CONTRIBUTING adds as an example, by its name."""
+    from vllm_sepllm import keep_classes
+
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    example = text[text.index("    KEEP_CLASSES[") :].partition("\n\nThe ")[0]
+    monkeypatch.setitem(keep_classes.KEEP_CLASSES, "hyphenated", None)  # taken back at the end
+    exec(textwrap.dedent(example), vars(keep_classes))
+    return "hyphenated"
 
 
 @pytest.fixture(scope="session")

@@ -41,9 +41,11 @@ def draw_rule(rng: random.Random) -> dict[str, Any]:
     if rule["policy"] == "fixed_interval":
         rule["interval"] = rng.choice([1, 2, 5, 33])
     if rule["policy"] == "sepllm":
-        rule["separator_token_ids"] = rng.choice(
-            [list(find_separators()), [], rng.sample(range(2, VOCABULARY), 1500)]
-        )
+        drawn = rng.choice([list(find_separators()), [], rng.sample(range(2, VOCABULARY), 1500)])
+        if rng.random() < 0.5:
+            rule["separator_token_ids"] = drawn
+        else:
+            rule["keep"] = drawn
         rule["planned_kept_share"] = 0.01  # pools are small on purpose
         rule["max_separator_tokens"] = rng.choice([None, None, 1, 6, 40])
     rule["position_mode"] = rng.choice(["original", "original", "cache"])
@@ -77,8 +79,9 @@ class Fuzz(Traffic):
     def __init__(self, rng: random.Random, model: Any) -> None:
         self.rng, self.rule = rng, draw_rule(rng)
         options = draw_options(rng, self.rule)
-        shown = {k: v for k, v in self.rule.items() if k != "separator_token_ids"}
-        separators = self.rule.get("separator_token_ids", ())
+        of_ids = "separator_token_ids", "keep"
+        shown = {k: v for k, v in self.rule.items() if k not in of_ids}
+        separators = next((self.rule[name] for name in of_ids if name in self.rule), ())
         print(f"{len(separators)} separators, {shown}, {options}", flush=True)
         super().__init__(rng, self._start(options))
         self.most = options["max_model_len"]

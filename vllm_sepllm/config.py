@@ -12,6 +12,7 @@ here                     elsewhere
                          ``window_length`` counts the sinks too
 ``max_separator_tokens`` SepLLM streaming "separator cache" (s), ``sep_cache_size``
 ``separator_token_ids``  SepCache ``separator_token_ids``
+``keep``                 none: SepLLM keeps separators
 ``interval``             FixLLM's distance between kept tokens
 none                     SepCache ``cache_size``, kvpress ``compression_ratio``, H2O
                          ``heavy_ratio``: see :mod:`vllm_sepllm.option_names`
@@ -26,6 +27,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from vllm_sepllm.keep_classes import KEEP_CLASSES, SEPARATORS
 from vllm_sepllm.option_names import hint
 from vllm_sepllm.policy import POLICIES, Policy
 from vllm_sepllm.separator_lists import DEFAULT_SEPARATORS
@@ -46,16 +48,17 @@ class SepLLMConfig:
 
     Attributes:
         policy: which tokens outside the window are kept, a name in ``POLICIES``.
+        keep: tokens that stay behind the window: names of ``KEEP_CLASSES``, texts of single
+            tokens, and token ids. None of them leaves sinks and window.
         num_sink_tokens: first tokens of a request, always kept.
         window_size: most recent tokens attended densely, the query's own included.
-        max_separator_tokens: newest separators kept per request; ``None`` keeps all.
+        max_separator_tokens: newest tokens of ``keep`` kept per request; ``None`` keeps all.
         separators: texts that make a token a separator, and names of lists of them; see
             ``SEPARATOR_LISTS``. A name means the list, never the text of that word.
         separator_match: ``"exact"``: the token is one of ``separators``;
             ``"composed"``: the token consists of nothing but characters of ``separators``,
             those of texts with letters or digits left out.
-        separator_token_ids: ids that override the two fields above; none of them leaves sinks
-            and window.
+        separator_token_ids: ids of the separators, which override the two fields above.
         interval: distance between kept tokens of ``policy="fixed_interval"``.
         position_mode: positions that rotary embeddings see: those of the text, or with
             ``"cache"`` the places of what a query sees, numbered from 0.
@@ -70,6 +73,7 @@ class SepLLMConfig:
     """
 
     policy: str = "sepllm"
+    keep: tuple[str | int, ...] = (SEPARATORS,)
     num_sink_tokens: int = 4
     window_size: int = 256
     max_separator_tokens: int | None = None
@@ -94,6 +98,7 @@ class SepLLMConfig:
             _check_count("max_separator_tokens", self.max_separator_tokens, 1, "null keeps all")
         if self.interval is not None:
             _check_count("interval", self.interval, 1, "5 is FixLLM's setting")
+        object.__setattr__(self, "keep", _keep("keep", self.keep))
         object.__setattr__(self, "separators", _texts("separators", self.separators))
         if self.separator_token_ids is not None:
             ids = _token_ids("separator_token_ids", self.separator_token_ids)
@@ -130,12 +135,25 @@ class SepLLMConfig:
             raise ConfigError(
                 f"policy={self.policy!r} without interval: set interval, e.g. interval=5"
             )
-        if self.method.uses_separators:
+        separators: dict[str, object] = {
+            "separators": self.separators if self.separators != DEFAULT_SEPARATORS else None,
+            "separator_match": self.separator_match if self.separator_match != "exact" else None,
+            "separator_token_ids": list(self.separator_token_ids or ()),
+        }
+        if self.method.uses_keep:
+            if SEPARATORS not in self.keep:
+                for name, value in separators.items():
+                    if value:
+                        raise ConfigError(
+                            f"{name}={value!r} with keep={list(self.keep)!r}: 'separators' is not "
+                            f"in keep; add it, or drop {name}"
+                        )
             return
         given: dict[str, object] = {
+            "keep": list(self.keep) if self.keep != (SEPARATORS,) else None,
             "max_separator_tokens": self.max_separator_tokens,
-            "separator_token_ids": list(self.separator_token_ids or ()),
-            "separators": self.separators if self.separators != DEFAULT_SEPARATORS else None,
+            "separator_token_ids": separators["separator_token_ids"],
+            "separators": separators["separators"],
             "planned_kept_share": self.planned_kept_share,
             "planning_text": self.planning_text,
         }
@@ -143,7 +161,7 @@ class SepLLMConfig:
             if value:
                 raise ConfigError(
                     f"{name}={value!r} with policy={self.policy!r}: "
-                    "only policy='sepllm' has separators; drop one of the two"
+                    "only policy='sepllm' keeps tokens for what they are; drop one of the two"
                 )
 
     @property
@@ -154,13 +172,29 @@ class SepLLMConfig:
     @property
     def looks_up_separators(self) -> bool:
         """Whether separators are to be found in a tokenizer: they are wanted, and no ids given."""
-        return self.method.uses_separators and self.separator_token_ids is None
+        return self.uses_separators and self.separator_token_ids is None
+
+    @property
+    def uses_separators(self) -> bool:
+        """Whether separators are among what is kept."""
+        return self.method.uses_keep and SEPARATORS in self.keep
+
+    @property
+    def kept_ids(self) -> tuple[int, ...] | None:
+        """Ids of the tokens that are kept, sorted; ``None`` if a tokenizer has to tell them."""
+        if not self.method.uses_keep:
+            return ()
+        names = [item for item in self.keep if isinstance(item, str)]
+        if self.looks_up_separators or any(name != SEPARATORS for name in names):
+            return None
+        listed = {item for item in self.keep if isinstance(item, int)}
+        return tuple(sorted(listed.union(self.separator_token_ids or ())))
 
     @property
     def keeps_nothing(self) -> bool:
         """Whether sinks and window are all that a query sees."""
         share = self.method.share
-        return self.separator_token_ids == () if share is None else share(self) == 0
+        return self.kept_ids == () if share is None else share(self) == 0
 
     @classmethod
     def from_dict(cls, options: object) -> SepLLMConfig:
@@ -192,9 +226,15 @@ class SepLLMConfig:
             for key, value in asdict(self).items()
         }
 
-    def with_separator_ids(self, token_ids: tuple[int, ...]) -> SepLLMConfig:
-        """The same options with the tokenizer's answer filled in."""
-        return replace(self, separator_token_ids=token_ids)
+    def with_kept_ids(self, token_ids: tuple[int, ...]) -> SepLLMConfig:
+        """The same options with ids in the place of whatever names them."""
+        return replace(
+            self,
+            keep=token_ids,
+            separators=DEFAULT_SEPARATORS,
+            separator_match="exact",
+            separator_token_ids=None,
+        )
 
     def with_dense_layers(self, indices: tuple[int, ...]) -> SepLLMConfig:
         """The same options with ``dense_layers`` of a model, see :mod:`vllm_sepllm.layers`."""
@@ -213,6 +253,22 @@ def _check_count(name: str, value: object, least: int, remedy: str) -> None:
         raise ConfigError(f"{name}={value}: must be at least {least}; {remedy}")
     if value > MAX_TOKENS:
         raise ConfigError(f"{name}={value}: must be at most {MAX_TOKENS}; {remedy}")
+
+
+def _keep(name: str, value: object) -> tuple[str | int, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise ConfigError(
+            f"{name}={value!r}: must be a list of {', '.join(KEEP_CLASSES)}, texts and token ids, "
+            'e.g. ["separators", "digits"]'
+        )
+    for item in value:
+        is_id = isinstance(item, int) and not isinstance(item, bool) and item >= 0
+        if not is_id and not (isinstance(item, str) and item):
+            raise ConfigError(
+                f"{name} holds {item!r}: every item must be one of {', '.join(KEEP_CLASSES)}, the "
+                "text of a token, or a token id of at least 0"
+            )
+    return tuple(dict.fromkeys(value))
 
 
 def _texts(name: str, value: object) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from typing import Any
 from vllm_sepllm.config import ConfigError, SepLLMConfig
 from vllm_sepllm.policy import KeepRule, SeenStream
 from vllm_sepllm.samples import SAMPLES
-from vllm_sepllm.separator_lists import LIST_OF_SAMPLE, SEPARATOR_LISTS
+from vllm_sepllm.separator_lists import DEFAULT_SEPARATORS, LIST_OF_SAMPLE, SEPARATOR_LISTS
 from vllm_sepllm.token_texts import Tokenizer, token_texts
 
 # Four PG19 books under two tokenizers keep 1.03 to 1.20 times the share of a sample of their kind.
@@ -38,7 +38,7 @@ class Plan:
         most_kept: the sample text that keeps the largest share, "" if none was looked at.
         largest_share: of that sample.
         scarce: sample texts of which next to nothing is kept.
-        helpful: separator lists that would add separators for them.
+        helpful: what the option ``separators`` would have to be for them; none if nothing helps.
     """
 
     share: float
@@ -61,9 +61,13 @@ class Plan:
         }
         return cls(**given)
 
-    def with_help(self, tokenizer: Tokenizer | None, found: tuple[str, ...]) -> Plan:
-        """The same with the lists that would help; see :func:`lists_for`."""
-        return replace(self, helpful=lists_for(self.scarce, tokenizer, found))
+    def with_help(
+        self, separators: tuple[str, ...], tokenizer: Tokenizer | None, found: tuple[str, ...]
+    ) -> Plan:
+        """The same with the separators that would help; see :func:`lists_for`."""
+        lists = lists_for(self.scarce, tokenizer, found)
+        own = ("default",) if separators == DEFAULT_SEPARATORS else separators
+        return replace(self, helpful=(*own, *lists) if lists else ())
 
     @property
     def planned_share(self) -> float:
@@ -136,7 +140,7 @@ def _known_plan(options: SepLLMConfig) -> Plan | None:
         option = "interval" if options.method.uses_interval else "policy"
         return Plan(share(options), f"{option}={getattr(options, option)!r}", margin=1.0)
     if options.keeps_nothing:
-        return Plan(0.0, "separator_token_ids=[]", margin=1.0)
+        return Plan(0.0, "keep=[]", margin=1.0)
     return None
 
 

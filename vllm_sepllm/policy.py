@@ -212,7 +212,7 @@ class Policy:
         chosen: what they call a token that it keeps; "" if it keeps none.
         many: and several of them.
         meaning: which these are, from the options.
-        uses_separators: it keeps the separators found in the model's tokenizer.
+        uses_keep: it keeps the tokens of the option ``keep``.
         uses_interval: it needs the option ``interval``.
         share: from the options, kept tokens per token; ``None`` where it depends on the text.
     """
@@ -222,7 +222,7 @@ class Policy:
     chosen: str = ""
     many: str = ""
     meaning: Callable[[SepLLMConfig], str] = lambda config: ""
-    uses_separators: bool = False
+    uses_keep: bool = False
     uses_interval: bool = False
     share: Callable[[SepLLMConfig], float] | None = None
 
@@ -237,17 +237,17 @@ def table_of(token_ids: Iterable[int], vocab_size: int) -> BoolArray:
     for token_id in token_ids:
         if not 0 <= token_id < vocab_size:
             raise ValueError(
-                f"separator token id {token_id}: must be below the vocabulary size {vocab_size}; "
-                "correct separator_token_ids"
+                f"token id {token_id}: must be below the vocabulary size {vocab_size}; correct "
+                "keep or separator_token_ids"
             )
         table[token_id] = True
     return table
 
 
-def _separators(config: SepLLMConfig, vocab_size: int) -> tuple[BoolArray, int]:
-    if config.separator_token_ids is None:
-        raise ValueError("separator_token_ids is not resolved: call resolve_separators first")
-    return table_of(config.separator_token_ids, vocab_size), 0
+def _listed(config: SepLLMConfig, vocab_size: int) -> tuple[BoolArray, int]:
+    if config.kept_ids is None:
+        raise ValueError("keep is not resolved: call resolve_kept first")
+    return table_of(config.kept_ids, vocab_size), 0
 
 
 def _separators_seen(config: SepLLMConfig) -> str:
@@ -260,12 +260,12 @@ def _separators_seen(config: SepLLMConfig) -> str:
 POLICIES = {
     # arXiv 2412.12094
     "sepllm": Policy(
-        _separators,
+        _listed,
         title="SepLLM",
         chosen="separator",
         many="separators",
         meaning=_separators_seen,
-        uses_separators=True,
+        uses_keep=True,
     ),
     # StreamingLLM, arXiv 2309.17453: nothing beside sinks and window
     "streaming": Policy(

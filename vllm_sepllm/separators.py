@@ -68,7 +68,7 @@ def resolve_separators(config: SepLLMConfig, tokenizer: Tokenizer | None) -> Sep
     Raises:
         ConfigError: the tokenizer has none of them, or cannot be read.
     """
-    if not config.method.uses_separators:
+    if not config.uses_separators:
         return Separators((), ())
     if config.separator_token_ids is not None:
         ids = config.separator_token_ids
@@ -94,15 +94,7 @@ def _shown(ids: Sequence[int], tokenizer: Tokenizer | None) -> tuple[str, ...]:
 
 def _find(config: SepLLMConfig, tokenizer: Tokenizer) -> Separators:
     wanted = separator_texts(config.separators)
-    try:
-        texts = token_texts(tokenizer)
-    except Exception as error:  # whatever a tokenizer of any kind raises
-        reason = (str(error).strip().splitlines() or ["no reason given"])[0].rstrip(". ")
-        raise ConfigError(
-            f"the tokenizer ({type(tokenizer).__name__}) cannot tell the texts of its tokens "
-            f"({type(error).__name__}: {reason}), so separators cannot be looked up: set "
-            "separator_token_ids to their ids"
-        ) from error
+    texts = readable_texts(tokenizer, "separators", "separator_token_ids")
     ids = match_separators(texts, wanted, config.separator_match)
     if not ids:
         raise ConfigError(
@@ -112,6 +104,23 @@ def _find(config: SepLLMConfig, tokenizer: Tokenizer) -> Separators:
         )
     found = Separators(ids, tuple(texts[i] for i in ids))
     return replace(found, absent=tuple(missing_texts(config, found).get("default", ())))
+
+
+def readable_texts(tokenizer: Tokenizer, what: str, remedy: str) -> list[str]:
+    """The text of every token id, to find ``what`` in.
+
+    Raises:
+        ConfigError: there are none; ``remedy`` is the option to set instead.
+    """
+    try:
+        return token_texts(tokenizer)
+    except Exception as error:  # whatever a tokenizer of any kind raises
+        reason = (str(error).strip().splitlines() or ["no reason given"])[0].rstrip(". ")
+        raise ConfigError(
+            f"the tokenizer ({type(tokenizer).__name__}) cannot tell the texts of its tokens "
+            f"({type(error).__name__}: {reason}), so {what} cannot be looked up: set {remedy} to "
+            "their ids"
+        ) from error
 
 
 def match_separators(
@@ -157,7 +166,7 @@ def missing_texts(config: SepLLMConfig, found: Separators) -> dict[str, list[str
         found: separators of these options.
     """
     if not config.looks_up_separators:
-        return {}
+        return {}  # nothing was looked up
     there = set(found.texts)
     if config.separator_match == "composed":
         characters = frozenset("".join(there)) & separator_characters(

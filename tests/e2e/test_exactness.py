@@ -29,7 +29,7 @@ CASES = [
 def prompts(book, separator_ids):
     """Longer and shorter than any window, two tokens, and nothing but separators."""
     return [
-        book[:1200],
+        book[:900],
         book[100:102],
         book[3000:3342],
         book[50:60],
@@ -48,8 +48,8 @@ def test_greedy_tokens_equal_the_reference(
         max_num_batched_tokens=chunk,
     )
     texts = prompts(book, separator_ids)
-    for prompt, tokens in zip(texts, engine.tokens(texts, max_tokens=40), strict=True):
-        assert len(tokens) == 40
+    for prompt, tokens in zip(texts, engine.tokens(texts, max_tokens=28), strict=True):
+        assert len(tokens) == 28
         difference = first_difference(reference_model, prompt, tokens, separator_ids, sinks, window)
         assert difference is None, f"prompt of {len(prompt)} tokens, {difference}"
     engine.check_integrity()
@@ -123,13 +123,50 @@ def test_other_policies(engines, book, reference_model, options, interval):
     engine = engines(sepllm={"window_size": 64, **options}, enable_prefix_caching=True)
     texts = [book[:700], book[100:130], [*book[:350], *book[3000:3400]]]
     for _ in range(2):  # cold, then warm
-        outputs = engine.generate(texts, 40)
+        outputs = engine.generate(texts, 24)
         for prompt, output in zip(texts, outputs, strict=True):
             tokens = list(output.outputs[0].token_ids)
             mask = sepllm_mask(prompt + tokens, (), options.get("num_sink_tokens", 4), 64, interval)
             logits = masked_logits(reference_model, prompt + tokens, mask)
             assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == tokens
     assert [output.num_cached_tokens for output in outputs] == [672, 0, 736]
+    engine.check_empty()
+
+
+def ids_of(tokenizer, belongs):
+    """Ids by the text that each adds behind a letter, read one by one."""
+    [anchor] = tokenizer.encode("a", add_special_tokens=False)
+    texts = (tokenizer.decode([anchor, i])[1:] for i in range(len(tokenizer)))
+    return tuple(i for i, text in enumerate(texts) if belongs(text))
+
+
+def test_keep_classes(engines, book, tokenizer, reference_model, separator_ids):
+    """Of a text with names and numbers; cold, then from the prefix cache."""
+    names = ids_of(tokenizer, lambda text: text.strip()[:1].isupper())
+    digits = ids_of(tokenizer, lambda text: any(map(str.isdecimal, text)) and text.upper() == text)
+    sums = "Anna sold 48 clips in April, and half as many in May. How many did she sell in 2024? "
+    text = tokenizer.encode(sums, add_special_tokens=False) * 6
+    [the] = tokenizer.encode(" the", add_special_tokens=False)
+    keep = ["capitalized", "digits", " the", separator_ids[1]]
+    engine = engines(sepllm={"window_size": 32, "keep": keep}, enable_prefix_caching=True)
+    assert engine.llm.reset_prefix_cache()
+    prompts, kept = [book[:700], text], (*names, *digits, the, separator_ids[1])
+    for _ in range(2):
+        outputs = engine.generate(prompts, 30)
+        for prompt, output in zip(prompts, outputs, strict=True):
+            tokens = output.outputs[0].token_ids
+            assert first_difference(reference_model, prompt, tokens, kept, 4, 32) is None
+    assert min(output.num_cached_tokens for output in outputs) >= 128
+    assert first_difference(reference_model, prompts[0], outputs[0].outputs[0].token_ids, (), 4, 32)
+    engine.check_empty()
+
+
+def test_a_keep_class_of_ones_own(engines, added_class, book, tokenizer, reference_model):
+    """CONTRIBUTING's example; the oracle is told which ids it keeps."""
+    engine = engines(sepllm={"keep": [added_class], "window_size": 32})
+    tokens = list(engine.generate([book[:300]], 24)[0].outputs[0].token_ids)
+    ids = ids_of(tokenizer, lambda text: "-" in text)
+    assert first_difference(reference_model, book[:300], tokens, ids, 4, 32) is None
     engine.check_empty()
 
 

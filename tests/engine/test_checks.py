@@ -378,7 +378,7 @@ def test_good_configurations_are_completed():
     assert config.cache_config.block_size == 32
     assert config.cache_config.enable_prefix_caching
     assert config.additional_config["other"] == 1
-    assert len(config.additional_config["sepllm"]["separator_token_ids"]) == 9
+    assert len(config.additional_config["sepllm"]["keep"]) == 9
     assert json.dumps(config.additional_config, sort_keys=True)
     own = EngineArgs(**args, block_size=64).create_engine_config()
     assert own.cache_config.block_size == 64

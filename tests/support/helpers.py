@@ -15,6 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = str(ROOT / "examples/models/pg19-5m-sep")
+SMOLLM2 = ROOT / "build/models/SmolLM2-135M-Instruct"
 BOOK = ROOT / "examples/data/860.txt"
 EOS = 1
 
@@ -52,7 +53,7 @@ def book_tokens() -> list[int]:
 
 def find_separators(**options: Any) -> tuple[int, ...]:
     from vllm_sepllm.config import SepLLMConfig
-    from vllm_sepllm.keep_classes import resolve_separators
+    from vllm_sepllm.separators import resolve_separators
 
     return resolve_separators(SepLLMConfig(**options), tokenizer()).token_ids
 

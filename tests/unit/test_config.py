@@ -38,6 +38,8 @@ def test_from_dict_of_nothing_is_the_default(nothing):
         {"dense_layers": [0, 1, -2, -1]},
         {"prefill_kernel": "xformers"},
         {"separators": ["default", "cjk", "—"]},
+        {"keep": ["separators", "digits", "<|im_end|>", 17]},
+        {"keep": []},
         {"planned_kept_share": 0.25},
         {"planned_kept_share": 1},
         {"planning_text": "texts/chat.txt"},
@@ -56,16 +58,50 @@ def test_token_ids_are_sorted_and_unique():
     assert SepLLMConfig(separator_token_ids=(13, 2, 13)).separator_token_ids == (2, 13)
 
 
-def test_with_separator_ids_changes_nothing_else():
-    config = SepLLMConfig(window_size=7)
-    resolved = config.with_separator_ids((5, 3))
-    assert resolved == SepLLMConfig(window_size=7, separator_token_ids=(3, 5))
-    assert config.separator_token_ids is None
+def test_ids_take_the_place_of_what_names_them():
+    config = SepLLMConfig(window_size=7, keep=("separators", "digits"), separators=(".",))
+    assert config.kept_ids is None
+    resolved = config.with_kept_ids((3, 5))
+    assert resolved == SepLLMConfig(window_size=7, keep=(3, 5))
+    assert resolved.kept_ids == (3, 5)
+
+
+@pytest.mark.parametrize(
+    ("options", "ids"),
+    [
+        ({}, None),
+        ({"keep": ["special"]}, None),
+        ({"keep": [7, "the"]}, None),
+        ({"keep": ["separators", 7], "separator_token_ids": [9, 2]}, (2, 7, 9)),
+        ({"separator_token_ids": [9, 2]}, (2, 9)),
+        ({"keep": [7, 3, 7]}, (3, 7)),
+        ({"keep": []}, ()),
+        ({"policy": "streaming"}, ()),
+    ],
+)
+def test_ids_that_need_no_tokenizer(options, ids):
+    config = SepLLMConfig.from_dict(options)
+    assert config.kept_ids == ids
+    assert config.keeps_nothing == (ids == ())
 
 
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
+        ({"keep": "digits"}, ["keep='digits'", "must be a list of separators, special"]),
+        ({"keep": ["digits", -1]}, ["keep holds -1", "at least 0"]),
+        ({"keep": [True]}, ["keep holds True"]),
+        ({"keep": [""]}, ["keep holds ''"]),
+        (
+            {"keep": ["digits"], "separators": ["."]},
+            ["separators=('.',) with keep=['digits']", "add it, or drop separators"],
+        ),
+        (
+            {"keep": ["digits"], "separator_match": "composed"},
+            ["separator_match='composed' with keep=['digits']"],
+        ),
+        ({"keep": [5], "separator_token_ids": [3]}, ["separator_token_ids=[3] with keep=[5]"]),
+        ({"policy": "streaming", "keep": ["digits"]}, ["keep=['digits'] with policy='streaming'"]),
         ({"window_size": 0}, ["window_size=0", "at least 1", "256"]),
         ({"window_size": 1.5}, ["window_size=1.5", "whole number"]),
         ({"window_size": "64"}, ["window_size='64'", "whole number"]),

@@ -91,6 +91,41 @@ def test_fixed_interval_shows_every_so_many_tokens(page):
     assert "separator" not in output
 
 
+SUMS = "Anna sold 48 clips to friends in April, and then half as many clips in May. " * 8
+
+
+def test_classes_have_colours_of_their_own(page):
+    keep = 'keep=["separators", "digits", "capitalized", " in"]'
+    output, source = page(SUMS, keep, "window_size=20")
+    for line in (
+        "token of digits outside the window, seen all the same",
+        "token with a capital letter first outside the window",
+        "token that keep lists outside the window",
+        "tokens of digits in the vocabulary",
+    ):
+        assert line in output
+    found = kinds_of(source)
+    assert {name for _, name in found} == {
+        *("sink", "separator", "digits", "capitalized", "listed", "window", "dropped")
+    }
+    assert {css for css, name in found if name == "digits"} == {"class0"}
+    assert {css for css, name in found if name == "separator"} == {"chosen"}
+    digits = [name for _, name in found].count("digits")
+    assert re.search(rf"tokens of digits outside the window\D+{digits}\b", output)
+
+
+def test_a_class_that_is_not_kept_is_not_named(page):
+    output, _ = page(SUMS, 'keep=["digits"]', "window_size=20")
+    assert "separator" not in output
+    assert "capital" not in output
+
+
+def test_a_keep_class_of_ones_own(page, added_class):
+    output, source = page("A well-known tune. " * 30, f'keep=["{added_class}"]', "window_size=20")
+    assert "token with a hyphen outside the window" in output
+    assert "hyphenated" in {name for _, name in kinds_of(source)}
+
+
 def test_a_policy_of_ones_own(page, added_policy):
     output, source = page(BOOK[:500], f"policy={added_policy}", "window_size=20")
     ids = [int(i) for i in re.findall(r"token id (\d+)", source)]

@@ -8,10 +8,10 @@ import pytest
 
 from vllm_sepllm import planning
 from vllm_sepllm.config import ConfigError, SepLLMConfig
-from vllm_sepllm.keep_classes import resolve_separators
 from vllm_sepllm.planning import Plan, lists_for, make_plan, read_planning_text
 from vllm_sepllm.policy import KeepRule
 from vllm_sepllm.samples import SAMPLES
+from vllm_sepllm.separators import resolve_separators
 
 pytestmark = pytest.mark.unit
 
@@ -39,7 +39,7 @@ CHARACTERS = Characters()  # its texts are read once
 
 def plan_of(tokenizer, **options):
     config = SepLLMConfig(**options)
-    resolved = config.with_separator_ids(resolve_separators(config, tokenizer).token_ids)
+    resolved = config.with_kept_ids(resolve_separators(config, tokenizer).token_ids)
     return make_plan(resolved, KeepRule.of(resolved, 0x10000), tokenizer)
 
 
@@ -93,7 +93,8 @@ def test_lists_that_would_help(pythia):
     [
         ({"policy": "streaming"}, 0.0, "policy='streaming'"),
         ({"policy": "fixed_interval", "interval": 5}, 0.2, "interval=5"),
-        ({"separator_token_ids": []}, 0.0, "separator_token_ids=[]"),
+        ({"separator_token_ids": []}, 0.0, "keep=[]"),
+        ({"keep": []}, 0.0, "keep=[]"),
     ],
 )
 def test_shares_that_no_text_decides(options, share, source):

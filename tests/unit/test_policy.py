@@ -196,7 +196,7 @@ def test_from_config_takes_sizes_and_ids():
 
 
 def test_from_config_wants_resolved_ids():
-    with pytest.raises(ValueError, match="resolve_separators"):
+    with pytest.raises(ValueError, match="keep is not resolved: call resolve_kept"):
         KeepRule.of(SepLLMConfig(), VOCAB)
 
 

@@ -4,15 +4,15 @@ import unicodedata
 import pytest
 
 from vllm_sepllm.config import DEFAULT_SEPARATORS, ConfigError, SepLLMConfig
-from vllm_sepllm.keep_classes import (
+from vllm_sepllm.samples import SAMPLES
+from vllm_sepllm.separator_lists import CJK, LIST_OF_SAMPLE, SEPARATOR_LISTS, separator_texts
+from vllm_sepllm.separators import (
     match_separators,
     missing_texts,
     resolve_separators,
     separator_characters,
     token_texts,
 )
-from vllm_sepllm.samples import SAMPLES
-from vllm_sepllm.separator_lists import CJK, LIST_OF_SAMPLE, SEPARATOR_LISTS, separator_texts
 
 pytestmark = pytest.mark.unit
 

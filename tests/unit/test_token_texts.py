@@ -5,7 +5,7 @@ import made_tokenizers
 import pytest
 
 from vllm_sepllm.config import ConfigError, SepLLMConfig
-from vllm_sepllm.keep_classes import resolve_separators
+from vllm_sepllm.separators import resolve_separators
 from vllm_sepllm.token_texts import num_token_ids, texts_of, token_texts
 
 pytestmark = pytest.mark.unit

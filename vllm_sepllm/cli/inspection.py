@@ -5,26 +5,26 @@ The last token of the text is the query; each token gets the one reason why it i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
 import numpy as np
 
-from vllm_sepllm.config import SEPARATOR_MATCHES, SepLLMConfig
-from vllm_sepllm.keep_classes import (
-    match_separators,
+from vllm_sepllm.cli.inspection_advice import Better, better_separators, keeps_next_to_nothing
+from vllm_sepllm.config import SepLLMConfig
+from vllm_sepllm.keep_classes import SEPARATORS
+from vllm_sepllm.kept_ids import KeptIds, resolve_kept
+from vllm_sepllm.policy import KeepRule
+from vllm_sepllm.separators import (
     missing_texts,
     num_token_ids,
-    resolve_separators,
     token_texts,
 )
-from vllm_sepllm.planning import NEXT_TO_NOTHING
-from vllm_sepllm.policy import KeepRule
-from vllm_sepllm.separator_lists import DEFAULT_SEPARATORS, SEPARATOR_LISTS, separator_texts
 
-LEAST_TOKENS = 32  # fewer tokens between sinks and window say nothing about a text
+NO_CLASSES: dict[str, Sequence[int]] = {}
 
 
 class TokenClass(StrEnum):
@@ -47,13 +47,13 @@ class Token:
         position: index in the text's tokens.
         token_id: id in the vocabulary.
         text: its part of the text; all parts together are the text.
-        kind: why it is seen.
+        kind: why it is seen: a :class:`TokenClass`, or the name of a class of ``keep``.
     """
 
     position: int
     token_id: int
     text: str
-    kind: TokenClass
+    kind: str
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Summary:
     """
 
     num_tokens: int
-    num_of: dict[TokenClass, int]
+    num_of: Counter[str]
     num_kept: int
     num_between: int
     num_chosen_between: int
@@ -107,7 +107,7 @@ class Inspection:
 
     Attributes:
         config: options as given.
-        num_separators: separators in the vocabulary.
+        found: token ids of what ``keep`` names.
         missing: texts asked for that are no token, by the name of their list, "" without one.
         better: where the text has next to none of the separators, what has more.
         token_ids, texts, kinds: ``[num_tokens]``, as in :class:`Token`.
@@ -115,12 +115,12 @@ class Inspection:
     """
 
     config: SepLLMConfig
-    num_separators: int
+    found: KeptIds
     missing: dict[str, list[str]]
     better: Better | None
     token_ids: list[int]
     texts: list[str]
-    kinds: list[TokenClass]
+    kinds: list[str]
     summary: Summary
 
     def ends(self, limit: int) -> Excerpt:
@@ -156,23 +156,25 @@ def inspect_text(tokenizer: Any, config: SepLLMConfig, text: str, block_size: in
         ValueError: the tokenizer makes no tokens of the text, or a separator's id lies outside
             its vocabulary.
     """
-    found = resolve_separators(config, tokenizer)
-    rule = KeepRule.of(config.with_separator_ids(found.token_ids), num_token_ids(tokenizer))
+    found = resolve_kept(config, tokenizer)
+    rule = KeepRule.of(config.with_kept_ids(found.token_ids), num_token_ids(tokenizer))
     ids, parts = tokenize(tokenizer, text)
     if not ids:
         raise ValueError("the text has no tokens in this tokenizer: give a longer text")
-    summary = summarize(ids, rule, block_size)
+    kinds = classify(ids, rule, found.by_class)
+    summary = summarize(ids, rule, block_size, kinds)
     better = None
-    if keeps_next_to_nothing(config, summary):
+    if keeps_next_to_nothing(config, summary.num_chosen_between, summary.num_between):
         start = config.num_sink_tokens
         between = ids[start : start + summary.num_between]
         better = better_separators(config, token_texts(tokenizer), between)
-    missing = missing_texts(config, found)
-    kinds = classify(ids, rule)
-    return Inspection(config, len(found.token_ids), missing, better, ids, parts, kinds, summary)
+    missing = missing_texts(config, found.separators)
+    return Inspection(config, found, missing, better, ids, parts, kinds, summary)
 
 
-def classify(token_ids: Sequence[int], rule: KeepRule) -> list[TokenClass]:
+def classify(
+    token_ids: Sequence[int], rule: KeepRule, by_class: Mapping[str, Sequence[int]] = NO_CLASSES
+) -> list[str]:
     """Why the last of ``token_ids`` sees each of them.
 
     The classes are disjoint. The window comes first, so that sinks and chosen tokens together are
@@ -181,14 +183,27 @@ def classify(token_ids: Sequence[int], rule: KeepRule) -> list[TokenClass]:
     Args:
         token_ids: ``[num_tokens]``, from position 0 on.
         rule: sinks, window and what is kept beside them.
+        by_class: ids of each class that is kept; one of several classes is of the first.
     """
-    return [CLASSES[code] for code in _codes(token_ids, rule)]
+    if not len(token_ids):
+        return []
+    kinds = [CLASSES[code] for code in _codes(token_ids, rule)]
+    kind_of: dict[int, str] = {}
+    for name, ids in by_class.items():
+        kind_of = {**dict.fromkeys(ids, kind_of_class(name)), **kind_of}
+    return [
+        kind_of.get(token_id, kind) if kind is TokenClass.CHOSEN else kind
+        for token_id, kind in zip(token_ids, kinds, strict=True)
+    ]
+
+
+def kind_of_class(name: str) -> str:
+    """Why a token of a class of ``keep`` is seen."""
+    return TokenClass.CHOSEN if name == SEPARATORS else name
 
 
 def _codes(token_ids: Sequence[int], rule: KeepRule) -> list[int]:
-    """Indices into ``CLASSES``."""
-    if not len(token_ids):
-        return []
+    """Indices into ``CLASSES``, without those of ``keep``."""
     kept = rule.kept_flags(token_ids)
     position = np.arange(kept.size)
     start = int(rule.window_start(kept.size - 1))
@@ -202,10 +217,21 @@ def _codes(token_ids: Sequence[int], rule: KeepRule) -> list[int]:
     return [int(code) for code in codes]
 
 
-def summarize(token_ids: Sequence[int], rule: KeepRule, block_size: int) -> Summary:
-    """Count classes and pages; ``token_ids`` holds at least one token."""
+def summarize(
+    token_ids: Sequence[int],
+    rule: KeepRule,
+    block_size: int,
+    kinds: Sequence[str] | None = None,
+) -> Summary:
+    """Count classes and pages.
+
+    Args:
+        token_ids: at least one.
+        rule: sinks, window and what is kept beside them.
+        block_size: tokens per page.
+        kinds: of :func:`classify`, where classes were named.
+    """
     num_tokens = len(token_ids)
-    counted = np.bincount(_codes(token_ids, rule), minlength=len(CLASSES))
     kept = rule.kept_flags(token_ids)
     num_kept = int(np.count_nonzero(kept))
     last, sinks = num_tokens - 1, rule.num_sink_tokens
@@ -213,7 +239,7 @@ def summarize(token_ids: Sequence[int], rule: KeepRule, block_size: int) -> Summ
     left, stop = rule.seen.unseen_pages(int(kept[:start].sum()), block_size)
     return Summary(
         num_tokens=num_tokens,
-        num_of={kind: int(n) for kind, n in zip(CLASSES, counted, strict=True)},
+        num_of=Counter(kinds or classify(token_ids, rule)),
         num_kept=num_kept,
         num_between=max(0, start - sinks),
         num_chosen_between=int(kept[sinks:start].sum()),
@@ -222,61 +248,6 @@ def summarize(token_ids: Sequence[int], rule: KeepRule, block_size: int) -> Summ
         window_pages=last // block_size - start // block_size + 1,
         full_pages=-(-num_tokens // block_size),
     )
-
-
-def keeps_next_to_nothing(config: SepLLMConfig, summary: Summary) -> bool:
-    """Whether separators were asked for and a text of some length has next to none.
-
-    The bound on separators is left out: it keeps few on purpose.
-    """
-    return (
-        config.method.uses_separators
-        and not config.keeps_nothing
-        and summary.num_between >= LEAST_TOKENS
-        and summary.num_chosen_between < NEXT_TO_NOTHING * summary.num_between
-    )
-
-
-@dataclass(frozen=True)
-class Better:
-    """Separators that a text has more of.
-
-    Attributes:
-        separators: names of lists and texts.
-        match: ``separator_match``.
-        share: of the tokens between sinks and window.
-    """
-
-    separators: tuple[str, ...]
-    match: str
-    share: float
-
-
-def better_separators(
-    config: SepLLMConfig, texts: Sequence[str], token_ids: Sequence[int]
-) -> Better | None:
-    """The list that, added to the separators, keeps most of ``token_ids``; ``None`` if none helps.
-
-    Lists are tried with ``separator_match="exact"`` first, as the paper has it.
-
-    Args:
-        config: options as given.
-        texts: the text of every token id.
-        token_ids: tokens between sinks and window.
-    """
-    own = config.separators
-    if own == DEFAULT_SEPARATORS or config.separator_token_ids is not None:
-        own = ("default",)
-    for match in SEPARATOR_MATCHES:
-        tried = []
-        for name in SEPARATOR_LISTS:
-            wanted = tuple(dict.fromkeys((*own, name)))
-            ids = match_separators(texts, separator_texts(wanted), match)
-            tried.append(Better(wanted, match, float(np.isin(token_ids, ids).mean())))
-        best = max(tried, key=lambda each: each.share)  # the first of equals
-        if best.share >= NEXT_TO_NOTHING:
-            return best
-    return None
 
 
 def tokenize(tokenizer: Any, text: str) -> tuple[list[int], list[str]]:

@@ -7,8 +7,8 @@ import os
 import shlex
 import shutil
 import subprocess
-from collections.abc import Iterable, Sequence
-from itertools import groupby
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import cycle, groupby
 
 from rich.cells import get_character_cell_size
 from rich.console import Console
@@ -18,18 +18,21 @@ from rich.text import Text
 from vllm_sepllm.cli.inspection import Excerpt, Inspection, Token, TokenClass, visible_text
 from vllm_sepllm.cli.inspection_words import describe, labels, legend, notices, summary_rows
 
-COLOURS = {
+COLOURS: dict[str, str] = {
     TokenClass.SINK: "black on #8cc2f2",
     TokenClass.CHOSEN: "black on #ffb547",
     TokenClass.WINDOW: "black on #9adbb5",
     TokenClass.DROPPED: "dim",
 }
-NO_COLOURS = {  # as NO_COLOR asks for; a terminal still has these
+NO_COLOURS: dict[str, str] = {  # as NO_COLOR asks for; a terminal still has these
     TokenClass.SINK: "bold",
     TokenClass.CHOSEN: "reverse",
     TokenClass.WINDOW: "underline",
     TokenClass.DROPPED: "dim",
 }
+# Of classes of ``keep`` beside separators, one after the other, and again from the first.
+CLASS_COLOURS = "black on #d3b4f0", "black on #f3a3a0", "black on #e6d96f", "black on #c9cfd6"
+CLASS_NO_COLOURS = "reverse dim", "reverse bold", "reverse italic", "reverse underline"
 TAB = 8
 LEAST_ROWS = 5  # of the text, however low the terminal is
 LOW = 40  # a terminal of fewer rows gets the names of the classes without their meaning
@@ -77,7 +80,7 @@ def print_inspection(
             ``None`` for as many as fit above the rest.
         extra: lines behind everything else.
     """
-    styles = NO_COLOURS if console.no_color else COLOURS
+    styles = styles_of(inspection, console.no_color)
     brief = limit is None and console.height < LOW
     names = _legend(inspection, styles, brief)
     below = [Text(), *names, Text(), *_facts(console, inspection, extra)]
@@ -94,7 +97,14 @@ def print_inspection(
         console.print(part, soft_wrap=isinstance(part, Text))
 
 
-def _coloured(shown: Excerpt, styles: dict[TokenClass, str]) -> Text:
+def styles_of(inspection: Inspection, no_colour: bool) -> dict[str, str]:
+    """The style of each kind of token."""
+    fixed, more = (NO_COLOURS, CLASS_NO_COLOURS) if no_colour else (COLOURS, CLASS_COLOURS)
+    others = [kind for kind in labels(inspection.config) if kind not in fixed]
+    return {**fixed, **dict(zip(others, cycle(more), strict=False))}
+
+
+def _coloured(shown: Excerpt, styles: Mapping[str, str]) -> Text:
     text = Text(tab_size=TAB)
     _append(text, shown.head, styles)
     if shown.num_hidden:
@@ -105,15 +115,13 @@ def _coloured(shown: Excerpt, styles: dict[TokenClass, str]) -> Text:
     return text
 
 
-def _append(text: Text, tokens: list[Token], styles: dict[TokenClass, str]) -> None:
+def _append(text: Text, tokens: list[Token], styles: Mapping[str, str]) -> None:
     """Add tokens; neighbours of one class make one span, or a book takes long to render."""
     for kind, group in groupby(tokens, lambda token: token.kind):
         text.append(visible_text("".join(token.text for token in group)), styles[kind])
 
 
-def _legend(
-    inspection: Inspection, styles: dict[TokenClass, str], brief: bool = False
-) -> list[Text]:
+def _legend(inspection: Inspection, styles: Mapping[str, str], brief: bool = False) -> list[Text]:
     names = {kind: (f" {name} ", styles[kind]) for kind, name in labels(inspection.config).items()}
     if brief:
         return [Text(" ").join(Text.assemble(name) for name in names.values())]

@@ -4,26 +4,48 @@ from __future__ import annotations
 
 import json
 
-from vllm_sepllm.cli.inspection import Inspection, TokenClass, keeps_next_to_nothing
+from vllm_sepllm.cli.inspection import Inspection, TokenClass, kind_of_class
+from vllm_sepllm.cli.inspection_advice import keeps_next_to_nothing
 from vllm_sepllm.config import SepLLMConfig
+from vllm_sepllm.keep_classes import KEEP_CLASSES, LISTED, SEPARATORS, KeepClass
 from vllm_sepllm.planning import NEXT_TO_NOTHING
 
+_LISTED = KeepClass("token that keep lists", "listed tokens")
 
-def labels(config: SepLLMConfig) -> dict[TokenClass, str]:
-    """What each class is called; one that the policy never gives is left out."""
-    found = {kind: kind.value for kind in TokenClass}
-    found[TokenClass.CHOSEN] = config.method.chosen
+
+def class_words(name: str) -> KeepClass:
+    """What a class of ``keep`` is called."""
+    return KEEP_CLASSES.get(name, _LISTED)
+
+
+def keep_names(config: SepLLMConfig) -> list[str]:
+    """Classes that the option ``keep`` names, ``LISTED`` among them, each once."""
+    if not config.method.uses_keep:
+        return []
+    return list(dict.fromkeys(str(x) if x in KEEP_CLASSES else LISTED for x in config.keep))
+
+
+def labels(config: SepLLMConfig) -> dict[str, str]:
+    """What each kind of token is called; one that there never is is left out."""
+    chosen: dict[str, str] = {TokenClass.CHOSEN: config.method.chosen}
+    if config.method.uses_keep:
+        names = keep_names(config)
+        chosen = {kind_of_class(name): name for name in names}
+        if SEPARATORS in names:
+            chosen[TokenClass.CHOSEN] = config.method.chosen
+    found = {TokenClass.SINK: "sink", **chosen, TokenClass.WINDOW: "window"}
+    found[TokenClass.DROPPED] = "dropped"
     return {kind: label for kind, label in found.items() if label}
 
 
-def legend(config: SepLLMConfig) -> dict[TokenClass, str]:
-    """What each class of :func:`labels` means."""
-    meanings = {
-        TokenClass.SINK: "one of the first tokens, always seen",
-        TokenClass.CHOSEN: f"{config.method.meaning(config)} outside the window, seen all the same",
-        TokenClass.WINDOW: "the last token and those just before it",
-        TokenClass.DROPPED: "not seen any more, its KV cache is freed",
-    }
+def legend(config: SepLLMConfig) -> dict[str, str]:
+    """What each of :func:`labels` means."""
+    meanings: dict[str, str] = {name: class_words(name).one for name in keep_names(config)}
+    meanings[TokenClass.CHOSEN] = config.method.meaning(config)
+    meanings = {k: f"{what} outside the window, seen all the same" for k, what in meanings.items()}
+    meanings[TokenClass.SINK] = "one of the first tokens, always seen"
+    meanings[TokenClass.WINDOW] = "the last token and those just before it"
+    meanings[TokenClass.DROPPED] = "not seen any more, its KV cache is freed"
     return {kind: meanings[kind] for kind in labels(config)}
 
 
@@ -31,8 +53,9 @@ def describe(inspection: Inspection) -> str:
     """The options in one line."""
     config = inspection.config
     parts = [f"{config.num_sink_tokens:,} sinks", f"window of {config.window_size:,}"]
-    if config.method.uses_separators:
-        parts.append(f"{inspection.num_separators:,} separators in the vocabulary")
+    if config.method.uses_keep:
+        for name, ids in inspection.found.by_class.items():
+            parts.append(f"{len(ids):,} {class_words(name).many} in the vocabulary")
         if config.max_separator_tokens is not None:
             parts.append(f"the {config.max_separator_tokens:,} newest of a text seen")
     if config.interval is not None:
@@ -49,7 +72,9 @@ def summary_rows(inspection: Inspection) -> list[tuple[str, str]]:
     config, summary = inspection.config, inspection.summary
     method = config.method
     rows = [("tokens", f"{summary.num_tokens:,}")]
-    many = {TokenClass.SINK: "sinks", TokenClass.CHOSEN: f"{method.many} outside the window"}
+    names = keep_names(config)
+    many: dict[str, str] = {name: f"{class_words(name).many} outside the window" for name in names}
+    many |= {TokenClass.SINK: "sinks", TokenClass.CHOSEN: f"{method.many} outside the window"}
     rows += [(many.get(k, label), f"{summary.num_of[k]:,}") for k, label in labels(config).items()]
     rows.append(("seen by the last token", f"{summary.num_seen / summary.num_tokens:.1%}"))
     if config.position_mode == "cache":
@@ -75,7 +100,7 @@ def notices(inspection: Inspection) -> list[str]:
             f"is dropped: try a longer text or -o window_size={max(1, summary.num_tokens // 4)}"
         )
     found += _missing(inspection)
-    if keeps_next_to_nothing(config, summary):
+    if keeps_next_to_nothing(config, summary.num_chosen_between, summary.num_between):
         found.append(
             f"only {summary.num_chosen_between:,} of the {summary.num_between:,} tokens between "
             f"sinks and window are separators (under {NEXT_TO_NOTHING:.0%}), so this is "

@@ -137,9 +137,9 @@ def _model(diagnosis: Diagnosis, model: str, options: dict[str, Any], dtype: str
     settings = Settings.of(config)
     resolved = settings.config
     diagnosis.note("model", f"{model}, {config.model_config.dtype}")
-    diagnosis.note("separators", f"{len(resolved.separator_token_ids or ())} token ids")
+    diagnosis.note("kept", f"{len(resolved.keep)} token ids")
     # Neither keeps a model from being served, so they are no problems.
-    diagnosis.rows += [("separators", note, False) for note in settings.notes]
+    diagnosis.rows += [("kept", note, False) for note in settings.notes]
     diagnosis.rows.append(_planned(settings.plan))
 
 

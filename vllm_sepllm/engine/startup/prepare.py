@@ -14,16 +14,16 @@ from vllm_sepllm.config import ConfigError, SepLLMConfig
 from vllm_sepllm.engine.compat import caution, vllm_version
 from vllm_sepllm.engine.startup.checks import Hardware, largest_cache, refusals, trained_length
 from vllm_sepllm.engine.startup.settings import Settings, store
-from vllm_sepllm.keep_classes import Separators, missing_sentence, resolve_separators
+from vllm_sepllm.keep_classes import SEPARATORS
+from vllm_sepllm.kept_ids import KeptIds, notes_of, resolve_kept
 from vllm_sepllm.layers import LayerPlan
 from vllm_sepllm.planning import NEXT_TO_NOTHING, Plan, make_plan
 from vllm_sepllm.policy import KeepRule
-from vllm_sepllm.separator_lists import DEFAULT_SEPARATORS
 
 logger = init_logger(f"vllm.{__name__}")
 
 
-def prepare(vllm_config: VllmConfig, hardware: Hardware) -> Separators | None:
+def prepare(vllm_config: VllmConfig, hardware: Hardware) -> KeptIds | None:
     """Check a configuration and write its resolved options back into it.
 
     Args:
@@ -31,7 +31,7 @@ def prepare(vllm_config: VllmConfig, hardware: Hardware) -> Separators | None:
         hardware: it is to run on.
 
     Returns:
-        The separators found, or ``None`` if this was done before: vLLM completes the same
+        The tokens to be kept, or ``None`` if this was done before: vLLM completes the same
         configuration again in the engine's process.
 
     Raises:
@@ -45,40 +45,40 @@ def prepare(vllm_config: VllmConfig, hardware: Hardware) -> Separators | None:
             raise ConfigError("; ".join(problems))
         if settings.is_resolved:
             return None
-        separators = _resolve(vllm_config, options)
+        found = _resolve(vllm_config, options)
     except ValueError as error:
         raise ConfigError(f"SepLLM attention: {error}") from None
     # vLLM's default of 0 keeps the window pages of a prompt's end only, so a prefix shared up to
     # any other point would be computed again. All of them stay found until memory is needed.
     if vllm_config.cache_config.prefix_cache_retention_interval == 0:
         vllm_config.cache_config.prefix_cache_retention_interval = None
-    return separators
+    return found
 
 
-def _resolve(vllm_config: VllmConfig, options: SepLLMConfig) -> Separators:
+def _resolve(vllm_config: VllmConfig, options: SepLLMConfig) -> KeptIds:
     model_config = vllm_config.model_config
     vocab_size = model_config.get_vocab_size()
-    looks_up = options.looks_up_separators
+    looks_up = options.kept_ids is None
     tokenizer = _tokenizer(model_config, options, looks_up)
-    separators = resolve_separators(options, tokenizer)
+    found = resolve_kept(options, tokenizer)
     if looks_up:
         # Tokens added to the tokenizer alone are never part of a prompt.
-        separators = separators.below(vocab_size)
-        if not separators.token_ids:
+        found = found.below(vocab_size)
+        if not found.token_ids:
             raise ConfigError(
                 f"all separators found have ids from the vocabulary size {vocab_size} of the model "
                 "on, so no prompt has them: set separators to other texts"
             )
-    resolved = options.with_separator_ids(separators.token_ids)
+    resolved = options.with_kept_ids(found.token_ids)
     if resolved.dense_layers:
         layers = LayerPlan.of(resolved.dense_layers, model_config.get_total_num_hidden_layers())
         resolved = resolved.with_dense_layers(layers.indices)
     rule = KeepRule.of(resolved, vocab_size)  # checks the ids
     plan = make_plan(resolved, rule, tokenizer)
-    if looks_up:
-        plan = plan.with_help(tokenizer, separators.texts)
-    store(vllm_config, resolved, plan, _notes(options, separators, plan))
-    return separators
+    if options.looks_up_separators:
+        plan = plan.with_help(options.separators, tokenizer, found.separators.texts)
+    store(vllm_config, resolved, plan, _notes(options, found, plan))
+    return found
 
 
 def _tokenizer(model_config: ModelConfig, options: SepLLMConfig, looks_up: bool) -> Any:
@@ -87,10 +87,10 @@ def _tokenizer(model_config: ModelConfig, options: SepLLMConfig, looks_up: bool)
         if looks_up:
             raise ConfigError(
                 "skip_tokenizer_init=True leaves no tokenizer to find separators in: "
-                "set separator_token_ids"
+                "set separator_token_ids, or keep to token ids"
             )
         return None
-    if not options.method.uses_separators:
+    if not options.method.uses_keep:
         return None
     try:
         return cached_tokenizer_from_config(model_config)
@@ -104,12 +104,9 @@ def _tokenizer(model_config: ModelConfig, options: SepLLMConfig, looks_up: bool)
         ) from error
 
 
-def _notes(options: SepLLMConfig, separators: Separators, plan: Plan) -> list[str]:
-    """What is worth a warning about the separators, one sentence each without its full stop."""
-    notes = []
-    missing = missing_sentence(options, separators)
-    if missing is not None:
-        notes.append(missing)
+def _notes(options: SepLLMConfig, found: KeptIds, plan: Plan) -> list[str]:
+    """What is worth a warning about what is kept, one sentence each without its full stop."""
+    notes = notes_of(options, found)
     if plan.most_kept and not plan.largest_share and plan.source.startswith("sample"):
         notes.append(
             "no sample text has any of the separators, so memory is planned as if nothing were "
@@ -118,58 +115,63 @@ def _notes(options: SepLLMConfig, separators: Separators, plan: Plan) -> list[st
     return notes
 
 
-def announce(vllm_config: VllmConfig, separators: Separators) -> None:
-    """The one INFO line, and WARNINGs of separators and of a vLLM not run with all tests."""
+def announce(vllm_config: VllmConfig, found: KeptIds) -> None:
+    """The one INFO line, and WARNINGs of what is kept and of a vLLM not run with all tests."""
     settings = Settings.of(vllm_config)
     options, plan = settings.config, settings.plan
-    found = vllm_version() or "unknown"
+    version = vllm_version() or "unknown"
     bound = options.max_separator_tokens
     logger.info_once(
-        "SepLLM attention: policy=%s, %d sinks, window of %d tokens, %d separator ids (%s), "
+        "SepLLM attention: policy=%s, %d sinks, window of %d tokens, %s, "
         "memory planned for %.1f%% kept behind the window (%s)%s, block size %d, vLLM %s%s%s",
         options.policy,
         options.num_sink_tokens,
         options.window_size,
-        len(separators.token_ids),
-        _shown(separators),
+        _shown(found),
         100 * plan.share,
         plan.source if plan.margin == 1 else f"{plan.source}; planned_kept_share sets it",
         f" and at most {bound} separators" if bound is not None else "",
         vllm_config.cache_config.block_size,
-        found,
+        version,
         f", full attention in layers {list(options.dense_layers)}" if options.dense_layers else "",
-        _scarce_clause(options, plan),
+        _scarce_clause(plan),
     )
     notes = settings.notes
     if notes:
         logger.warning_once("SepLLM attention: %s.", "; ".join(notes))
     if options.position_mode == "cache":
         _announce_length(vllm_config.model_config, options, plan.share)
-    warning = caution(found) if found != "unknown" else None
+    warning = caution(version) if version != "unknown" else None
     if warning is not None:
         logger.warning_once("SepLLM attention is %s.", warning)
 
 
-def _shown(separators: Separators) -> str:
-    """Texts of some separators, and which of the default ones are none."""
+def _shown(found: KeptIds) -> str:
+    """How many ids of each class are kept; of separators some texts, and the default ones that are
+    none."""
+    separators = found.separators
     shown = [repr(text) for text in separators.texts[:12]]
     if len(separators.texts) > len(shown):
         shown.append("...")
     if separators.absent:
         shown.append(f"but not {' '.join(map(repr, separators.absent))}")
-    return " ".join(shown)
+    parts = [
+        f"{len(ids)} separator ids ({' '.join(shown)})"
+        if name == SEPARATORS
+        else f"{len(ids)} ids ({name})"
+        for name, ids in found.by_class.items()
+    ]
+    return ", ".join(parts) or "0 ids kept"
 
 
-def _scarce_clause(options: SepLLMConfig, plan: Plan) -> str:
+def _scarce_clause(plan: Plan) -> str:
     """Of which texts next to nothing is kept, and the separators that would keep more."""
     if not plan.scarce or not plan.largest_share:  # of which there is a warning
         return ""
     clause = f"; under {NEXT_TO_NOTHING:.0%} is kept of the sample texts {', '.join(plan.scarce)}"
     if not plan.helpful:
         return clause
-    if options.separators == DEFAULT_SEPARATORS:
-        return f"{clause}: separators={json.dumps(['default', *plan.helpful])} keeps more"
-    return f"{clause}: {', '.join(map(repr, plan.helpful))} in separators keeps more"
+    return f"{clause}: separators={json.dumps(plan.helpful, ensure_ascii=False)} keeps more"
 
 
 def _announce_length(model_config: ModelConfig, options: SepLLMConfig, share: float) -> None:

@@ -2,7 +2,7 @@ PY := .venv/bin/python
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench stream gpu-bench gpu-tune soak fuzz clean
+.PHONY: help setup model demo test lint bench stream gpu-bench gpu-tune soak fuzz clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## /make \1\t/p' $(MAKEFILE_LIST)
@@ -13,7 +13,10 @@ setup:
 demo: setup  ## install on the first run, then SepLLM beside full attention on a book
 	@$(PY) examples/demo.py
 
-test: setup lint  ## install on the first run, then lint and all tests (PYTEST_ARGS="-m unit")
+model: setup  ## SmolLM2-135M-Instruct (93 MB) into build/models, once
+	@$(PY) scripts/fetch_model.py || true  # it says what to do; the tests that need it skip
+
+test: setup lint model  ## install on the first run, then lint and all tests (PYTEST_ARGS="-m unit")
 	@$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: setup  ## ruff and mypy

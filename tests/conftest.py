@@ -77,10 +77,8 @@ def added_policy(monkeypatch: pytest.MonkeyPatch) -> str:
     """The policy that CONTRIBUTING adds as an example, by its name."""
     from vllm_sepllm import policy
 
-    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    example = text[text.index("    def _even(") :].partition("\n\nThe ")[0]
     monkeypatch.setitem(policy.POLICIES, "even", None)  # taken back at the end
-    exec(textwrap.dedent(example), vars(policy))
+    run_example("def _even(", vars(policy))
     return "even"
 
 
@@ -89,11 +87,16 @@ def added_class(monkeypatch: pytest.MonkeyPatch) -> str:
     """The keep class that CONTRIBUTING adds as an example, by its name."""
     from vllm_sepllm import keep_classes
 
-    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    example = text[text.index("    KEEP_CLASSES[") :].partition("\n\nThe ")[0]
-    monkeypatch.setitem(keep_classes.KEEP_CLASSES, "hyphenated", None)  # taken back at the end
-    exec(textwrap.dedent(example), vars(keep_classes))
+    monkeypatch.setitem(keep_classes.KEEP_CLASSES, "hyphenated", None)
+    run_example("KEEP_CLASSES[", vars(keep_classes))
     return "hyphenated"
+
+
+def run_example(start: str, scope: dict[str, Any]) -> None:
+    """Run CONTRIBUTING's example that begins with ``start``."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    example = text[text.index(f"    {start}") :].partition("\n\nThe ")[0]
+    exec(textwrap.dedent(example), scope)
 
 
 @pytest.fixture(scope="session")

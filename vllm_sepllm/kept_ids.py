@@ -25,11 +25,13 @@ class KeptIds:
             ``LISTED``. An id can be of several classes.
         separators: with their texts.
         missing: texts of ``keep`` that are no single token.
+        given: ids that the options hold as numbers.
     """
 
     by_class: dict[str, tuple[int, ...]]
     separators: Separators
     missing: tuple[str, ...] = ()
+    given: frozenset[int] = frozenset()
 
     @cached_property
     def token_ids(self) -> tuple[int, ...]:
@@ -37,9 +39,11 @@ class KeptIds:
         return tuple(sorted({i for ids in self.by_class.values() for i in ids}))
 
     def below(self, vocab_size: int) -> KeptIds:
-        """Those whose id is below ``vocab_size``."""
+        """Those whose id is below ``vocab_size``, and given ones, which are refused if they are
+        not."""
         inside = {
-            name: tuple(i for i in ids if i < vocab_size) for name, ids in self.by_class.items()
+            name: tuple(i for i in ids if i < vocab_size or i in self.given)
+            for name, ids in self.by_class.items()
         }
         return replace(self, by_class=inside, separators=self.separators.below(vocab_size))
 
@@ -71,7 +75,10 @@ def resolve_kept(config: SepLLMConfig, tokenizer: Tokenizer | None) -> KeptIds:
     listed, missing = _listed(config, tokenizer)
     if LISTED in found:
         found[LISTED] = listed
-    return KeptIds(found, separators, missing)
+    given = {item for item in config.keep if isinstance(item, int)}
+    if config.uses_separators:
+        given.update(config.separator_token_ids or ())
+    return KeptIds(found, separators, missing, frozenset(given))
 
 
 def _ids_of_class(name: str, tokenizer: Tokenizer) -> tuple[int, ...]:

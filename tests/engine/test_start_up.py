@@ -137,7 +137,7 @@ def test_policies_without_separators_do_not_load_a_tokenizer(monkeypatch, option
 
 def test_separators_beyond_the_models_vocabulary(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**TINY, "vocab_size": 2}))
-    with pytest.raises(ValueError, match="from the vocabulary size 2 of the model on"):
+    with pytest.raises(ValueError, match="from the model's vocabulary size 2 on"):
         configuration(model=str(tmp_path), tokenizer=MODEL)
 
 

@@ -12,6 +12,21 @@ WORDS = ("hello", "world", "ferry", "river", "一", "二")
 MARKS = (".", ",", "?", "!", ";", ":", "。", "，", "|")
 
 
+class ListedWords:
+    """A token is a word of a list; they are joined without spaces."""
+
+    words: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def encode(self, text: str, **options: Any) -> list[int]:
+        return [self.words.index(text)]
+
+    def decode(self, token_ids: list[int], **options: Any) -> str:
+        return "".join(self.words[i] for i in token_ids)
+
+
 def hugging_face(backend: Any, **options: Any) -> Any:
     from transformers import PreTrainedTokenizerFast
 

@@ -70,6 +70,13 @@ def test_what_is_interrupted_leaves_nothing(fetching, monkeypatch):
     assert list(fetching.MODEL.parent.iterdir()) == []
 
 
+def test_a_folder_that_cannot_be_written(fetching, monkeypatch, capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(fetching, "MODEL", tmp_path / "file" / "SmolLM2")
+    assert fetching.main() == 1
+    assert "SmolLM2 cannot be made in" in capsys.readouterr().err
+
+
 def test_what_is_there_is_not_fetched_again(fetching, monkeypatch):
     fetching.MODEL.mkdir(parents=True)
     monkeypatch.setattr(fetching, "fetch", lambda *args: pytest.fail("fetched again"))

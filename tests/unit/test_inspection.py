@@ -114,6 +114,12 @@ def test_classes_have_colours_of_their_own(page):
     assert re.search(rf"tokens of digits outside the window\D+{digits}\b", output)
 
 
+def test_listed_texts_that_are_no_tokens_are_named(page):
+    output, source = page(SUMS, 'keep=["separators", " in", "zebra crossing"]', "window_size=20")
+    assert "not among this tokenizer's tokens: 'zebra crossing'" in " ".join(output.split())
+    assert "&#x27;zebra crossing&#x27;" in source
+
+
 def test_a_class_that_is_not_kept_is_not_named(page):
     output, _ = page(SUMS, 'keep=["digits"]', "window_size=20")
     assert "separator" not in output

@@ -24,8 +24,6 @@ from vllm_sepllm.separators import (
     token_texts,
 )
 
-NO_CLASSES: dict[str, Sequence[int]] = {}
-
 
 class TokenClass(StrEnum):
     """Why the last query sees a token, or that it does not."""
@@ -173,7 +171,7 @@ def inspect_text(tokenizer: Any, config: SepLLMConfig, text: str, block_size: in
 
 
 def classify(
-    token_ids: Sequence[int], rule: KeepRule, by_class: Mapping[str, Sequence[int]] = NO_CLASSES
+    token_ids: Sequence[int], rule: KeepRule, by_class: Mapping[str, Sequence[int]] | None = None
 ) -> list[str]:
     """Why the last of ``token_ids`` sees each of them.
 
@@ -189,7 +187,7 @@ def classify(
         return []
     kinds = [CLASSES[code] for code in _codes(token_ids, rule)]
     kind_of: dict[int, str] = {}
-    for name, ids in by_class.items():
+    for name, ids in (by_class or {}).items():
         kind_of = {**dict.fromkeys(ids, kind_of_class(name)), **kind_of}
     return [
         kind_of.get(token_id, kind) if kind is TokenClass.CHOSEN else kind

@@ -112,13 +112,13 @@ def notices(inspection: Inspection) -> list[str]:
 def _missing(inspection: Inspection) -> list[str]:
     """That separators asked for are no tokens; the paper's nine suit every language a little."""
     named = {name: texts for name, texts in inspection.missing.items() if name != "default"}
-    own = [repr(text) for text in named.pop("", ())]
+    own = [repr(text) for text in (*named.pop("", ()), *inspection.found.missing)]
     lists = [f"{len(texts)} texts of {name!r}" for name, texts in named.items()]
     if not own and not lists:
         return []
     return [
         f"not among this tokenizer's tokens: {', '.join([*own, *lists])}; nothing is kept for "
-        "them, so leave them out, or set separator_token_ids"
+        "them, so leave them out, or set token ids"
     ]
 
 

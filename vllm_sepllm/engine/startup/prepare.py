@@ -66,8 +66,8 @@ def _resolve(vllm_config: VllmConfig, options: SepLLMConfig) -> KeptIds:
         found = found.below(vocab_size)
         if not found.token_ids:
             raise ConfigError(
-                f"all separators found have ids from the vocabulary size {vocab_size} of the model "
-                "on, so no prompt has them: set separators to other texts"
+                f"all {_wanted(options)[0]} found have ids from the model's vocabulary size "
+                f"{vocab_size} on, so no prompt has them: name others"
             )
     resolved = options.with_kept_ids(found.token_ids)
     if resolved.dense_layers:
@@ -83,11 +83,11 @@ def _resolve(vllm_config: VllmConfig, options: SepLLMConfig) -> KeptIds:
 
 def _tokenizer(model_config: ModelConfig, options: SepLLMConfig, looks_up: bool) -> Any:
     """The model's tokenizer; ``None`` where there is none and nothing has to be looked up."""
+    what, remedy = _wanted(options)
     if model_config.skip_tokenizer_init:
         if looks_up:
             raise ConfigError(
-                "skip_tokenizer_init=True leaves no tokenizer to find separators in: "
-                "set separator_token_ids, or keep to token ids"
+                f"skip_tokenizer_init=True leaves no tokenizer to find {what} in: set {remedy}"
             )
         return None
     if not options.method.uses_keep:
@@ -99,9 +99,16 @@ def _tokenizer(model_config: ModelConfig, options: SepLLMConfig, looks_up: bool)
             return None
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".: ")
         raise ConfigError(
-            f"the tokenizer of {model_config.model} cannot be loaded ({reason}), so separators "
-            "cannot be looked up: name another with --tokenizer, or set separator_token_ids"
+            f"the tokenizer of {model_config.model} cannot be loaded ({reason}), so {what} cannot "
+            f"be looked up: name another with --tokenizer, or set {remedy}"
         ) from error
+
+
+def _wanted(options: SepLLMConfig) -> tuple[str, str]:
+    """What is looked up, for people, and what to set where it cannot be."""
+    if options.keep == (SEPARATORS,):
+        return "separators", "separator_token_ids"
+    return "tokens of keep", "keep to token ids"
 
 
 def _notes(options: SepLLMConfig, found: KeptIds, plan: Plan) -> list[str]:

@@ -30,11 +30,13 @@ from typing import Any
 from vllm_sepllm.keep_classes import KEEP_CLASSES, SEPARATORS
 from vllm_sepllm.option_names import hint
 from vllm_sepllm.policy import POLICIES, Policy
+from vllm_sepllm.presets import PRESETS
 from vllm_sepllm.separator_lists import DEFAULT_SEPARATORS
 
 SEPARATOR_MATCHES = ("exact", "composed")
 POSITION_MODES = ("original", "cache")
 PREFILL_KERNELS = ("triton", "xformers")
+PRESET = "preset"  # stands for options, and is none itself
 MAX_TOKENS = 2**31 - 1  # positions are int32 in vLLM's block tables and in ours
 
 
@@ -201,7 +203,8 @@ class SepLLMConfig:
         """Parse ``additional_config["sepllm"]``.
 
         Args:
-            options: a mapping of option names to plain JSON values, or ``None``.
+            options: a mapping of option names to plain JSON values, or ``None``. ``preset`` names
+                one of ``PRESETS``, whose options are taken where none is given.
 
         Raises:
             ConfigError: not a mapping, an unknown key, or a bad value.
@@ -215,9 +218,14 @@ class SepLLMConfig:
             )
         known = [field.name for field in fields(cls)]
         for key in options:
-            if key not in known:
-                raise ConfigError(f"unknown SepLLM option {key!r}: {hint(key, known)}")
-        return cls(**options)
+            if key not in (*known, PRESET):
+                raise ConfigError(f"unknown SepLLM option {key!r}: {hint(key, (*known, PRESET))}")
+        given = dict(options)
+        if PRESET in given:
+            name = given.pop(PRESET)
+            _check_choice(PRESET, name, tuple(PRESETS))
+            given = {**PRESETS[name].options, **given}
+        return cls(**given)
 
     def to_dict(self) -> dict[str, Any]:
         """The options as plain JSON values, so that vLLM can hash and pickle them."""

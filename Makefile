@@ -10,11 +10,11 @@ help:  ## this list
 setup:
 	@scripts/setup.sh
 
-demo: setup  ## install on the first run, then SepLLM beside full attention on a book
+demo: setup model  ## install on the first run, then memory, speed, and a question to SmolLM2
 	@$(PY) examples/demo.py
 
 model: setup  ## SmolLM2-135M-Instruct (93 MB) into build/models, once
-	@$(PY) scripts/fetch_model.py || true  # it says what to do; the tests that need it skip
+	@$(PY) scripts/fetch_model.py || true  # it says what to do, and what needs it is left out
 
 test: setup lint model  ## install on the first run, then lint and all tests (PYTEST_ARGS="-m unit")
 	@$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)

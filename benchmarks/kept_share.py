@@ -25,7 +25,13 @@ from vllm_sepllm.separators import num_token_ids, resolve_separators
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKENIZERS = ("examples/models/pg19-5m-sep", "tests/data/20B_tokenizer.json.gz")
-PAGES = ("long-texts", "measurements", "options", "support")  # of docs/
+PAGES = (
+    "CONTRIBUTING.md",
+    "docs/long-texts.md",
+    "examples/ray_cluster.md",
+    "kernels/README.md",
+    "vllm_sepllm/engine/README.md",
+)
 SCRIPTS = ("Chinese", "Japanese", "Korean", "Arabic", "Hindi", "Thai", "Russian")
 NONE = "–"  # noqa: RUF001 - where a column would repeat another
 
@@ -53,7 +59,7 @@ def texts() -> list[Text]:
         Text("school problems", "default", "\n\n".join(problems)),
         Text("Python code", "code", _all("vllm_sepllm", "*.py")),
         Text("JSON", "code", _all("benchmarks/results", "*.json")),
-        Text("Markdown", "markdown", "".join(_read(f"docs/{page}.md") for page in PAGES)),
+        Text("Markdown", "markdown", "".join(map(_read, PAGES))),
         *(Text(name, LIST_OF_SAMPLE[name], SAMPLES[name]) for name in SCRIPTS),
     ]
 

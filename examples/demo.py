@@ -1,7 +1,7 @@
-"""SepLLM beside full attention on a book, with the same KV memory: `make demo`.
+"""SepLLM beside full attention on a book, with the same KV memory; then a question to SmolLM2.
 
-    python examples/demo.py                                   # both, and the table
-    python examples/demo.py --run dense --json dense.json  # one of them
+    python examples/demo.py                                # everything, as `make demo` does
+    python examples/demo.py --run dense --json dense.json  # one engine of the first part
 
 Each engine runs in a process of its own. The KV cache is kept so small that requests have to
 wait for it, as they do on a busy server; what is printed was read from vLLM's scheduler while
@@ -15,12 +15,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 MODEL = "examples/models/pg19-5m-sep"
+ANSWERS_MODEL = "build/models/SmolLM2-135M-Instruct"
 BOOK = HERE / "data" / "860.txt"
 NAMES = {"dense": "full attention", "sepllm": "SepLLM"}
 
@@ -71,15 +71,6 @@ def make_engine(name: str) -> Any:
     )
 
 
-def blocks_held(scheduler: Any) -> dict[str, int]:
-    """Blocks of each live request, over all KV-cache groups, less the empty (null) ones."""
-    held: dict[str, int] = defaultdict(int)
-    for manager in scheduler.kv_cache_manager.coordinator.single_type_managers:
-        for request_id, blocks in manager.req_to_blocks.items():
-            held[request_id] += sum(not block.is_null for block in blocks)
-    return held
-
-
 def num_decoding(scheduler: Any) -> int:
     """Running requests whose whole prompt is in the KV cache."""
     return sum(r.num_computed_tokens >= r.num_prompt_tokens for r in scheduler.running)
@@ -88,6 +79,8 @@ def num_decoding(scheduler: Any) -> int:
 def run(name: str) -> dict[str, Any]:
     """Generate for all prompts with one engine and watch its scheduler after every step."""
     from vllm import SamplingParams
+
+    from vllm_sepllm.evaluation.engines import pages_held
 
     llm = make_engine(name)
     params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
@@ -105,7 +98,7 @@ def run(name: str) -> dict[str, Any]:
     start = time.perf_counter()
     while engine.has_unfinished_requests():
         outputs |= {int(o.request_id): o.outputs[0] for o in engine.step() if o.finished}
-        last_held |= blocks_held(scheduler)
+        last_held |= pages_held(llm)
         at_once = max(at_once, num_decoding(scheduler))
     seconds = time.perf_counter() - start
     return {
@@ -126,21 +119,14 @@ def share_visible(name: str, outputs: list[list[int]]) -> float:
     from transformers import AutoTokenizer
 
     from vllm_sepllm.config import SepLLMConfig
-    from vllm_sepllm.policy import KeepRule, KeptCounts
-    from vllm_sepllm.separators import resolve_separators
+    from vllm_sepllm.evaluation.share import num_attended
 
     tokenizer = AutoTokenizer.from_pretrained(HERE.parent / MODEL)
     config = SepLLMConfig(window_size=WINDOW)
-    config = config.with_kept_ids(resolve_separators(config, tokenizer).token_ids)
-    policy = KeepRule.of(config, len(tokenizer))
-    total = 0.0
-    for prompt, output in zip(prompts(book(tokenizer)), outputs, strict=True):
-        counts = KeptCounts(policy)
-        counts.extend(prompt + output)
-        last = len(prompt) + len(output) - 1
-        in_window = last + 1 - int(policy.window_start(last))
-        total += (int(policy.stream_limit(counts.prefix, last)) + in_window) / (last + 1)
-    return total / len(outputs)
+    asked = zip(prompts(book(tokenizer)), outputs, strict=True)
+    texts = [prompt + output for prompt, output in asked]
+    shares = [num_attended(config, tokenizer, text) / len(text) for text in texts]
+    return sum(shares) / len(shares)
 
 
 def run_in_subprocess(name: str) -> dict[str, Any]:
@@ -223,6 +209,8 @@ def main() -> None:
     for name, result in results.items():
         result["share_visible"] = share_visible(name, result["outputs"])
     show(results)
+    if (HERE.parent / ANSWERS_MODEL).is_dir():
+        sys.exit(subprocess.call([sys.executable, HERE / "demo_answers.py"]))
     show_next_step()
 
 

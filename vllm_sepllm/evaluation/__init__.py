@@ -1,0 +1,1 @@
+"""What SepLLM costs on a model and its texts."""

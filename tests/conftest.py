@@ -20,8 +20,6 @@ from helpers import (
     book_tokens,
 )
 
-assert environment
-
 
 @pytest.fixture(scope="session")
 def book() -> list[int]:
@@ -100,7 +98,13 @@ def run_example(start: str, scope: dict[str, Any]) -> None:
 
 
 @pytest.fixture(scope="session")
-def engines() -> Iterator[Any]:
+def inspected_here() -> None:
+    """vLLM starts no process to look at a model."""
+    environment.inspect_models_here()
+
+
+@pytest.fixture(scope="session")
+def engines(inspected_here: None) -> Iterator[Any]:
     """Engines by their options; asking for another shuts the last one down."""
     keeper = EngineKeeper()
     yield keeper.get

@@ -35,3 +35,11 @@ if os.environ.get("SEPLLM_TEST_GPU_PATH") == "1":
     import gpu_path
 
     gpu_path.select_gpu_path()
+
+
+def inspect_models_here() -> None:
+    """vLLM asks a process of its own what each new architecture can do, lest CUDA be initialized in
+    this one. On a CPU this only imports vLLM once more, which takes ten seconds."""
+    from vllm.model_executor.models import registry
+
+    registry._run_in_subprocess = lambda ask: ask()

@@ -81,9 +81,7 @@ def ask_for_number(
     before, rest = before[: ends[-1]], before[ends[-1] :]
     after = rest + after
     fact = f"The secret number of {name} is {number}."
-    message = (
-        f"Read this text.\n\n{before}{fact} {after}\n\n"
-        f"What is the secret number of {name}? Answer with the number only."
-    )
+    asked = f"Question: What is the secret number of {name}? Answer:"
+    message = f"{before}{fact} {after}\n\n{asked}"
     distance = len(tokenizer.encode(after, add_special_tokens=False))
     return Question(message, number, fact, distance)

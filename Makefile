@@ -16,7 +16,8 @@ demo: setup model  ## install on the first run, then memory, speed, and a questi
 model: setup  ## SmolLM2-135M-Instruct (93 MB) into build/models, once
 	@$(PY) scripts/fetch_model.py || true  # it says what to do, and what needs it is left out
 
-test: setup lint model  ## install on the first run, then lint and all tests (PYTEST_ARGS="-m unit")
+test: setup  ## install on the first run, then lint and all tests (PYTEST_ARGS="-m unit")
+	@$(MAKE) --no-print-directory -j 2 lint model
 	@$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: setup  ## ruff and mypy

@@ -1,17 +1,15 @@
 #!/usr/bin/env bash
 # examples/serve.sh [--port 8000] [more options of `vllm serve`]
-# The demo model behind vLLM's OpenAI server, on this machine only. Its tokenizer has no chat
-# template, so a plain one is given.
+# SmolLM2 behind vLLM's OpenAI server, on this machine only; separators, names, numbers and chat
+# markers are kept. MODEL=... takes another model. LoRA adapters are chosen by requests as models:
+#     examples/serve.sh --enable-lora --max-loras 2 --lora-modules mine=path/to/adapter
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
-exec .venv/bin/vllm serve examples/models/pg19-5m-sep \
-  --served-model-name pg19-5m-sep \
+exec .venv/bin/vllm serve "${MODEL:-build/models/SmolLM2-135M-Instruct}" \
   --host 127.0.0.1 \
   --attention-backend sepllm \
-  --additional-config '{"sepllm": {"window_size": 64}}' \
-  --max-model-len 2048 \
-  --kv-cache-memory-bytes 268435456 \
-  --chat-template examples/chat_template.jinja \
+  --additional-config '{"sepllm": {"keep": ["separators", "special", "digits", "capitalized"]}}' \
+  --kv-cache-memory-bytes 536870912 \
   "$@"

@@ -20,6 +20,23 @@ from helpers import (
     book_tokens,
 )
 
+# The longest files, longest first: xdist gives files out in this order, and the last to end should
+# be short.
+LONGEST = (
+    "test_gpu_path",
+    "test_cache_positions",
+    "test_ray",
+    "test_serve",
+    "test_serve_processes",
+)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Behind one process the quick tests come first, as ``testpaths`` says."""
+    if hasattr(config, "workerinput"):
+        order = {name: place for place, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: order.get(item.path.stem, len(LONGEST)))
+
 
 @pytest.fixture(scope="session")
 def book() -> list[int]:

@@ -109,12 +109,12 @@ def test_preempted_requests_find_their_own_pages(engines, book, reference_model,
     engine = engines(
         sepllm={"window_size": 64},
         enable_prefix_caching=True,
-        num_gpu_blocks_override=40,
-        max_model_len=1024,
+        num_gpu_blocks_override=24,
+        max_model_len=512,
     )
-    prompts = {f"r{i}": book[i * 600 : i * 600 + 60] for i in range(8)}
+    prompts = {f"r{i}": book[i * 600 : i * 600 + 60] for i in range(6)}
     for name, prompt in prompts.items():
-        engine.add(name, prompt, 600)
+        engine.add(name, prompt, 300)
     preempted, tokens = set(), {}
     while engine.llm.llm_engine.has_unfinished_requests():
         for output in engine.step():

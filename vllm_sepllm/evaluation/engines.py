@@ -7,7 +7,9 @@ vLLM is imported.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,17 +22,18 @@ class Answer:
     Attributes:
         text: without white space at its ends.
         num_tokens: tokens of the request in the end.
-        pages: pages that the request held last, over all groups of the cache.
+        slots: places for tokens in the pages that the request held last, over all groups of the
+            cache; full attention has one for each token, and the rest of its last page.
     """
 
     text: str
     num_tokens: int
-    pages: int
+    slots: int
 
 
 @contextmanager
 def engine(model: str, options: dict[str, Any] | None, **more: Any) -> Iterator[Any]:
-    """A vLLM ``LLM``, whose memory is free again at the end.
+    """A proxy of a vLLM ``LLM``, which is gone at the end, whoever still has the proxy.
 
     Args:
         model: folder of a model.
@@ -45,7 +48,7 @@ def engine(model: str, options: dict[str, Any] | None, **more: Any) -> Iterator[
         chosen.update(attention_backend="sepllm", additional_config={"sepllm": options})
     llm = LLM(model, **{**chosen, **more})
     try:
-        yield llm
+        yield weakref.proxy(llm)
     finally:
         del llm
         gc.collect()
@@ -56,19 +59,32 @@ def pages_held(llm: Any) -> dict[str, int]:
     """Pages of each live request, over all groups of the cache, less the empty (null) ones.
 
     Raises:
+        RuntimeError: see :func:`slots_held`.
+    """
+    return _held(llm, lambda manager: 1)
+
+
+def slots_held(llm: Any) -> dict[str, int]:
+    """The same in places for tokens: backends differ in the tokens of a page.
+
+    Raises:
         RuntimeError: the scheduler is in another process.
     """
+    return _held(llm, lambda manager: manager.block_size)
+
+
+def _held(llm: Any, size: Callable[[Any], int]) -> dict[str, int]:
+    """Sum of ``size`` over the pages of each request."""
     core = getattr(llm.llm_engine.engine_core, "engine_core", None)
     if core is None:
         raise RuntimeError(
             "the scheduler is in another process: set VLLM_ENABLE_V1_MULTIPROCESSING=0 before vLLM "
             "is imported"
         )
-    held: dict[str, int] = {}
+    held: Counter[str] = Counter()
     for manager in core.scheduler.kv_cache_manager.coordinator.single_type_managers:
         for request_id, blocks in manager.req_to_blocks.items():
-            pages = sum(not block.is_null for block in blocks)
-            held[request_id] = held.get(request_id, 0) + pages
+            held[request_id] += size(manager) * sum(not block.is_null for block in blocks)
     return held
 
 
@@ -87,9 +103,9 @@ def answer(llm: Any, message: str, max_tokens: int) -> Answer:
     ids = chat_ids(llm.get_tokenizer(), message)
     params = SamplingParams(temperature=0, max_tokens=max_tokens)
     llm.llm_engine.add_request("0", {"prompt_token_ids": ids}, params)
-    pages, outputs = 0, []
+    slots, outputs = 0, []
     while llm.llm_engine.has_unfinished_requests():
         outputs = llm.llm_engine.step()
-        pages = sum(pages_held(llm).values()) or pages
+        slots = sum(slots_held(llm).values()) or slots
     [found] = outputs[-1].outputs
-    return Answer(found.text.strip(), len(ids) + len(found.token_ids), pages)
+    return Answer(found.text.strip(), len(ids) + len(found.token_ids), slots)

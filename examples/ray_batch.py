@@ -25,8 +25,7 @@ from ray.exceptions import OutOfMemoryError, RayActorError
 
 HERE = Path(__file__).resolve().parent
 BOOK = HERE / "data" / "860.txt"
-WINDOW = 64  # the demo model was post-trained with it
-CONTEXT = 1024  # tokens the demo model was trained on at a time
+CONTEXT = 1024  # tokens of a page and of what continues it
 PAGE = 512  # tokens
 ATTEMPTS = 3
 
@@ -90,7 +89,7 @@ class Output:
 class Reader:
     """An engine in the actor's own process: nothing of it outlives the actor."""
 
-    def __init__(self, model: str, dtype: str) -> None:
+    def __init__(self, model: str, dtype: str, window: int) -> None:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         if Path(model).is_dir():
             os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -99,11 +98,11 @@ class Reader:
         self.llm = LLM(
             model,
             attention_backend="sepllm",
-            additional_config={"sepllm": {"window_size": WINDOW}},
+            additional_config={"sepllm": {"window_size": window}},
             dtype=dtype,
             max_model_len=CONTEXT,
             kv_cache_memory_bytes=2**28,
-            enforce_eager=True,  # the demo model is too small for compiling to pay
+            enforce_eager=True,  # for a small model compiling does not pay
         )
 
     def name(self) -> str:
@@ -133,7 +132,8 @@ def work(queue: deque[Chapter], total: int, output: Output, args: argparse.Names
     left = len(queue)
 
     def hire() -> None:
-        actor = ray.remote(Reader).options(num_cpus=args.cpus).remote(args.model, args.dtype)
+        remote = ray.remote(Reader).options(num_cpus=args.cpus)
+        actor = remote.remote(args.model, args.dtype, args.window)
         tasks[actor.name.remote()] = Task(actor, "actor that was starting")
 
     for _ in range(min(args.actors, len(queue))):
@@ -186,14 +186,15 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=Path("continuations.jsonl"))
-    parser.add_argument("--model", default=str(HERE / "models" / "pg19-5m-sep"))
+    parser.add_argument("--model", default=str(HERE.parent / "build/models/SmolLM2-135M-Instruct"))
+    parser.add_argument("--window", type=int, default=256, help="tokens of SepLLM's window")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--actors", type=int, default=2)
     parser.add_argument("--cpus", type=int, default=1, help="cores, and threads, of each actor")
     parser.add_argument("--chapters", type=int, help="only the first so many; default: all")
     parser.add_argument("--max-tokens", type=int, default=64, help="new tokens per page")
     args = parser.parse_args()
-    for name in ("actors", "cpus", "chapters", "max_tokens"):
+    for name in ("actors", "cpus", "chapters", "max_tokens", "window"):
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')}={value}: must be at least 1")
@@ -210,7 +211,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    names = ("model", "dtype", "max_tokens")
+    names = ("model", "dtype", "max_tokens", "window")
     output = Output(args.output, {name: getattr(args, name) for name in names})
     wanted = chapters()[: args.chapters]
     queue = deque(chapter for chapter in wanted if chapter.number not in output.done)

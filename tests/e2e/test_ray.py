@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 import pytest
 import two_processes
-from helpers import ROOT, CacheReference, tokenizer
+from helpers import MODEL, ROOT, CacheReference, tokenizer
 
 from vllm_sepllm.oracle.dense_mask import masked_logits, sepllm_mask
 
@@ -180,6 +180,7 @@ def test_two_ranks(cluster, book, reference_model, separator_ids, tmp_path):
 
 def batch(output, *options, env, log):
     command = [sys.executable, "examples/ray_batch.py", "--output", output, "--dtype", "float32"]
+    command += ["--model", MODEL, "--window", 64]
     command += ["--chapters", 6, "--max-tokens", NEW_TOKENS, *options]
     return Command(*command, env=env, log=log)
 

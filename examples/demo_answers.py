@@ -17,7 +17,7 @@ HERE = Path(__file__).resolve().parent
 MODEL = "build/models/SmolLM2-135M-Instruct"
 BOOK = HERE / "data" / "860.txt"
 WINDOW = 256
-KEEP = ["special", "digits", "capitalized"]
+KEEP = ["separators", "special", "digits", "capitalized"]
 NEW_TOKENS = 24
 CHAT = "What is the capital of France, and what is it known for?"
 FULL = "full attention"
@@ -50,7 +50,7 @@ def ways(tokenizer: Any, message: str) -> dict[str, dict[str, Any] | None]:
         FULL: None,
         "SepLLM": {"window_size": WINDOW},
         "StreamingLLM, as much KV": {"policy": "streaming", "window_size": equal.window_size},
-        "SepLLM, keeping names and numbers": {"window_size": WINDOW, "keep": KEEP},
+        "SepLLM, names and numbers kept too": {"window_size": WINDOW, "keep": KEEP},
     }
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import shutil
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import environment  # before vLLM or torch is imported
@@ -77,6 +80,27 @@ def reference_model() -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def first_layers(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], tuple[Any, str]]:
+    """A function: the demo model with so many of its layers, in Transformers, and its folder."""
+
+    @cache
+    def make(num_layers: int) -> tuple[Any, str]:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(
+            MODEL, num_hidden_layers=num_layers, dtype=torch.float32
+        )
+        path = tmp_path_factory.mktemp("model")
+        model.save_pretrained(path)
+        for file in Path(MODEL).glob("tokenizer*"):
+            shutil.copy(file, path)
+        return model, str(path)
+
+    return make
 
 
 @pytest.fixture(scope="session")

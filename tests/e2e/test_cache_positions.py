@@ -133,12 +133,14 @@ def test_requests_beside_adapters(engines, book, reference_of):
     reference_of(bound=20).check(book[:500], tokens)
 
 
-def test_compiled(engines, book, reference_of):
+def test_compiled(engines, book, first_layers, separator_ids):
+    model, path = first_layers(2)
     sepllm = cache_positions(max_separator_tokens=20)
-    engine = engines(sepllm=sepllm, enforce_eager=False)
+    engine = engines(sepllm=sepllm, model=path, enforce_eager=False)
+    reference = CacheReference(model, separator_ids, SINKS, WINDOW, bound=20)
     prompts = [book[:700], book[3000:3342]]
     for prompt, tokens in zip(prompts, engine.tokens(prompts, max_tokens=30), strict=True):
-        reference_of(bound=20).check(prompt, tokens)
+        reference.check(prompt, tokens)
 
 
 @pytest.mark.parametrize(("policy", "interval"), [("streaming", None), ("fixed_interval", 5)])

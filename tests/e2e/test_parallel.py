@@ -16,19 +16,25 @@ from vllm_sepllm.oracle.dense_mask import first_difference
 
 pytestmark = pytest.mark.e2e
 
-DENSE = [0, 5]  # one of each stage
+LAYERS, DENSE = 4, [0, 3]  # one of each stage is dense
 # Not eager: stages need compilation on CPU, in vLLM itself.
 STAGES = {"pipeline_parallel_size": 2, "sepllm": {"dense_layers": DENSE}}
 
 
-def test_two_stages(book, reference_model, separator_ids, tmp_path):
+def test_two_stages(book, first_layers, separator_ids, tmp_path):
+    model, folder = first_layers(LAYERS)
     prompts = [book[:1100], book[100:102], book[3000:3342]]
     path = tmp_path / "prompts.json"
     path.write_text(json.dumps(prompts))
     env = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     env |= {"VLLM_CPU_OMP_THREADS_BIND": "0|1" if len(os.sched_getaffinity(0)) > 1 else "nobind"}
     result = subprocess.run(
-        [sys.executable, two_processes.__file__, str(path), json.dumps(STAGES)],
+        [
+            sys.executable,
+            two_processes.__file__,
+            str(path),
+            json.dumps({**STAGES, "model": folder}),
+        ],
         capture_output=True,
         text=True,
         timeout=400,
@@ -38,6 +44,6 @@ def test_two_stages(book, reference_model, separator_ids, tmp_path):
 
     def check(prompt, tokens):
         mask = separator_ids, 4, 64
-        assert first_difference(reference_model, prompt, tokens, *mask, DENSE) is None
+        assert first_difference(model, prompt, tokens, *mask, DENSE) is None
 
     two_processes.check(result.stdout, prompts, check)

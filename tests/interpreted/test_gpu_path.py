@@ -6,14 +6,10 @@ model is the first of the demo model's layers.
 
 import copy
 import os
-import shutil
-from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import MODEL, NGRAM, CacheReference, Reference
-from transformers import AutoModelForCausalLM
+from helpers import NGRAM, CacheReference, Reference
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from triton.runtime.interpreter import InterpretedFunction
@@ -51,32 +47,14 @@ LAYERS = 2
 
 
 @pytest.fixture(scope="session")
-def model_of(tmp_path_factory):
-    """A function: the model with so many layers, in Transformers, and its folder."""
-
-    @cache
-    def make(num_layers):
-        model = AutoModelForCausalLM.from_pretrained(
-            MODEL, num_hidden_layers=num_layers, dtype=torch.float32
-        )
-        path = tmp_path_factory.mktemp("model")
-        model.save_pretrained(path)
-        for file in Path(MODEL).glob("tokenizer*"):
-            shutil.copy(file, path)
-        return model, str(path)
-
-    return make
+def reference_model(first_layers):
+    return first_layers(LAYERS)[0]
 
 
 @pytest.fixture(scope="session")
-def reference_model(model_of):
-    return model_of(LAYERS)[0]
-
-
-@pytest.fixture(scope="session")
-def engines(engines, model_of):
+def engines(engines, first_layers):
     def get(num_layers=LAYERS, **options):
-        return engines(model=model_of(num_layers)[1], **options)
+        return engines(model=first_layers(num_layers)[1], **options)
 
     return get
 
@@ -95,11 +73,11 @@ def engine(engines):
 
 
 @pytest.fixture
-def make_reference(model_of, separator_ids):
+def make_reference(first_layers, separator_ids):
     """A reference with other options than its window and sinks."""
 
     def make(kind=Reference, *, separators=separator_ids, window=WINDOW, layers=LAYERS, **options):
-        return kind(model_of(layers)[0], separators, SINKS, window, **options)
+        return kind(first_layers(layers)[0], separators, SINKS, window, **options)
 
     return make
 

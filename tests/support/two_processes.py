@@ -19,11 +19,16 @@ NEW_TOKENS = 24
 MARK = "ANSWER"
 
 
-def main(prompts: list[list[int]], sepllm: dict[str, Any] | None = None, **options: Any) -> None:
+def main(
+    prompts: list[list[int]],
+    sepllm: dict[str, Any] | None = None,
+    model: str = MODEL,
+    **options: Any,
+) -> None:
     from vllm import LLM, SamplingParams
 
     llm = LLM(
-        MODEL,
+        model,
         attention_backend="sepllm",
         additional_config={"sepllm": {"window_size": 64, **(sepllm or {})}},
         dtype="float32",

@@ -19,9 +19,8 @@ PY=.venv/bin/python
 
 say() { printf 'setup: %s\n' "$*"; }
 fail() { printf 'setup: %s\n' "$*" >&2 && exit 1; }
-# Python compiles what it imports, which is little of what there is.
 install() {
-  "$PY" -m pip install -qq --disable-pip-version-check --no-warn-conflicts --no-compile "$@"
+  "$PY" -m pip install -qq --disable-pip-version-check --no-warn-conflicts "$@"
 }
 
 find_backend() {

@@ -192,6 +192,8 @@ def _keys_at_positions(
                 known[_TURNED_BY] = embedding(known["hidden_states"], known["position_ids"])
                 known["attention_mask"] = None
             parent.forward(**{name: value for name, value in known.items() if name in names})
+            assert recorder.key is not None
+            return recorder.key.reshape(len(positions), -1, layer.head_size).float()
     except Exception as error:
         raise ConfigError(
             f"position_mode='cache' cannot see how {layer.layer_name} rotates its keys "
@@ -201,8 +203,6 @@ def _keys_at_positions(
         setattr(parent, name, layer)
         for child, module in wrapped.items():
             setattr(parent, child, module)
-    assert recorder.key is not None
-    return recorder.key.reshape(len(positions), -1, layer.head_size).float()
 
 
 def _rotation_of_keys(

@@ -31,8 +31,8 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_sepllm.config import SepLLMConfig
-from vllm_sepllm.evaluation.engines import answer, chat_ids, engine
-from vllm_sepllm.evaluation.retrieval import Question, ask_for_number
+from vllm_sepllm.engine.in_process import answer, engine
+from vllm_sepllm.evaluation.retrieval import Question, ask_for_number, chat_ids
 from vllm_sepllm.evaluation.share import num_attended, window_of_equal_share
 
 MODEL = ROOT / "build/models/SmolLM2-135M-Instruct"
@@ -75,8 +75,8 @@ def measure(options: dict[str, Any] | None, questions: list[Question]) -> dict[s
     ) as llm:
         tokenizer = llm.get_tokenizer()
         for question in questions:
-            found = answer(llm, question.message, NEW_TOKENS)
             ids = chat_ids(tokenizer, question.message)
+            found = answer(llm, ids, NEW_TOKENS)
             config = None if options is None else SepLLMConfig.from_dict(options)
             seen = len(ids) if config is None else num_attended(config, tokenizer, ids)
             rows.append(

@@ -18,9 +18,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from demo_answers import MODEL as ANSWERS_MODEL
+
 HERE = Path(__file__).resolve().parent
 MODEL = "examples/models/pg19-5m-sep"
-ANSWERS_MODEL = "build/models/SmolLM2-135M-Instruct"
 BOOK = HERE / "data" / "860.txt"
 NAMES = {"dense": "full attention", "sepllm": "SepLLM"}
 
@@ -80,7 +81,7 @@ def run(name: str) -> dict[str, Any]:
     """Generate for all prompts with one engine and watch its scheduler after every step."""
     from vllm import SamplingParams
 
-    from vllm_sepllm.evaluation.engines import pages_held
+    from vllm_sepllm.engine.in_process import pages_held
 
     llm = make_engine(name)
     params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)

@@ -41,7 +41,7 @@ ENGINE: dict[str, Any] = {
 def ways(tokenizer: Any, message: str) -> dict[str, dict[str, Any] | None]:
     """Names of what a query attends to, with SepLLM's options; ``None`` is vLLM's own attention."""
     from vllm_sepllm.config import SepLLMConfig
-    from vllm_sepllm.evaluation.engines import chat_ids
+    from vllm_sepllm.evaluation.retrieval import chat_ids
     from vllm_sepllm.evaluation.share import window_of_equal_share
 
     plain = SepLLMConfig(window_size=WINDOW)
@@ -59,17 +59,19 @@ def ask_all(question: Any) -> dict[str, dict[str, Any]]:
     from transformers import AutoTokenizer
     from vllm.platforms import current_platform
 
-    from vllm_sepllm.evaluation.engines import answer, engine
+    from vllm_sepllm.engine.in_process import answer, engine
+    from vllm_sepllm.evaluation.retrieval import chat_ids
 
     model = str(HERE.parent / MODEL)
     # Many CPUs compute bfloat16, the model's own type, more slowly.
     dtype = "float32" if current_platform.is_cpu() else "auto"
+    tokenizer = AutoTokenizer.from_pretrained(model)
     results = {}
-    for name, options in ways(AutoTokenizer.from_pretrained(model), question.message).items():
+    for name, options in ways(tokenizer, question.message).items():
         print(f"asking SmolLM2 with {name} ...", flush=True)
         with engine(model, options, dtype=dtype, **ENGINE) as llm:
-            found = answer(llm, question.message, NEW_TOKENS)
-            chat = answer(llm, CHAT, NEW_TOKENS)
+            found = answer(llm, chat_ids(tokenizer, question.message), NEW_TOKENS)
+            chat = answer(llm, chat_ids(tokenizer, CHAT), NEW_TOKENS)
         results[name] = {
             "answer": found.text,
             "right": question.is_right(found.text),

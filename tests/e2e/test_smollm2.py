@@ -6,7 +6,7 @@ import torch
 from helpers import BOOK, NGRAM, SMOLLM2, CacheReference, Reference
 
 from vllm_sepllm.config import SepLLMConfig
-from vllm_sepllm.evaluation.retrieval import ask_for_number
+from vllm_sepllm.evaluation.retrieval import ask_for_number, chat_ids
 from vllm_sepllm.kept_ids import resolve_kept
 
 pytestmark = pytest.mark.e2e
@@ -38,11 +38,6 @@ def serve(engines):
     return get
 
 
-def chat_ids(tokenizer, messages):
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return tokenizer.encode(text, add_special_tokens=False)
-
-
 def test_smollm2_turns_of_a_chat(serve, smollm2, smollm2_model, kept_ids):
     """A page of a book is read in turns, with names and numbers kept; each turn computes what is
     new, over kept pages of the turns before."""
@@ -52,13 +47,13 @@ def test_smollm2_turns_of_a_chat(serve, smollm2, smollm2_model, kept_ids):
     messages, read, known = [], 0, 0
     for turn in range(3):
         part = " ".join(lines[6 * turn : 6 * (turn + 1)])
-        messages.append({"role": "user", "content": f"{part} What happens?"})
-        prompt = chat_ids(smollm2, messages)
+        messages.append(f"{part} What happens?")
+        prompt = chat_ids(smollm2, *messages)
         output = engine.generate([prompt], max_tokens=20, ignore_eos=False)[0]
         tokens = list(output.outputs[0].token_ids)
         reference.check(prompt, tokens)
         assert max(0, read - 16) <= output.num_cached_tokens <= known
-        messages.append({"role": "assistant", "content": output.outputs[0].text})
+        messages.append(output.outputs[0].text)
         read, known = len(prompt), len(prompt) + len(tokens)
     assert read > 6 * WINDOW
     engine.check_empty()
@@ -71,7 +66,7 @@ def test_smollm2_bound_cache_positions_and_drafts(serve, smollm2, smollm2_model,
     counts = engine.count_drafts()
     verse = "One is Anna, two is Boris, three is Clara, four is David. "
     message = f"{BOOK.read_text(encoding='utf-8')[3000:3600]} {4 * verse}Go on."
-    prompt = chat_ids(smollm2, [{"role": "user", "content": message}])
+    prompt = chat_ids(smollm2, message)
     [tokens] = engine.tokens([prompt], max_tokens=32)
     reference.check(prompt, tokens)
     assert counts["drafted"] > counts["accepted"] > 0
@@ -83,7 +78,7 @@ def test_smollm2_answers(serve, smollm2):
     kept names and numbers. The window alone does not."""
     text = BOOK.read_text(encoding="utf-8")
     questions = [ask_for_number(text, smollm2, seed) for seed in range(4)]
-    prompts = [chat_ids(smollm2, [{"role": "user", "content": q.message}]) for q in questions]
+    prompts = [chat_ids(smollm2, q.message) for q in questions]
     right = {}
     for name, sepllm in (
         ("full", None),

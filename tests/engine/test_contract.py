@@ -4,6 +4,7 @@ import ast
 import builtins
 import copyreg
 import dataclasses
+import gc
 import inspect
 import io
 import logging
@@ -12,6 +13,7 @@ import os
 import pathlib
 import platform
 import sys
+import weakref
 from types import ModuleType
 
 import numpy as np
@@ -81,7 +83,18 @@ def test_a_released_vllm_is_what_its_snapshot_says(needs, version):
 FOREIGN = (
     *(torch, torch.Tensor, torch.UntypedStorage, np, np.ndarray, np.typing, copyreg, platform),
     *(torch.nn, torch.nn.Module, inspect, inspect.Signature),
-    *(builtins, dataclasses, logging, math, os, sys, pathlib.Path, packaging.version.Version),
+    *(
+        builtins,
+        dataclasses,
+        gc,
+        logging,
+        weakref,
+        math,
+        os,
+        sys,
+        pathlib.Path,
+        packaging.version.Version,
+    ),
     *(str, bytes, list, dict, set, tuple, ModuleType, io.StringIO),
 )
 NAMED_TUPLE = {"_asdict"}

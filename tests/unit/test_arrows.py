@@ -19,7 +19,7 @@ CLOSED = {
     "vllm_sepllm.oracle": ("vllm", "sepllm_kernels", "vllm_sepllm"),  # independent of the rule too
     "vllm_sepllm.training": ("vllm", "vllm_sepllm.engine", "vllm_sepllm.baselines"),
     "vllm_sepllm.baselines": ("vllm", "vllm_sepllm.engine", "vllm_sepllm.training"),
-    "vllm_sepllm.evaluation": ("sepllm_kernels", "vllm_sepllm.training"),
+    "vllm_sepllm.evaluation": ("vllm", "sepllm_kernels", "vllm_sepllm.training"),
     "vllm_sepllm.engine": (
         "vllm_sepllm.cli",
         "vllm_sepllm.oracle",

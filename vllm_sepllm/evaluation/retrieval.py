@@ -85,3 +85,19 @@ def ask_for_number(
     message = f"{before}{fact} {after}\n\n{asked}"
     distance = len(tokenizer.encode(after, add_special_tokens=False))
     return Question(message, number, fact, distance)
+
+
+def chat_ids(tokenizer: Any, *messages: str) -> list[int]:
+    """Token ids of a chat, up to where the model answers.
+
+    Args:
+        tokenizer: one of Transformers, with a chat template.
+        messages: the user's and the model's in turn; the last is the user's.
+    """
+    roles = ("user", "assistant") * len(messages)
+    chat = [
+        {"role": role, "content": content} for role, content in zip(roles, messages, strict=False)
+    ]
+    text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    return ids

@@ -41,7 +41,7 @@ def engine(model: str, options: dict[str, Any] | None, **more: Any) -> Iterator[
         more: arguments of ``LLM``.
     """
     from vllm import LLM
-    from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
     chosen: dict[str, Any] = {"enforce_eager": True, "disable_log_stats": True}
     if options is not None:
@@ -88,24 +88,15 @@ def _held(llm: Any, size: Callable[[Any], int]) -> dict[str, int]:
     return held
 
 
-def chat_ids(tokenizer: Any, message: str) -> list[int]:
-    """Token ids of a chat of one message, up to where the model answers."""
-    messages = [{"role": "user", "content": message}]
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
-    return ids
-
-
-def answer(llm: Any, message: str, max_tokens: int) -> Answer:
-    """The model's greedy answer to one message, with nothing else running."""
+def answer(llm: Any, token_ids: list[int], max_tokens: int) -> Answer:
+    """The model's greedy answer to one prompt, with nothing else running."""
     from vllm import SamplingParams
 
-    ids = chat_ids(llm.get_tokenizer(), message)
     params = SamplingParams(temperature=0, max_tokens=max_tokens)
-    llm.llm_engine.add_request("0", {"prompt_token_ids": ids}, params)
+    llm.llm_engine.add_request("0", {"prompt_token_ids": token_ids}, params)
     slots, outputs = 0, []
     while llm.llm_engine.has_unfinished_requests():
         outputs = llm.llm_engine.step()
         slots = sum(slots_held(llm).values()) or slots
     [found] = outputs[-1].outputs
-    return Answer(found.text.strip(), len(ids) + len(found.token_ids), slots)
+    return Answer(found.text.strip(), len(token_ids) + len(found.token_ids), slots)

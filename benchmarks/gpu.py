@@ -319,7 +319,7 @@ def run_overhead(case: Case, time: Callable[..., float], decode_ms: float) -> di
     num_reqs, context = case.kept.shape
     device = case.query.device
     prefix = torch.zeros(num_reqs, context + 1, dtype=torch.int32, device=device)
-    chosen = torch.zeros(50_000, dtype=torch.bool, device=device)
+    codes = torch.zeros(50_000, dtype=torch.uint8, device=device)
     slots = torch.full((num_reqs,), -1, dtype=torch.int64, device=device)
     ranges = torch.zeros(num_reqs, 2, dtype=torch.int32, device=device)
     ids = torch.zeros(num_reqs, dtype=torch.int32, device=device)
@@ -335,7 +335,7 @@ def run_overhead(case: Case, time: Callable[..., float], decode_ms: float) -> di
             batch.seq_lens,
             rows,
             batch.kept_table,
-            chosen,
+            codes,
             prefix,
             slots,
             ranges,

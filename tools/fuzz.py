@@ -2,10 +2,10 @@
 
     python tools/fuzz.py --minutes 10 [--seed 0]
 
-Each engine has options drawn at random: block size, window, sinks, bound, policy, positions, dense
-layers, drafts, chunks, scheduling. Its pool is too small for its traffic, so requests preempt each
-other; some are aborted, some share prefixes. Answers are compared with a Hugging Face model under
-the explicit mask: all of them, or in cache positions, where that takes seconds, a third and those
+Each engine has options drawn at random: block size, window, sinks, bound, spans, policy, positions,
+dense layers, drafts, chunks, scheduling. Its pool is too small for its traffic, so requests preempt
+each other; some are aborted, some share prefixes. Answers are compared with a Hugging Face model
+under the explicit mask: all of them, or in cache positions, where that takes seconds, a third and those
 that were preempted. After each step pages are compared with the pool. Ends with status 1 and the
 seed at the first thing that is wrong.
 """
@@ -22,6 +22,8 @@ from typing import Any
 import environment  # before vLLM is imported
 from helpers import NGRAM, CacheReference, Engine, Reference, book_tokens, find_separators
 from traffic import Traffic
+
+from vllm_sepllm.oracle.dense_mask import KeptAfter
 
 assert environment
 NUM_LAYERS, VOCABULARY = 6, 4096
@@ -46,12 +48,24 @@ def draw_rule(rng: random.Random) -> dict[str, Any]:
             rule["separator_token_ids"] = drawn
         else:
             rule["keep"] = drawn
+            if drawn and rng.random() < 0.7:
+                rule |= draw_spans(rng, drawn)
         rule["planned_kept_share"] = 0.01  # pools are small on purpose
         rule["max_separator_tokens"] = rng.choice([None, None, 1, 6, 40])
     rule["position_mode"] = rng.choice(["original", "original", "cache"])
     if rule["position_mode"] == "original" and rng.random() < 0.3:
         rule["dense_layers"] = sorted(rng.sample(range(NUM_LAYERS), rng.randint(1, 3)))
     return rule
+
+
+def draw_spans(rng: random.Random, kept: list[int]) -> dict[str, Any]:
+    """Some kept tokens keep others behind themselves, up to tokens drawn or to full stops."""
+    some = rng.sample(kept, rng.randint(1, min(3, len(kept))))
+    longest = rng.choice([9, 9, 9, 32])
+    pairs = [[rng.randint(0, longest), [token_id]] for token_id in some]
+    pairs.append([rng.randint(0, 9), rng.choice([[], kept])])
+    ends = rng.choice([[], rng.sample(range(2, VOCABULARY), 400), list(find_separators())[:3]])
+    return {"keep_after": pairs, "segment_ends": ends}
 
 
 def draw_options(rng: random.Random, rule: dict[str, Any]) -> dict[str, Any]:
@@ -73,16 +87,28 @@ def draw_options(rng: random.Random, rule: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
+def reference_spans(rule: dict[str, Any]) -> KeptAfter | None:
+    """The oracle's word for :func:`draw_spans`."""
+    if "keep_after" not in rule:
+        return None
+    num_tokens: dict[int, int] = {}
+    for number, ids in rule["keep_after"]:
+        for token_id in ids:
+            num_tokens[token_id] = max(number, num_tokens.get(token_id, 0))
+    return KeptAfter(num_tokens, frozenset(rule["segment_ends"]))
+
+
 class Fuzz(Traffic):
     """One engine, drawn from ``rng``."""
 
     def __init__(self, rng: random.Random, model: Any) -> None:
         self.rng, self.rule = rng, draw_rule(rng)
         options = draw_options(rng, self.rule)
-        of_ids = "separator_token_ids", "keep"
+        of_ids = "separator_token_ids", "keep", "keep_after", "segment_ends"
         shown = {k: v for k, v in self.rule.items() if k not in of_ids}
-        separators = next((self.rule[name] for name in of_ids if name in self.rule), ())
-        print(f"{len(separators)} separators, {shown}, {options}", flush=True)
+        separators = next((self.rule[name] for name in of_ids[:2] if name in self.rule), ())
+        spans = [[number, len(ids)] for number, ids in self.rule.get("keep_after", ())]
+        print(f"{len(separators)} separators, spans {spans}, {shown}, {options}", flush=True)
         super().__init__(rng, self._start(options))
         self.most = options["max_model_len"]
         self.separators = list(separators) or [rng.randrange(2, VOCABULARY)]
@@ -107,6 +133,7 @@ class Fuzz(Traffic):
         rule = self.rule
         mask = separators, rule["num_sink_tokens"], rule["window_size"]
         kept = {"bound": rule.get("max_separator_tokens"), "interval": rule.get("interval")}
+        kept["after"] = reference_spans(rule)
         if rule["position_mode"] == "cache":
             return CacheReference(model, *mask, **kept)
         return Reference(model, *mask, **kept, dense_layers=rule.get("dense_layers", ()))

@@ -21,10 +21,17 @@ from collections.abc import Callable
 from typing import Any
 
 import environment  # before vLLM is imported
-from helpers import CacheReference, Engine, book_tokens, find_separators, page_bound
+from helpers import (
+    CacheReference,
+    Engine,
+    book_tokens,
+    find_separators,
+    page_bound,
+    span_options,
+)
 from traffic import Traffic
 
-from vllm_sepllm.oracle.dense_mask import first_difference
+from vllm_sepllm.oracle.dense_mask import KeptAfter, first_difference
 
 assert environment
 SINKS = 4
@@ -71,7 +78,14 @@ class Soak(Traffic):
         sepllm["planned_kept_share"] = MOST_KEPT  # of a book; samples of other texts keep more
         sepllm |= {"max_separator_tokens": self.bound, "position_mode": position_mode}
         self.position_mode = position_mode
-        print(f"window {self.window}, bound {self.bound}, {options}", flush=True)
+        self.after: KeptAfter | None = None
+        number = rng.choice([0, 0, 1, 3, 9])
+        if number:  # behind some of the rarer separators, so that memory suffices
+            by_count = sorted(self.separators, key=book.count)
+            some = dict.fromkeys(by_count[2:5], number)
+            given, self.after = span_options(some, by_count[-1:], self.separators)
+            sepllm |= given
+        print(f"window {self.window}, bound {self.bound}, spans {number}, {options}", flush=True)
         super().__init__(rng, Engine(sepllm=sepllm, **options))
         self.long_answers: dict[str, tuple[list[int], list[int]]] = {}
 
@@ -114,9 +128,11 @@ class Soak(Traffic):
         self.longest_compared = max(self.longest_compared, len(prompt))
         mask = self.separators, SINKS, self.window
         if self.position_mode == "cache":
-            CacheReference(self.reference, *mask, self.bound).check(prompt, answer)
+            reference = CacheReference(self.reference, *mask, self.bound, after=self.after)
+            reference.check(prompt, answer)
             return
-        wrong = first_difference(self.reference, prompt, answer, *mask, max_separators=self.bound)
+        kept = {"max_separators": self.bound, "after": self.after}
+        wrong = first_difference(self.reference, prompt, answer, *mask, **kept)
         assert wrong is None, f"prompt of {len(prompt)} tokens: {wrong}"
 
     def _compare_long(self) -> None:

@@ -12,7 +12,7 @@ here                     elsewhere
                          ``window_length`` counts the sinks too
 ``max_separator_tokens`` SepLLM streaming "separator cache" (s), ``sep_cache_size``
 ``separator_token_ids``  SepCache ``separator_token_ids``
-``keep``                 none: SepLLM keeps separators
+``keep``, ``keep_after`` none: SepLLM keeps separators
 ``interval``             FixLLM's distance between kept tokens
 none                     SepCache ``cache_size``, kvpress ``compression_ratio``, H2O
                          ``heavy_ratio``: see :mod:`vllm_sepllm.option_names`
@@ -31,7 +31,8 @@ from vllm_sepllm.keep_classes import KEEP_CLASSES, SEPARATORS
 from vllm_sepllm.option_names import hint
 from vllm_sepllm.policy import POLICIES, Policy
 from vllm_sepllm.presets import PRESETS
-from vllm_sepllm.separator_lists import DEFAULT_SEPARATORS
+from vllm_sepllm.separator_lists import DEFAULT_SEGMENT_ENDS, DEFAULT_SEPARATORS
+from vllm_sepllm.spans import LONGEST_SPAN
 
 SEPARATOR_MATCHES = ("exact", "composed")
 POSITION_MODES = ("original", "cache")
@@ -52,6 +53,11 @@ class SepLLMConfig:
         policy: which tokens outside the window are kept, a name in ``POLICIES``.
         keep: tokens that stay behind the window: names of ``KEEP_CLASSES``, texts of single
             tokens, and token ids. None of them leaves sinks and window.
+        keep_after: tokens that a kept token keeps behind itself, up to the end of its segment (see
+            :mod:`vllm_sepllm.spans`): one number for all items of ``keep``, or a mapping of items
+            to numbers, or pairs of a number and its items, which is what becomes of both.
+        segment_ends: texts and ids of tokens that end a segment. A token ends one if its text is
+            one of them, or has one of them in it and neither letters nor digits.
         num_sink_tokens: first tokens of a request, always kept.
         window_size: most recent tokens attended densely, the query's own included.
         max_separator_tokens: newest tokens of ``keep`` kept per request; ``None`` keeps all.
@@ -76,6 +82,8 @@ class SepLLMConfig:
 
     policy: str = "sepllm"
     keep: tuple[str | int, ...] = (SEPARATORS,)
+    keep_after: tuple[tuple[int, tuple[str | int, ...]], ...] = ()
+    segment_ends: tuple[str | int, ...] = DEFAULT_SEGMENT_ENDS
     num_sink_tokens: int = 4
     window_size: int = 256
     max_separator_tokens: int | None = None
@@ -101,6 +109,8 @@ class SepLLMConfig:
         if self.interval is not None:
             _check_count("interval", self.interval, 1, "5 is FixLLM's setting")
         object.__setattr__(self, "keep", _keep("keep", self.keep))
+        object.__setattr__(self, "keep_after", _keep_after(self.keep_after, self.keep))
+        object.__setattr__(self, "segment_ends", _segment_ends(self.segment_ends))
         object.__setattr__(self, "separators", _texts("separators", self.separators))
         if self.separator_token_ids is not None:
             ids = _token_ids("separator_token_ids", self.separator_token_ids)
@@ -137,6 +147,11 @@ class SepLLMConfig:
             raise ConfigError(
                 f"policy={self.policy!r} without interval: set interval, e.g. interval=5"
             )
+        if self.segment_ends != DEFAULT_SEGMENT_ENDS and not self.keep_after:
+            raise ConfigError(
+                f"segment_ends={list(self.segment_ends)!r} without keep_after: nothing is kept "
+                "behind kept tokens, so there is nothing to end; set keep_after, e.g. keep_after=4"
+            )
         separators: dict[str, object] = {
             "separators": self.separators if self.separators != DEFAULT_SEPARATORS else None,
             "separator_match": self.separator_match if self.separator_match != "exact" else None,
@@ -153,6 +168,7 @@ class SepLLMConfig:
             return
         given: dict[str, object] = {
             "keep": list(self.keep) if self.keep != (SEPARATORS,) else None,
+            "keep_after": [[number, list(items)] for number, items in self.keep_after],
             "max_separator_tokens": self.max_separator_tokens,
             "separator_token_ids": separators["separator_token_ids"],
             "separators": separators["separators"],
@@ -193,6 +209,24 @@ class SepLLMConfig:
         return tuple(sorted(listed.union(self.separator_token_ids or ())))
 
     @property
+    def resolved_spans(self) -> tuple[tuple[tuple[int, tuple[int, ...]], ...], tuple[int, ...]]:
+        """``keep_after`` and ``segment_ends`` as ids; none without ``keep_after``.
+
+        Raises:
+            ValueError: a tokenizer has to tell them.
+        """
+        if not self.keep_after:
+            return (), ()
+        pairs = tuple((number, _only_ids(items)) for number, items in self.keep_after)
+        return pairs, _only_ids(self.segment_ends)
+
+    @property
+    def needs_tokenizer(self) -> bool:
+        """Whether a tokenizer has to tell ids of tokens that are kept, or that end a segment."""
+        ends = self.segment_ends if self.keep_after else ()
+        return self.kept_ids is None or any(isinstance(item, str) for item in ends)
+
+    @property
     def keeps_nothing(self) -> bool:
         """Whether sinks and window are all that a query sees."""
         share = self.method.share
@@ -229,16 +263,26 @@ class SepLLMConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The options as plain JSON values, so that vLLM can hash and pickle them."""
-        return {
-            key: list(value) if isinstance(value, tuple) else value
-            for key, value in asdict(self).items()
-        }
+        return {key: _plain(value) for key, value in asdict(self).items()}
 
-    def with_kept_ids(self, token_ids: tuple[int, ...]) -> SepLLMConfig:
-        """The same options with ids in the place of whatever names them."""
+    def with_kept_ids(
+        self,
+        token_ids: tuple[int, ...],
+        keep_after: tuple[tuple[int, tuple[int, ...]], ...] = (),
+        segment_ends: tuple[int, ...] = (),
+    ) -> SepLLMConfig:
+        """The same options with ids in the place of whatever names them.
+
+        Args:
+            token_ids: of ``keep``.
+            keep_after, segment_ends: of the options of these names; ends are left out without
+                ``keep_after``.
+        """
         return replace(
             self,
             keep=token_ids,
+            keep_after=keep_after,
+            segment_ends=segment_ends if keep_after else DEFAULT_SEGMENT_ENDS,
             separators=DEFAULT_SEPARATORS,
             separator_match="exact",
             separator_token_ids=None,
@@ -277,6 +321,72 @@ def _keep(name: str, value: object) -> tuple[str | int, ...]:
                 "text of a token, or a token id of at least 0"
             )
     return tuple(dict.fromkeys(value))
+
+
+def _plain(value: Any) -> Any:
+    """Lists in the place of tuples."""
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _only_ids(items: tuple[str | int, ...]) -> tuple[int, ...]:
+    ids = tuple(item for item in items if isinstance(item, int))
+    if len(ids) < len(items):
+        raise ValueError("keep_after is not resolved: call resolve_kept first")
+    return ids
+
+
+def _keep_after(
+    value: object, keep: tuple[str | int, ...]
+) -> tuple[tuple[int, tuple[str | int, ...]], ...]:
+    """Any of the forms of ``keep_after`` as pairs, largest numbers first, without those of 0."""
+    if isinstance(value, Mapping):
+        pairs = [(number, (item,)) for item, number in value.items()]
+    elif isinstance(value, (list, tuple)) and all(_is_pair(each) for each in value):
+        pairs = [(number, tuple(items)) for number, items in value]
+    else:
+        pairs = [(value, keep)]  # type: ignore[list-item]  # checked below
+    found: dict[int, dict[str | int, None]] = {}
+    known = set(keep)
+    for number, items in pairs:
+        _check_span(number)
+        for item in items:
+            if isinstance(item, (str, int)) and item in known:
+                found.setdefault(number, {})[item] = None
+            else:
+                raise ConfigError(
+                    f"keep_after holds {item!r}, which is not in keep: add it there, or leave it "
+                    "out"
+                )
+    return tuple((number, tuple(found[number])) for number in sorted(found, reverse=True) if number)
+
+
+def _is_pair(value: object) -> bool:
+    """Whether it is a number with its items."""
+    return (
+        isinstance(value, (list, tuple)) and len(value) == 2 and isinstance(value[1], (list, tuple))
+    )
+
+
+def _check_span(value: object) -> None:
+    remedy = 'e.g. keep_after=4, or {"digits": 2, "capitalized": 4} for items of keep'
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(f"keep_after={value!r}: must be a number of tokens, {remedy}")
+    if not 0 <= value <= LONGEST_SPAN:
+        raise ConfigError(f"keep_after={value}: must be from 0 to {LONGEST_SPAN} tokens, {remedy}")
+
+
+def _segment_ends(value: object) -> tuple[str | int, ...]:
+    good = isinstance(value, (list, tuple)) and all(
+        (isinstance(item, int) and not isinstance(item, bool) and item >= 0)
+        or (isinstance(item, str) and item)
+        for item in value
+    )
+    if not good:
+        raise ConfigError(
+            f"segment_ends={value!r}: must be a list of texts and token ids, e.g. "
+            '[".", "?", "!", ";", "\\n"]; an empty one ends no segment'
+        )
+    return tuple(dict.fromkeys(value))  # type: ignore[call-overload]
 
 
 def _texts(name: str, value: object) -> tuple[str, ...]:

@@ -6,8 +6,9 @@ With ``a`` sinks, a window of ``n`` tokens (the query's own included) and separa
     visible(q, k)  =  k <= q  and  ( k < a  or  id[k] in S  or  k > q - n )
 
 A *kept* token is a sink or a separator; it stays visible for ever. (Other policies keep other
-tokens instead of separators, see ``POLICIES``; all else is the same.) ``kept_prefix[x]`` counts
-the kept tokens at positions below ``x``, and everything else derives from it::
+tokens instead of separators, see ``POLICIES``, and some tokens keep those behind them too, see
+:mod:`vllm_sepllm.spans`; all else is the same.) ``kept_prefix[x]`` counts the kept tokens at
+positions below ``x``, and everything else derives from it::
 
     position   0  1  2  3  4  5  6  7  8  9        a = 1, n = 3, S = {"."}
     token      A  b  .  c  d  .  e  .  f  g        query at position 9
@@ -30,8 +31,9 @@ positions of the text. So a kept key is rotated back once, from its position to 
 query that meets it by as many positions as are missing between them in the cache: the evicted
 ones, and with a bound those of separators no longer seen (:meth:`KeepRule.stream_shift`).
 
-Being kept depends on a token's id and position alone. So it is the same on every rank, for
-every way of cutting a prompt into chunks, and for every request that shares the prefix.
+Being kept depends on a token's position, its id and the ids of the few tokens before it. So it is
+the same on every rank, for every way of cutting a prompt into chunks, and for every request that
+shares the prefix.
 """
 
 from __future__ import annotations
@@ -39,15 +41,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from vllm_sepllm.spans import BoolArray, SpanArray, Spans, checked_ids, make_spans
+
 if TYPE_CHECKING:
     from vllm_sepllm.config import SepLLMConfig
 
-BoolArray = npt.NDArray[np.bool_]
 CountArray = npt.NDArray[np.int32]
 
 
@@ -110,6 +113,7 @@ class KeepRule:
         interval: tokens at multiples of it are kept, whatever they are; 0 is none.
         max_separator_tokens: ``s``, kept tokens seen before the window beside the sinks; ``None``
             is all.
+        spans: which tokens keep those behind them too; ``None`` if none does.
     """
 
     num_sink_tokens: int
@@ -117,6 +121,7 @@ class KeepRule:
     is_kept: BoolArray
     interval: int = 0
     max_separator_tokens: int | None = None
+    spans: Spans | None = None
 
     @staticmethod
     def of(config: SepLLMConfig, vocab_size: int) -> KeepRule:
@@ -127,7 +132,8 @@ class KeepRule:
         """
         is_kept, interval = POLICIES[config.policy].keeps(config, vocab_size)
         sizes = config.num_sink_tokens, config.window_size
-        return KeepRule(*sizes, is_kept, interval, config.max_separator_tokens)
+        spans = make_spans(*config.resolved_spans, vocab_size)
+        return KeepRule(*sizes, is_kept, interval, config.max_separator_tokens, spans)
 
     @cached_property
     def seen(self) -> SeenStream:
@@ -139,16 +145,17 @@ class KeepRule:
         """``is_kept`` with a false on either side for ids outside the vocabulary."""
         return np.pad(self.is_kept, 1)
 
-    def keeps(self, token_id: int, position: int) -> bool:
-        """Whether one token is kept, without arrays."""
+    def keeps(self, token_id: int, position: int, span_left: int = 0) -> bool:
+        """Whether one token is kept, without arrays; ``span_left`` is of the tokens before it."""
         return (
-            position < self.num_sink_tokens
+            span_left > 0
+            or position < self.num_sink_tokens
             or (0 <= token_id < self.is_kept.size and bool(self.is_kept[token_id]))
             or (self.interval > 0 and position % self.interval == 0)
         )
 
     def kept_flags(self, token_ids: npt.ArrayLike, first_position: int = 0) -> BoolArray:
-        """Flag the kept ones among consecutive tokens.
+        """Flag the kept ones among consecutive tokens, before which no span began.
 
         Args:
             token_ids: ``[num_tokens]`` ids; some may lie outside the vocabulary.
@@ -157,17 +164,58 @@ class KeepRule:
         Returns:
             ``[num_tokens]`` bool.
         """
-        ids = np.asarray(token_ids)
-        return self.kept_flags_at(ids, np.arange(first_position, first_position + ids.size))
+        return self.kept_flags_along(token_ids, first_position)[0]
 
-    def kept_flags_at(self, token_ids: npt.ArrayLike, positions: npt.ArrayLike) -> BoolArray:
-        """The same for tokens at arbitrary ``positions``, also ``[num_tokens]``."""
+    def kept_flags_along(
+        self, token_ids: npt.ArrayLike, first_position: int, span_left: int = 0
+    ) -> tuple[BoolArray, SpanArray | None]:
+        """The same, behind tokens of which a span may have some left to keep.
+
+        Args:
+            token_ids, first_position: see :meth:`kept_flags`.
+            span_left: before the first token, see :mod:`vllm_sepllm.spans`.
+
+        Returns:
+            The flags, and ``[num_tokens]`` uint8, what is left behind each token; ``None`` without
+            spans.
+        """
+        ids = np.asarray(token_ids)
+        positions = np.arange(first_position, first_position + ids.size)
+        flags = self._flags_of_one(ids, positions)
+        if self.spans is None:
+            return flags, None
+        left = self.spans.left_along(ids, span_left)
+        flags |= left[:-1] > 0
+        return flags, left[1:]
+
+    def kept_flags_at(
+        self, token_ids: npt.ArrayLike, positions: npt.ArrayLike, span_left: npt.ArrayLike = 0
+    ) -> tuple[BoolArray, SpanArray | None]:
+        """The same for single tokens of different requests, at ``positions``; all arguments
+        ``[num_tokens]``."""
+        flags = self._flags_of_one(token_ids, positions)
+        if self.spans is None:
+            return flags, None
+        flags |= np.asarray(span_left) > 0
+        return flags, self.spans.left_behind_each(token_ids, span_left)
+
+    def _flags_of_one(self, token_ids: npt.ArrayLike, positions: npt.ArrayLike) -> BoolArray:
+        """Those kept whatever stands before them."""
         ids = np.asarray(token_ids, dtype=np.int64)
         at = np.asarray(positions, dtype=np.int64)
         flags: BoolArray = self._guarded.take(ids + 1, mode="clip") | (at < self.num_sink_tokens)
         if self.interval:
             flags |= at % self.interval == 0
         return flags
+
+    @cached_property
+    def token_codes(self) -> SpanArray:
+        """``[vocab_size]`` uint8, all there is to know of a token's id: whether it is kept (1), how
+        many it keeps behind itself (times 2) and whether it ends its segment (128)."""
+        codes = self.is_kept.astype(np.uint8)
+        if self.spans is not None:
+            codes |= (self.spans.after << 1) | (self.spans.is_end.astype(np.uint8) << 7)
+        return codes
 
     def window_start(self, position: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """First position of the window of queries at ``position``; the last is its own."""
@@ -202,8 +250,8 @@ class KeepRule:
 class Policy:
     """A way of choosing the tokens that stay beside sinks and window.
 
-    It may look at nothing but a token's id and position, so that every rank and every way of
-    cutting a prompt agrees.
+    It looks at nothing but a token's id and position, so that every rank and every way of cutting a
+    prompt agrees. (What its tokens keep behind themselves comes on top: ``keep_after``.)
 
     Attributes:
         keeps: from options and the size of the vocabulary, ``is_kept`` and ``interval`` of its
@@ -234,13 +282,7 @@ def table_of(token_ids: Iterable[int], vocab_size: int) -> BoolArray:
         ValueError: an id lies outside the vocabulary.
     """
     table = np.zeros(vocab_size, dtype=np.bool_)
-    for token_id in token_ids:
-        if not 0 <= token_id < vocab_size:
-            raise ValueError(
-                f"token id {token_id}: must be below the vocabulary size {vocab_size}; correct "
-                "keep or separator_token_ids"
-            )
-        table[token_id] = True
+    table[checked_ids(token_ids, vocab_size, "keep or separator_token_ids")] = True
     return table
 
 
@@ -292,27 +334,41 @@ class KeptCounts:
     Counting is incremental: each token is looked at once, however often counts are asked for.
     """
 
-    __slots__ = ("_prefix", "_rule", "num_tokens")
+    __slots__ = ("_left", "_prefix", "_rule", "num_tokens")
 
     def __init__(self, rule: KeepRule) -> None:
         self._rule = rule
         self._prefix: CountArray = np.zeros(64, dtype=np.int32)
-        self.num_tokens = 0  # tokens counted so far; _prefix[: num_tokens + 1] is valid
+        # What a span has left before each position.
+        self._left: SpanArray | None = None if rule.spans is None else np.zeros(64, dtype=np.uint8)
+        self.num_tokens = 0  # tokens counted so far; arrays are valid up to it, it included
 
     def extend(self, token_ids: Sequence[int]) -> None:
         """Count the tokens that follow the ones counted so far."""
         start, stop = self.num_tokens, self.num_tokens + len(token_ids)
         if stop >= self._prefix.size:
-            grown = np.zeros(max(stop + 1, 2 * self._prefix.size), dtype=np.int32)
-            grown[: start + 1] = self._prefix[: start + 1]
-            self._prefix = grown
+            size = max(stop + 1, 2 * self._prefix.size)
+            self._prefix = _grown(self._prefix, start + 1, size)
+            if self._left is not None:
+                self._left = _grown(self._left, start + 1, size)
         if stop == start + 1:  # a decode step; numpy's set-up would cost more than the work
-            self._prefix[stop] = self._prefix[start] + self._rule.keeps(token_ids[0], start)
+            self._count_one(token_ids[0])
         else:
-            flags = self._rule.kept_flags(token_ids, start)
+            left = 0 if self._left is None else int(self._left[start])
+            flags, lefts = self._rule.kept_flags_along(token_ids, start, left)
             np.cumsum(flags, dtype=np.int32, out=self._prefix[start + 1 : stop + 1])
             self._prefix[start + 1 : stop + 1] += self._prefix[start]
+            if self._left is not None and lefts is not None:
+                self._left[start + 1 : stop + 1] = lefts
         self.num_tokens = stop
+
+    def _count_one(self, token_id: int) -> None:
+        at, left = self.num_tokens, 0
+        if self._left is not None:
+            assert self._rule.spans is not None
+            left = int(self._left[at])
+            self._left[at + 1] = self._rule.spans.left_behind(token_id, left)
+        self._prefix[at + 1] = self._prefix[at] + self._rule.keeps(token_id, at, left)
 
     def truncate(self, num_tokens: int) -> None:
         """Forget every token at or past position ``num_tokens``."""
@@ -327,3 +383,10 @@ class KeptCounts:
     def prefix(self) -> CountArray:
         """``[num_tokens + 1]`` int32: kept tokens below each position."""
         return self._prefix[: self.num_tokens + 1]
+
+
+def _grown(array: Any, num_valid: int, size: int) -> Any:
+    """A larger array with the same first ``num_valid`` elements."""
+    grown = np.zeros(size, dtype=array.dtype)
+    grown[:num_valid] = array[:num_valid]
+    return grown

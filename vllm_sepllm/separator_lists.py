@@ -62,6 +62,14 @@ LIST_OF_SAMPLE = {
 }
 
 
+# Marks that end a sentence, and the semicolon: what ``keep_after`` keeps goes no further. Beside
+# the English ones those of CJK, Arabic, Urdu and Devanagari. A newline ends a line or a turn.
+DEFAULT_SEGMENT_ENDS = (
+    *(".", "?", "!", ";", "\n"),
+    *("。", "？", "！", "；", "\u061b", "\u061f", "\u06d4", "\u0964", "\u0965"),
+)
+
+
 def separator_texts(separators: Iterable[str]) -> tuple[str, ...]:
     """The texts that names and texts stand for, each once, in the order given."""
     texts = (SEPARATOR_LISTS.get(item, (item,)) for item in separators)

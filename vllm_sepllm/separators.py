@@ -147,10 +147,10 @@ def match_separators(
 
 def separator_characters(separators: Iterable[str]) -> frozenset[str]:
     """Characters of the separators that have neither letters nor digits."""
-    return frozenset(char for text in separators if not _has_words(text) for char in text)
+    return frozenset(char for text in separators if not has_words(text) for char in text)
 
 
-def _has_words(text: str) -> bool:
+def has_words(text: str) -> bool:
     """Whether it has letters, the signs that belong to letters, or digits."""
     return any(unicodedata.category(char)[0] in "LMN" for char in text)
 

@@ -4,9 +4,14 @@ import copy
 
 import pytest
 import torch
-from helpers import find_separators
+from helpers import Reference, find_separators
 
-from vllm_sepllm.oracle.dense_mask import first_difference, masked_logits, sepllm_mask
+from vllm_sepllm.oracle.dense_mask import (
+    KeptAfter,
+    first_difference,
+    masked_logits,
+    sepllm_mask,
+)
 
 pytestmark = pytest.mark.e2e
 
@@ -158,6 +163,34 @@ def test_keep_classes(engines, book, tokenizer, reference_model, separator_ids):
             assert first_difference(reference_model, prompt, tokens, kept, 4, 32) is None
     assert min(output.num_cached_tokens for output in outputs) >= 128
     assert first_difference(reference_model, prompts[0], outputs[0].outputs[0].token_ids, (), 4, 32)
+    engine.check_empty()
+
+
+def test_spans(engines, book, tokenizer, reference_model, separator_ids):
+    """Names keep four tokens behind themselves and digits one, to the end of their segment; alone
+    and together, cold and from the prefix cache, in the prompt and behind it."""
+    names = ids_of(tokenizer, lambda text: text.strip()[:1].isupper())
+    digits = ids_of(tokenizer, lambda text: any(map(str.isdecimal, text)) and text.upper() == text)
+    ends = ids_of(
+        tokenizer,
+        lambda text: any(map(text.__contains__, ".?!;\n")) and not any(map(str.isalnum, text)),
+    )
+    after = KeptAfter({**dict.fromkeys(names, 4), **dict.fromkeys(digits, 1)}, frozenset(ends))
+    kept = {*names, *digits, *separator_ids}
+    keep = ["capitalized", "digits", "separators"]
+    sepllm = {"window_size": 32, "keep": keep, "keep_after": {"capitalized": 4, "digits": 1}}
+    engine = engines(sepllm=sepllm, enable_prefix_caching=True, max_num_batched_tokens=100)
+    assert engine.llm.reset_prefix_cache()
+    sums = "Anna sold 48 clips in April, and half as many in May. How many did she sell in 2024? "
+    text = tokenizer.encode(sums, add_special_tokens=False) * 6
+    reference = Reference(reference_model, kept, 4, 32, after=after)
+    for prompts in ([book[:700]], [book[:700], text, book[:330] + book[3000:3100]]):
+        for output in engine.generate(prompts, 30, logprobs=0):
+            reference.check_output(output)
+    assert output.num_cached_tokens >= 300
+    without = Reference(reference_model, kept, 4, 32)
+    with pytest.raises(AssertionError):
+        without.check_output(engine.generate([book[:700]], 30, logprobs=0)[0])
     engine.check_empty()
 
 

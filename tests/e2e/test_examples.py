@@ -4,6 +4,7 @@ The endless chat: test_serve.py. The pool of actors: test_ray.py.
 """
 
 import json
+import runpy
 import subprocess
 import sys
 
@@ -103,12 +104,29 @@ def test_smollm2_json_client(server):
     assert (shown["name"], shown["age"]) == ("Clara", 31)
 
 
-def test_smollm2_offline(smollm2):
-    assert "Paris" in run("offline.py")
+@pytest.fixture
+def run_here(monkeypatch, capfd):
+    """What an example prints that needs no process of its own, which would import vLLM again."""
+
+    def run(script):
+        runpy.run_path(f"examples/{script}", run_name="__main__")
+        return capfd.readouterr().out
+
+    monkeypatch.chdir(ROOT)
+    return run
 
 
-def test_show_kept_tokens():
-    shown = run("show_kept_tokens.py")
+def test_smollm2_offline(smollm2, inspected_here, run_here):
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    try:
+        assert "Paris" in run_here("offline.py")
+    finally:
+        cleanup_dist_env_and_memory()
+
+
+def test_show_kept_tokens(run_here):
+    shown = run_here("show_kept_tokens.py")
     last = shown.strip().splitlines()[-1]
     kept, _, total = last.split()[:3]
     assert last.endswith("%)")

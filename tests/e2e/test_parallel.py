@@ -17,8 +17,9 @@ from vllm_sepllm.oracle.dense_mask import first_difference
 pytestmark = pytest.mark.e2e
 
 LAYERS, DENSE = 4, [0, 3]  # one of each stage is dense
-# Not eager: stages need compilation on CPU, in vLLM itself.
+# Not eager: stages need compilation on CPU, in vLLM itself. Traced, that is; code is not generated.
 STAGES = {"pipeline_parallel_size": 2, "sepllm": {"dense_layers": DENSE}}
+STAGES["compilation_config"] = {"backend": "eager"}
 
 
 def test_two_stages(book, first_layers, separator_ids, tmp_path):

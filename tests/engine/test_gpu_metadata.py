@@ -8,16 +8,19 @@ from kept_builders import PAGE, SINKS, WINDOW, make_batch, make_builders
 from vllm_sepllm.engine.gpu.counts import DeviceCounts
 from vllm_sepllm.engine.gpu.metadata import GPUKeptMetadataBuilder
 from vllm_sepllm.policy import KeepRule, table_of
+from vllm_sepllm.spans import make_spans
 
 pytestmark = pytest.mark.engine
 
 VOCABULARY = 10
+SPANS = make_spans([(4, [3]), (1, [0])], [5, 6], VOCABULARY)
 POLICIES = {
     "sepllm": KeepRule(SINKS, WINDOW, table_of([0, 3], VOCABULARY)),
     "streaming": KeepRule(SINKS, WINDOW, table_of((), VOCABULARY)),
     "fixed_interval": KeepRule(SINKS, WINDOW, table_of((), VOCABULARY), interval=4),
     "bounded": KeepRule(SINKS, WINDOW, table_of([0, 3], VOCABULARY), max_separator_tokens=4),
     "even ids": KeepRule(SINKS, WINDOW, np.arange(VOCABULARY) % 2 == 0, interval=7),
+    "spans": KeepRule(SINKS, WINDOW, table_of([0, 3], VOCABULARY), spans=SPANS),
 }
 CPU = torch.device("cpu")
 
@@ -67,15 +70,30 @@ def test_every_policy_counts_as_it_says(name):
         check(rows, 1, ids[: start + 16], start, policy)
 
 
+@pytest.mark.parametrize("name", ["sepllm", "spans"])
 @pytest.mark.parametrize("computed", [0, 1, 5, 30, 130])
-def test_a_request_resumes_anywhere(computed):
-    """After a prefix hit or a preemption, whatever the row held before."""
+def test_a_request_resumes_anywhere(computed, name):
+    """After a prefix hit or a preemption, whatever the row held before; within a span too."""
     rng = np.random.default_rng(1)
-    rows = make_counts()
-    check(rows, 2, rng.integers(0, VOCABULARY, 14), 0)
+    policy, rows = POLICIES[name], make_counts(POLICIES[name])
+    check(rows, 2, rng.integers(0, VOCABULARY, 14), 0, policy)
     ids = rng.integers(0, VOCABULARY, 140)
+    if computed > 2:
+        ids[computed - 2 : computed + 2] = 3, 1, 2, 1
     rows.restart(2, ids[:computed])
-    check(rows, 2, ids[: computed + 10], computed)
+    check(rows, 2, ids[: computed + 10], computed, policy)
+
+
+def test_spans_go_on_behind_rejected_drafts():
+    rng = np.random.default_rng(2)
+    policy, rows = POLICIES["spans"], make_counts(POLICIES["spans"])
+    ids = rng.integers(0, VOCABULARY, 160)
+    rows.restart(1, ids[:0])
+    start = 0
+    for rejected in (0, 3, 1, 2, 3, 3):
+        drafts = rng.integers(0, VOCABULARY, 3)
+        check(rows, 1, np.concatenate([ids[: start + 9], drafts[:rejected]]), start, policy)
+        start += 9
 
 
 def test_memory_does_not_grow_with_length():

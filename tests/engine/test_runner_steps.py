@@ -28,11 +28,13 @@ from vllm_sepllm.engine.gpu.counts import DeviceCounts
 from vllm_sepllm.engine.gpu.metadata import GPUKeptMetadataBuilder
 from vllm_sepllm.engine.worker.runner_steps import RunnerSteps
 from vllm_sepllm.policy import KeepRule, table_of
+from vllm_sepllm.spans import make_spans
 
 pytestmark = pytest.mark.engine
 
 VOCABULARY, NUM_ROWS, NUM_GROUPS, MAX_LEN = 10, 4, 2, 500
-POLICY = KeepRule(SINKS, WINDOW, table_of([0, 3], VOCABULARY))
+SPANS = make_spans([(3, [3])], [4], VOCABULARY)
+POLICY = KeepRule(SINKS, WINDOW, table_of([0, 3], VOCABULARY), spans=SPANS)
 BUILDERS = {"cpu": KeptMetadataBuilder, "device": GPUKeptMetadataBuilder}
 
 

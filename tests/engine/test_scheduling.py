@@ -19,6 +19,15 @@ pytestmark = pytest.mark.engine
 SEPARATORS = find_separators()[:2]
 WORDS = [token for token in range(100, 110) if token not in SEPARATORS]
 DRAFTS = 3
+KEPT = [
+    {"separator_token_ids": list(SEPARATORS)},
+    {
+        "keep": list(SEPARATORS),
+        "keep_after": [[3, [SEPARATORS[0]]], [1, [SEPARATORS[1]]]],
+        "segment_ends": WORDS[:3],
+    },
+    {"keep": list(SEPARATORS), "keep_after": [[9, [SEPARATORS[0]]]], "segment_ends": []},
+]
 STEMS = [
     [((i * 7 + stem * 3) % 10 and WORDS[(i * 3 + stem) % 9]) or SEPARATORS[0] for i in range(120)]
     for stem in range(2)
@@ -143,20 +152,21 @@ def test_random_traffic(asynchronous, drafts, bounds):
         st.sampled_from([1, 3, 16, 40]),
         st.sampled_from([0, 2, 20]),
         st.sampled_from(bounds),
+        st.sampled_from(KEPT),
         st.sampled_from([14, 15, 18, 80]),
         st.booleans(),
         st.sampled_from(["fcfs", "priority"]),
     )
-    def run(actions, window, sinks, bound, num_blocks, caching, policy):
+    def run(actions, window, sinks, bound, kept, num_blocks, caching, policy):
         simulation = Simulation(
             {
                 "window_size": window,
                 "num_sink_tokens": sinks,
                 "max_separator_tokens": bound,
-                "separator_token_ids": list(SEPARATORS),
+                **kept,
             },
             next_token,
-            num_blocks=num_blocks,
+            num_blocks=num_blocks + (4 if "keep_after" in kept else 0),  # more is kept
             propose=propose if drafts else None,
             asynchronous=asynchronous,
             block_size=16,

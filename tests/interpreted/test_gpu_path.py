@@ -9,7 +9,7 @@ import os
 
 import pytest
 import torch
-from helpers import NGRAM, CacheReference, Reference
+from helpers import NGRAM, CacheReference, Reference, usual_spans
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from triton.runtime.interpreter import InterpretedFunction
@@ -173,9 +173,11 @@ def test_fp8_pages(engines, book, reference, monkeypatch):
     engine.check_empty()
 
 
-def test_drafts(engines, book, reference):
-    """Some are accepted, some rejected."""
-    engine = engines(**OPTIONS, speculative_config=NGRAM)
+def test_drafts(engines, book, make_reference):
+    """Some are accepted, some rejected, inside spans too."""
+    spans, after = usual_spans()
+    engine = engines(**options_with(**spans), speculative_config=NGRAM)
+    reference = make_reference(after=after)
     prompts = [book[:60] + book[:40], book[300:330]]
     counts = engine.count_drafts()
     for output in run(engine, prompts, max_tokens=30):
@@ -194,9 +196,10 @@ def test_bounded_separators(engines, book, make_reference):
 
 @pytest.mark.parametrize("bound", [None, 5])
 def test_cache_positions(engines, book, make_reference, bound):
-    """Chunks, decoding beside a prompt, and a prefix found in the cache."""
-    engine = engines(**options_with(max_separator_tokens=bound, position_mode="cache"))
-    reference = make_reference(CacheReference, bound=bound)
+    """Chunks, decoding beside a prompt, and a prefix found in the cache; with a bound, spans."""
+    spans, after = usual_spans() if bound else ({}, None)
+    engine = engines(**options_with(max_separator_tokens=bound, position_mode="cache", **spans))
+    reference = make_reference(CacheReference, bound=bound, after=after)
     for prompts in ([book[:100], book[300:320]], [book[:80] + book[600:612]]):
         for output in run(engine, prompts, max_tokens=12):
             reference.check_output(output)
@@ -298,7 +301,10 @@ def run_as_for_capture(runner, num_reqs):
         runner.model(**inputs)
 
 
-@pytest.mark.parametrize("options", [{}, {"max_separator_tokens": 5, "position_mode": "cache"}])
+BOUNDED_SPANS = {"max_separator_tokens": 5, "position_mode": "cache", **usual_spans()[0]}
+
+
+@pytest.mark.parametrize("options", [{}, BOUNDED_SPANS])
 def test_a_captured_graph_would_do_the_same(engines, book, launches, options):
     """A CUDA graph launches again what was launched when it was captured, of requests vLLM made up:
     as many, and reading and writing the same memory, as a step of as many requests needs."""
@@ -370,12 +376,13 @@ def replay_graphs(monkeypatch):
 
 
 @NEEDS_V2
-@pytest.mark.parametrize("sepllm", [{}, {"max_separator_tokens": 5, "position_mode": "cache"}])
+@pytest.mark.parametrize("sepllm", [{}, BOUNDED_SPANS])
 def test_replayed_graphs(engines, book, make_reference, replay_graphs, sepllm):
     """Requests decode in graphs that were captured for more of them, beside prompts without."""
     engine = engines(**options_with(**sepllm))
-    kind = CacheReference if sepllm else Reference
-    reference = make_reference(kind, bound=sepllm.get("max_separator_tokens"))
+    reference = make_reference()
+    if sepllm:
+        reference = make_reference(CacheReference, bound=5, after=usual_spans()[1])
     replayed = replay_graphs(engine, sizes=[2, 4])
     prompts = [book[:70], book[100:102], book[300:318]]
     for output in run(engine, prompts, max_tokens=10):
@@ -426,9 +433,11 @@ def test_several_groups(engines, book, separator_ids, make_reference, monkeypatc
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda *_: (9, 0))
     window = 6
     sizes = {"block_size": 32, "max_model_len": 64, "num_gpu_blocks_override": 12}
-    engine = engines(3, **{**options_with(dense_layers=[-2], window_size=window), **sizes})
+    spans, after = usual_spans()
+    sepllm = {"dense_layers": [-2], "window_size": window, **spans}
+    engine = engines(3, **{**options_with(**sepllm), **sizes})
     assert [type(manager).__name__ for manager in engine.managers].count("KeptManager") == 2
-    reference = make_reference(window=window, layers=3, dense_layers=[1])
+    reference = make_reference(window=window, layers=3, dense_layers=[1], after=after)
     outputs, preempted, restarts = [], set(), []
     restart = DeviceCounts.restart
 

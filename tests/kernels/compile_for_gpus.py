@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from sepllm_kernels.kept_metadata.triton import SEGMENT, _kept_metadata
 from sepllm_kernels.kept_metadata.triton import TILE as TOKENS
-from sepllm_kernels.kept_metadata.triton import _kept_metadata
 from sepllm_kernels.paged.decode.triton import MERGED, MIN_TILES, _decode, _merge, decode_launches
 from sepllm_kernels.paged.decode_plan.triton import _decode_plan
 from sepllm_kernels.paged.launches import Launch
@@ -35,7 +35,8 @@ INDEX = {"query_start": "*i32", "seq_lens": "*i32", "window_table": "*i32", "kep
 INDEX |= {"stream_ranges": "*i32", "stream_slots": "*i64", "window_slots": "*i64", "rows": "*i64"}
 INDEX |= dict.fromkeys(("most", "starts", "slots", "requests"), "*i32")
 INDEX["plan"] = "*i32"
-INDEX |= {"token_ids": "*i32", "kept_prefix": "*i32", "is_chosen": "*i1", "shifts": "*i32"}
+INDEX |= {"token_ids": "*i32", "kept_prefix": "*i32", "token_codes": "*u8", "shifts": "*i32"}
+INDEX |= {"span_left": "*u8"}
 FLOATS = {"partial": "*fp32", "log_sums": "*fp32", "stream_cos_sin": "*fp32", "scale": "fp32"}
 FLOATS |= {"cos_sin": "*fp32"}
 FLOATS |= dict.fromkeys(("value_scale", "inverse_key_scale", "inverse_value_scale"), "fp32")
@@ -79,9 +80,9 @@ def cases() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], Sequence[Laun
     yield _merge, {"output": "*bf16"}, merge, (), H200
     plan = {"MIN_TILES": MIN_TILES, "TILE": 64, "REQUESTS": 1024}
     yield _decode_plan, {}, plan, (), H200
-    for bounded in (False, True):
-        constants = {"PAGE": 16, "TILE": TOKENS, "BOUNDED": bounded}
-        yield _kept_metadata, {}, constants if bounded else {**constants, "shifts": None}, (), H200
+    for given in ({"BOUNDED": True}, {"BOUNDED": False, "shifts": None, "span_left": None}):
+        constants = {"PAGE": 16, "TILE": TOKENS, "SEGMENT": SEGMENT, **given}
+        yield _kept_metadata, {}, constants, (), H200
     for neox in (False, True):
         layer = {"NUM_HEADS": 32, "HEAD_SIZE": 128, "HALF": 64, "NEOX": neox}
         yield _rotate_queries, {"query": "*bf16", "output": "*bf16"}, layer, (), H200

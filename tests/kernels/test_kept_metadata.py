@@ -1,3 +1,5 @@
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
@@ -14,22 +16,31 @@ SEPARATORS = [3, 4, 11, 49]
 PAGE = 16
 
 
-def separator_flags() -> torch.Tensor:
-    flags = torch.zeros(VOCAB, dtype=torch.bool)
-    flags[SEPARATORS] = True
-    return flags
+def separator_codes() -> torch.Tensor:
+    codes = torch.zeros(VOCAB, dtype=torch.uint8)
+    codes[SEPARATORS] = 1
+    return codes
 
 
 class Worker:
-    """Requests whose tokens are counted step by step, by the kernel and by the reference."""
+    """Requests whose tokens are counted step by step, by the kernel and by the reference.
 
-    def __init__(self, max_num_reqs: int, ring: int, seed: int = 0, **options) -> None:
+    ``codes`` with spans are given a ring for them.
+    """
+
+    def __init__(self, max_num_reqs: int, ring: int, seed: int = 0, codes=None, **options) -> None:
         self.rng = torch.Generator().manual_seed(seed)
         self.options = {"num_sink_tokens": 4, "window_size": 20, "page_size": PAGE, **options}
         shape = (max_num_reqs, ring)
         self.prefix = [torch.full(shape, -999, dtype=torch.int32) for _ in range(2)]
         for prefix in self.prefix:
             prefix[:, 0] = 0
+        self.codes = separator_codes() if codes is None else codes
+        self.left = [None, None]
+        if codes is not None:
+            self.left = [torch.full(shape, 99, dtype=torch.uint8) for _ in range(2)]
+            for left in self.left:
+                left[:, 0] = 0
 
     def step(
         self, token_ids: list[torch.Tensor], stops: list[int], rows: list[int], padding: int = 0
@@ -45,12 +56,12 @@ class Worker:
             torch.tensor([*stops, *[0] * padding]).int(),
             torch.tensor([*rows, *[0] * padding]),
             table,
-            separator_flags(),
+            self.codes,
         )
         results = []
-        for operation, prefix, device in (
-            (kept_metadata_reference, self.prefix[0], "cpu"),
-            (kept_metadata, self.prefix[1], DEVICE),
+        for operation, prefix, left, device in (
+            (kept_metadata_reference, self.prefix[0], self.left[0], "cpu"),
+            (kept_metadata, self.prefix[1], self.left[1], DEVICE),
         ):
             slots = torch.full((len(flat),), 777, device=device)
             ranges = torch.full((len(flat), 2), 777, dtype=torch.int32, device=device)
@@ -58,18 +69,24 @@ class Worker:
             inputs = [argument.to(device) for argument in arguments]
             shifts = torch.full((3, len(flat)), 777, dtype=torch.int32, device=device)
             before = on_device.clone()
-            operation(*inputs, on_device, slots, ranges, **self.options, shifts=shifts)
+            spans = {"span_left": None if left is None else left.to(device)}
+            operation(*inputs, on_device, slots, ranges, **self.options, shifts=shifts, **spans)
             prefix.copy_(on_device)
+            if left is not None:
+                left.copy_(spans["span_left"])
             results.append((slots.cpu(), ranges.cpu(), shifts.cpu()))
             if operation is kept_metadata:  # the same without shifts
                 plain = slots.clone(), ranges.clone()
-                operation(*inputs, before, slots.fill_(7), ranges.fill_(7), **self.options)
+                again = before, slots.fill_(7), ranges.fill_(7)
+                operation(*inputs, *again, **self.options, **spans)
                 assert torch.equal(slots, plain[0])
                 assert torch.equal(ranges, plain[1])
                 assert torch.equal(before, on_device)
         for found, expected in zip(results[1], results[0], strict=True):
             assert torch.equal(found, expected)
         assert torch.equal(*self.prefix)
+        if self.left[0] is not None:
+            assert torch.equal(*self.left)
         return results[0]
 
     def tokens(self, count: int) -> torch.Tensor:
@@ -114,7 +131,7 @@ def test_interval():
 def test_ring(chunk):
     """Only the counts of the window and of the step are held, whatever a request's length."""
     plain, ring = (Worker(2, size, seed=5) for size in (2048, 20 + chunk + 1))
-    for stop in range(chunk, 200 if chunk == 1 else 400, chunk):
+    for stop in range(chunk, 70 if chunk == 1 else 400, chunk):
         ids = [plain.tokens(chunk) for _ in range(2)]
         ring.rng.set_state(plain.rng.get_state())
         results = [worker.step(ids, [stop, stop], [1, 0]) for worker in (plain, ring)]
@@ -122,17 +139,70 @@ def test_ring(chunk):
             assert torch.equal(found, expected)
 
 
+def span_codes(after: dict[int, int], ends: Sequence[int]) -> torch.Tensor:
+    codes = separator_codes()
+    for token_id, number in after.items():
+        codes[token_id] = 1 | 2 * number
+    for token_id in ends:
+        codes[token_id] |= 128
+    return codes
+
+
+SPANS = {
+    "usual": ({3: 4, 11: 2}, range(20, 26)),
+    "long, no ends": ({3: 32}, ()),
+    "an end that keeps others": ({3: 5, 4: 9}, (3, 20)),
+    "all overlap": ({i: 1 + i % 9 for i in range(VOCAB)}, range(0, VOCAB, 7)),
+    "longer than any": ({3: 63}, (20,)),
+}
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 600])
+@pytest.mark.parametrize("name", SPANS)
+def test_spans(chunk, name):
+    """Across steps, and across the tiles of a step."""
+    longest = 3 * chunk + 25 if chunk < 600 else 1300
+    worker = Worker(3, ring=2048, codes=span_codes(*SPANS[name]), max_separator_tokens=9)
+    run_requests(worker, [longest, 1, longest // 2], chunk, padding=2)
+
+
+def test_spans_without_any_keep_what_ids_alone_keep():
+    plain, spans = Worker(2, 512), Worker(2, 512, codes=span_codes({}, [3, 20]))
+    for stop in (40, 41, 100):
+        ids = [plain.tokens(stop - {40: 0, 41: 40, 100: 41}[stop]) for _ in range(2)]
+        spans.rng.set_state(plain.rng.get_state())
+        results = [worker.step(ids, [stop, stop], [0, 1]) for worker in (plain, spans)]
+        for found, expected in zip(*results, strict=True):
+            assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", SPANS)
+def test_spans_that_are_computed_again(name):
+    """What is left before a rejected draft is still known when other tokens take its place."""
+    worker = Worker(1, ring=20 + 9 + 5 + 1, codes=span_codes(*SPANS[name]))
+    stop = 0
+    for length, rejected in ((5, 0), (9, 5), (9, 0), (9, 4), (9, 2), (9, 5)):
+        worker.step([worker.tokens(length)], [stop + length], [0])
+        stop += length - rejected
+
+
+@pytest.mark.parametrize("spans", [False, True])
 @pytest.mark.parametrize("bound", [None, 7])
-def test_counts_are_the_policys(bound):
+def test_counts_are_the_policys(bound, spans):
     """The one definition of what is kept and seen, and of cache positions."""
     config = SepLLMConfig(
         num_sink_tokens=4,
         window_size=20,
         separator_token_ids=tuple(SEPARATORS),
         max_separator_tokens=bound,
+        keep=("separators", 30, 31),
+        keep_after=((9, (30,)), (2, (31,))) if spans else (),
+        **({"segment_ends": (3, 31, 40)} if spans else {}),
     )
+    config = config.with_kept_ids(config.kept_ids, *config.resolved_spans)
     policy = KeepRule.of(config, VOCAB)
-    worker = Worker(1, ring=512, max_separator_tokens=bound)
+    codes = torch.from_numpy(policy.token_codes.copy())
+    worker = Worker(1, 512, codes=codes, max_separator_tokens=bound)
     ids = worker.tokens(300)
     slots, ranges, shifts = worker.step([ids], [300], [0])
     kept = policy.kept_flags(ids.numpy())

@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,31 @@ def find_separators(**options: Any) -> tuple[int, ...]:
     from vllm_sepllm.separators import resolve_separators
 
     return resolve_separators(SepLLMConfig(**options), tokenizer()).token_ids
+
+
+def span_options(
+    keep_after: Mapping[int, int], ends: Iterable[int], others: Iterable[int] = ()
+) -> tuple[dict[str, Any], Any]:
+    """SepLLM options that keep ids and tokens behind them, and the oracle's word for the latter.
+
+    Args:
+        keep_after: tokens kept behind each id.
+        ends: ids that end a segment.
+        others: ids that are kept and keep nothing behind themselves.
+    """
+    from vllm_sepllm.oracle.dense_mask import KeptAfter
+
+    pairs = [[number, [token_id]] for token_id, number in keep_after.items()]
+    options = {"keep": [*keep_after, *others], "keep_after": pairs, "segment_ends": list(ends)}
+    return options, KeptAfter(keep_after, frozenset(ends))
+
+
+@cache
+def usual_spans() -> tuple[dict[str, Any], Any]:
+    """:func:`span_options` of the demo model: a comma keeps 4 tokens behind itself, a newline 2, a
+    full stop ends a segment, and all separators are kept."""
+    comma, stop, newline = (find_separators(separators=[text])[0] for text in (",", ".", "\n"))
+    return span_options({comma: 4, newline: 2}, [stop], find_separators())
 
 
 class Engine:
@@ -272,10 +297,12 @@ class Reference:
         bound: int | None = None,
         interval: int | None = None,
         dense_layers: Sequence[int] = (),
+        after: Any = None,
     ) -> None:
         self.model = model
         self._mask_options = separator_ids, sinks, window
         self._options: dict[str, Any] = {"max_separators": bound, "interval": interval}
+        self._options["after"] = after
         self._dense_layers = dense_layers
         self._double: Any = None
 
@@ -358,8 +385,9 @@ class CacheReference(Reference):
         bound: int | None = None,
         is_neox: bool = True,
         interval: int | None = None,
+        after: Any = None,
     ) -> None:
-        super().__init__(model, separator_ids, sinks, window, bound, interval)
+        super().__init__(model, separator_ids, sinks, window, bound, interval, after=after)
         self._options["is_neox"] = is_neox
 
     def logits(self, token_ids: Sequence[int], model: Any = None) -> Any:

@@ -155,7 +155,7 @@ def inspect_text(tokenizer: Any, config: SepLLMConfig, text: str, block_size: in
             its vocabulary.
     """
     found = resolve_kept(config, tokenizer)
-    rule = KeepRule.of(config.with_kept_ids(found.token_ids), num_token_ids(tokenizer))
+    rule = KeepRule.of(found.resolve(config), num_token_ids(tokenizer))
     ids, parts = tokenize(tokenizer, text)
     if not ids:
         raise ValueError("the text has no tokens in this tokenizer: give a longer text")

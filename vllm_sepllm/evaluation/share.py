@@ -22,7 +22,7 @@ def num_attended(config: SepLLMConfig, tokenizer: Tokenizer, token_ids: Sequence
         ConfigError: a token that is to be kept is not in the tokenizer.
     """
     found = resolve_kept(config, tokenizer)
-    rule = KeepRule.of(config.with_kept_ids(found.token_ids), num_token_ids(tokenizer))
+    rule = KeepRule.of(found.resolve(config), num_token_ids(tokenizer))
     start = int(rule.window_start(len(token_ids) - 1))
     limit = int(rule.kept_flags(token_ids[:start]).sum())
     sinks, first = rule.seen.parts(limit)

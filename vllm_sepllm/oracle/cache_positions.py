@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vllm_sepllm.oracle.dense_mask import sepllm_mask
+from vllm_sepllm.oracle.dense_mask import KeptAfter, sepllm_mask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -101,6 +101,7 @@ def cache_position_logits(
     *,
     max_separators: int | None = None,
     interval: int | None = None,
+    after: KeptAfter | None = None,
     is_neox: bool = True,
 ) -> torch.Tensor:
     """Logits of a Hugging Face model whose queries number what they see from 0.
@@ -111,8 +112,8 @@ def cache_position_logits(
     Args:
         model: a causal language model with rotary embeddings; its dtype decides the arithmetic.
         token_ids: ``[num_tokens]``.
-        separator_ids, num_sink_tokens, window_size, max_separators, interval: see
-            :func:`sepllm_mask`.
+        separator_ids, num_sink_tokens, window_size, max_separators, interval, after:
+            see :func:`sepllm_mask`.
         is_neox: how the model pairs elements, see :func:`rotated`.
 
     Returns:
@@ -121,6 +122,7 @@ def cache_position_logits(
     from transformers import AttentionInterface
 
     options: dict[str, Any] = {"interval": interval, "max_separators": max_separators}
+    options["after"] = after
     mask = sepllm_mask(token_ids, separator_ids, num_sink_tokens, window_size, **options)
     found = [
         m.inv_freq

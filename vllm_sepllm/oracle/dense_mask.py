@@ -5,8 +5,9 @@ Slow and plain on purpose. Uses no code of the engine and none of the kernels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,33 @@ if TYPE_CHECKING:
 PIECE = 4096
 
 
+@dataclass(frozen=True)
+class KeptAfter:
+    """Tokens that are kept for what stands before them.
+
+    Attributes:
+        num_tokens: so many behind a token of an id are kept, unless a segment ends before.
+        ends: ids that end a segment. Such a token is the last one kept, or keeps nothing itself.
+    """
+
+    num_tokens: Mapping[int, int]
+    ends: Set[int]
+
+    def kept(self, ids: Sequence[int]) -> list[bool]:
+        """Which of ``ids`` are kept; by looking back from each."""
+        found = []
+        for position in range(len(ids)):
+            is_kept, distance = False, 1
+            while distance <= position and distance <= max(self.num_tokens.values(), default=0):
+                before = ids[position - distance]
+                if before in self.ends:
+                    break
+                is_kept = is_kept or self.num_tokens.get(before, 0) >= distance
+                distance += 1
+            found.append(is_kept)
+        return found
+
+
 def sepllm_mask(
     token_ids: Sequence[int],
     separator_ids: Sequence[int],
@@ -24,6 +52,7 @@ def sepllm_mask(
     window_size: int,
     interval: int | None = None,
     max_separators: int | None = None,
+    after: KeptAfter | None = None,
 ) -> torch.Tensor:
     """Which key each query sees (arXiv 2412.12094, equation 1).
 
@@ -34,6 +63,7 @@ def sepllm_mask(
         window_size: recent tokens that stay visible, the query's own included.
         interval: every so many tokens one stays visible too, from the first on.
         max_separators: of the separators behind the window, so many of the newest are visible.
+        after: tokens that are kept like separators for what stands before them.
 
     Returns:
         ``[num_tokens, num_tokens]`` bool, rows are queries.
@@ -45,6 +75,8 @@ def sepllm_mask(
     kept = separator | (position < num_sink_tokens)
     if interval is not None:
         kept[::interval] = True
+    if after is not None:
+        kept |= torch.tensor(after.kept(ids.tolist()), dtype=torch.bool)
     in_window = (key <= query) & (key > query - window_size)
     behind = kept[None, :] & (key <= query - window_size)
     if max_separators is not None:
@@ -164,6 +196,7 @@ def first_difference(
     window_size: int,
     dense_layers: Sequence[int] = (),
     max_separators: int | None = None,
+    after: KeptAfter | None = None,
 ) -> str | None:
     """Where ``generated`` leaves the model's greedy continuation of ``prompt``.
 
@@ -175,7 +208,7 @@ def first_difference(
     """
     token_ids = [*prompt, *generated]
     options = separator_ids, num_sink_tokens, window_size
-    mask = sepllm_mask(token_ids, *options, max_separators=max_separators)
+    mask = sepllm_mask(token_ids, *options, max_separators=max_separators, after=after)
     logits = masked_logits(model, token_ids, mask, dense_layers)[len(prompt) - 1 : -1]
     for step, (row, token) in enumerate(zip(logits.float(), generated, strict=True)):
         best = int(row.argmax())

@@ -13,7 +13,7 @@ def kept_metadata_reference(
     seq_lens: torch.Tensor,
     rows: torch.Tensor,
     kept_table: torch.Tensor,
-    is_chosen: torch.Tensor,
+    token_codes: torch.Tensor,
     kept_prefix: torch.Tensor,
     stream_slots: torch.Tensor,
     stream_ranges: torch.Tensor,
@@ -24,14 +24,17 @@ def kept_metadata_reference(
     interval: int = 0,
     max_separator_tokens: int | None = None,
     shifts: torch.Tensor | None = None,
+    span_left: torch.Tensor | None = None,
 ) -> None:
     """Count a step's kept tokens, and find where they go and what each token sees of the stream.
 
-    A token is kept if its position is below ``num_sink_tokens``, its id is marked in ``is_chosen``,
-    or its position is a multiple of ``interval`` (SepLLM, arXiv 2412.12094, equation 1; the last
-    one is FixLLM, its ablation). ``kept_prefix`` is a ring: position ``p`` of a request is at
-    ``p % ring`` of its row. It must hold the counts of the ``window_size`` positions before the
-    step and of the step's own.
+    A token is kept if its position is below ``num_sink_tokens``, its id's code says so, or its
+    position is a multiple of ``interval`` (SepLLM, arXiv 2412.12094, equation 1; the last one is
+    FixLLM, its ablation). With ``span_left`` it is also kept if a token at most so many places
+    before it keeps so many behind itself, and no segment ends in between.
+
+    ``kept_prefix`` is a ring: position ``p`` of a request is at ``p % ring`` of its row. It must
+    hold the counts of the ``window_size`` positions before the step and of the step's own.
 
     Args:
         token_ids: ``[num_tokens]`` int32, requests one after the other, then padding; ids outside
@@ -40,7 +43,9 @@ def kept_metadata_reference(
         seq_lens: ``[num_reqs]`` int32, tokens, those of the step included.
         rows: ``[num_reqs]`` int, row of ``kept_prefix`` of each request.
         kept_table: ``[num_reqs, *]`` int32, page of each ``page_size`` stream entries.
-        is_chosen: ``[vocab_size]`` bool.
+        token_codes: ``[vocab_size]`` uint8: 1 if tokens of an id are kept; and with ``span_left``,
+            twice the number of tokens that they keep behind themselves, at most 63, and 128 if they
+            end a segment. Who keeps others is kept.
         kept_prefix: ``[max_num_reqs, ring]`` int32, kept tokens below a position; positions after
             the step's first are written.
         stream_slots: ``[num_tokens]`` int64, written: slot of each kept token, -1 for others.
@@ -53,8 +58,11 @@ def kept_metadata_reference(
         shifts: ``[3, num_tokens]`` int32, written, for cache positions: positions that the stream's
             copy of a kept token's key is rotated back by to be at its entry, a token's query to
             meet the keys of its range, and to meet those of the sinks; 0 for padding.
+        span_left: ``[max_num_reqs, ring]`` uint8, a ring like ``kept_prefix``: what the tokens
+            before a position still keep from there on; positions after the step's first are
+            written.
     """
-    ring, vocab_size = kept_prefix.shape[1], is_chosen.shape[0]
+    ring, vocab_size = kept_prefix.shape[1], token_codes.shape[0]
     stream_slots.fill_(NO_SLOT)
     stream_ranges.fill_(0)
     if shifts is not None:
@@ -63,14 +71,20 @@ def kept_metadata_reference(
         first, stop = int(query_start[req]), int(query_start[req + 1])
         start = int(seq_lens[req]) - (stop - first)
         prefix = kept_prefix[int(rows[req])]
+        left = 0 if span_left is None else int(span_left[int(rows[req]), start % ring])
         for token in range(first, stop):
             position, token_id = start + token - first, int(token_ids[token])
             entry = int(prefix[position % ring])
+            code = int(token_codes[token_id]) if 0 <= token_id < vocab_size else 0
             kept = (
                 position < num_sink_tokens
-                or (0 <= token_id < vocab_size and bool(is_chosen[token_id]))
+                or code & 1 > 0
                 or (interval > 0 and position % interval == 0)
+                or left > 0
             )
+            if span_left is not None:
+                left = 0 if code & 128 else max(left - 1, code >> 1 & 63, 0)
+                span_left[int(rows[req]), (position + 1) % ring] = left
             prefix[(position + 1) % ring] = entry + kept
             if kept:
                 page = int(kept_table[req, entry // page_size])

@@ -11,11 +11,22 @@ from sepllm_kernels.batch import STEP_SIZES
 TILE = 512  # tokens looked at at once
 
 
+# In a tile, the places of one segment are told from those of the next by so much: a span reaches at
+# most 63 places behind the last token of a tile.
+SEGMENT = TILE + 64
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b)
+
+
 @triton.jit
 def _count_tokens(
     token_ids,
-    is_chosen,
+    token_codes,
     prefix,  # the request's row
+    span_left,  # its row too, or none
     ring,
     first,
     num_tokens,
@@ -24,19 +35,40 @@ def _count_tokens(
     num_sink_tokens,
     interval,
     TILE: tl.constexpr,
+    SEGMENT: tl.constexpr,
 ):
-    """Write ``kept_prefix`` behind each token."""
+    """Write ``kept_prefix`` behind each token, and what a span has left there."""
     below = tl.load(prefix + start % ring)
+    left = tl.zeros_like(below)
+    if span_left is not None:
+        left = tl.load(span_left + start % ring).to(tl.int32)
     for done in range(0, num_tokens, TILE):
-        offset = done + tl.arange(0, TILE)
+        place = tl.arange(0, TILE)
+        offset = done + place
         valid = offset < num_tokens
         position = start + offset
         token_id = tl.load(token_ids + first + offset, mask=valid, other=-1)
         known = valid & (token_id >= 0) & (token_id < vocab_size)
-        chosen = tl.load(is_chosen + token_id, mask=known, other=0) != 0
-        kept = chosen | (position < num_sink_tokens)
+        code = tl.load(token_codes + token_id, mask=known, other=0).to(tl.int32)
+        kept = ((code & 1) != 0) | (position < num_sink_tokens)
         if interval > 0:
             kept = kept | (position % interval == 0)
+        if span_left is not None:
+            # Up to where each token's span reaches, and the furthest of all up to it. A segment's
+            # places are beyond all those that spans of earlier ones reach.
+            is_end = code >> 7
+            segment = (tl.cumsum(is_end, 0) - is_end) * SEGMENT
+            after = (code >> 1) & 63
+            starts = (after > 0) & (is_end == 0)
+            reach = tl.maximum(tl.where(starts, segment + place + 1 + after, 0), left)
+            furthest = tl.associative_scan(reach, 0, _larger)
+            # Who keeps others is kept itself, so that the token's own span may count here.
+            kept = kept | (furthest > segment + place)
+            behind = furthest - (segment + is_end * SEGMENT + place + 1)
+            behind = tl.maximum(behind, 0)
+            tl.store(span_left + (position + 1) % ring, behind.to(tl.uint8), mask=valid)
+            last = tl.minimum(done + TILE, num_tokens) - 1
+            left = tl.sum(tl.where(offset == last, behind, 0), 0)
         kept = (kept & valid).to(tl.int32)
         counts = below + tl.cumsum(kept, 0)
         tl.store(prefix + (position + 1) % ring, counts, mask=valid)
@@ -50,8 +82,9 @@ def _kept_metadata(
     seq_lens,
     rows,
     kept_table,
-    is_chosen,
+    token_codes,
     kept_prefix,
+    span_left,
     stream_slots,
     stream_ranges,
     shifts,
@@ -66,6 +99,7 @@ def _kept_metadata(
     max_separators,
     PAGE: tl.constexpr,
     TILE: tl.constexpr,
+    SEGMENT: tl.constexpr,
     BOUNDED: tl.constexpr,
 ):
     req = tl.program_id(0)
@@ -85,12 +119,17 @@ def _kept_metadata(
     if length == 0:
         return
     start = tl.load(seq_lens + req) - length
-    prefix = kept_prefix + tl.load(rows + req).to(tl.int64) * ring
+    row = tl.load(rows + req).to(tl.int64) * ring
+    prefix = kept_prefix + row
+    left = span_left
+    if span_left is not None:
+        left = span_left + row
     table = kept_table + req.to(tl.int64) * table_stride
     _count_tokens(
         token_ids,
-        is_chosen,
+        token_codes,
         prefix,
+        left,
         ring,
         first,
         length,
@@ -99,6 +138,7 @@ def _kept_metadata(
         num_sink_tokens,
         interval,
         TILE,
+        SEGMENT,
     )
     tl.debug_barrier()  # counts written by other threads of this program are read below
     for done in range(0, length, TILE):
@@ -133,7 +173,7 @@ def kept_metadata(
     seq_lens: torch.Tensor,
     rows: torch.Tensor,
     kept_table: torch.Tensor,
-    is_chosen: torch.Tensor,
+    token_codes: torch.Tensor,
     kept_prefix: torch.Tensor,
     stream_slots: torch.Tensor,
     stream_ranges: torch.Tensor,
@@ -144,6 +184,7 @@ def kept_metadata(
     interval: int = 0,
     max_separator_tokens: int | None = None,
     shifts: torch.Tensor | None = None,
+    span_left: torch.Tensor | None = None,
 ) -> None:
     """Count a step's kept tokens, and find where they go and what each token sees of the stream.
 
@@ -157,8 +198,9 @@ def kept_metadata(
         seq_lens,
         rows,
         kept_table,
-        is_chosen,
+        token_codes,
         kept_prefix,
+        span_left,
         stream_slots,
         stream_ranges,
         shifts,
@@ -166,12 +208,13 @@ def kept_metadata(
         stream_slots.shape[0],
         kept_prefix.shape[1],
         kept_table.stride(0),
-        is_chosen.shape[0],
+        token_codes.shape[0],
         num_sink_tokens,
         window_size,
         interval,
         max_separator_tokens or 0,
         PAGE=page_size,
         TILE=TILE,
+        SEGMENT=SEGMENT,
         BOUNDED=max_separator_tokens is not None,
     )

@@ -55,6 +55,8 @@ class HostCounts:
     def __init__(self, rule: KeepRule, max_num_reqs: int, max_model_len: int) -> None:
         self.rule = rule
         self.table: CountArray = np.zeros((max_num_reqs, max_model_len + 1), dtype=np.int32)
+        # What a span has left before each position, like ``table``.
+        self._left = None if rule.spans is None else np.zeros(self.table.shape, dtype=np.uint8)
         self._counted = np.zeros(max_num_reqs, dtype=np.int64)
 
     @classmethod
@@ -94,19 +96,25 @@ class HostCounts:
         assert (starts <= self._counted[rows]).all(), "tokens before the step are not counted"
         single = (lengths == 1).nonzero()[0]
         if single.size:
-            position = starts[single]
-            flags = self.rule.kept_flags_at(token_ids[query_start[single]], position)
-            self.table[rows[single], position + 1] = self.table[rows[single], position] + flags
+            row, position, ids = rows[single], starts[single], token_ids[query_start[single]]
+            left = 0 if self._left is None else self._left[row, position]
+            flags, lefts = self.rule.kept_flags_at(ids, position, left)
+            self.table[row, position + 1] = self.table[row, position] + flags
+            if self._left is not None and lefts is not None:
+                self._left[row, position + 1] = lefts
         for i in (lengths > 1).nonzero()[0]:
             span = token_ids[query_start[i] : query_start[i + 1]]
             self._count_span(int(rows[i]), span, int(starts[i]))
         self._counted[rows] = starts + lengths
 
     def _count_span(self, row: int, token_ids: TokenArray, start: int) -> None:
-        kept = self.rule.kept_flags(token_ids, start)
+        left = 0 if self._left is None else int(self._left[row, start])
+        kept, lefts = self.rule.kept_flags_along(token_ids, start, left)
         below, stop = self.table[row], start + len(token_ids)
         np.cumsum(kept, out=below[start + 1 : stop + 1])
         below[start + 1 : stop + 1] += below[start]
+        if self._left is not None and lefts is not None:
+            self._left[row, start + 1 : stop + 1] = lefts
 
 
 class HostStep:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from sepllm_kernels.kept_metadata import kept_metadata
 from vllm.config import VllmConfig
@@ -41,10 +42,13 @@ class DeviceCounts:
         device: torch.device,
     ) -> None:
         self.rule = rule
-        self._is_kept = torch.from_numpy(rule.is_kept.copy()).to(device)
+        self._token_codes = torch.from_numpy(rule.token_codes.copy()).to(device)
         recent = rule.window_size + max_step_tokens + max_rejected
         ring = min(max_model_len, recent) + 1
         self._kept_prefix = torch.zeros(max_num_reqs, ring, dtype=torch.int32, device=device)
+        self._span_left: torch.Tensor | None = None
+        if rule.spans is not None:
+            self._span_left = torch.zeros(max_num_reqs, ring, dtype=torch.uint8, device=device)
 
     @classmethod
     def of(cls, vllm_config: VllmConfig, device: torch.device) -> DeviceCounts:
@@ -64,16 +68,23 @@ class DeviceCounts:
 
     def restart(self, row: int, token_ids: TokenArray) -> None:
         """Give a row to a request whose first ``[num_tokens]`` ids are computed already."""
-        num_tokens, ring = len(token_ids), self._kept_prefix.shape[1]
-        below = np.zeros(num_tokens + 1, dtype=np.int32)
-        np.cumsum(self.rule.kept_flags(token_ids), out=below[1:])
-        recent = np.arange(max(0, num_tokens + 1 - ring), num_tokens + 1)
-        counts = np.zeros(min(ring, num_tokens + 1), dtype=np.int32)
-        counts[recent % ring] = below[recent]
-        source = torch.from_numpy(counts)
-        if self._kept_prefix.is_cuda:
+        below = np.zeros(len(token_ids) + 1, dtype=np.int32)
+        flags, lefts = self.rule.kept_flags_along(token_ids, 0)
+        np.cumsum(flags, out=below[1:])
+        self._write(self._kept_prefix[row], below)
+        if self._span_left is not None and lefts is not None:
+            self._write(self._span_left[row], np.concatenate([np.zeros(1, np.uint8), lefts]))
+
+    def _write(self, row: torch.Tensor, values: npt.NDArray[np.generic]) -> None:
+        """Write values of positions ``[num_positions]`` to a ring, as far as it holds them."""
+        ring, stop = len(row), len(values)
+        recent = np.arange(max(0, stop - ring), stop)
+        held = np.zeros(min(ring, stop), dtype=values.dtype)
+        held[recent % ring] = values[recent]
+        source = torch.from_numpy(held)
+        if row.is_cuda:
             source = source.pin_memory()
-        self._kept_prefix[row, : len(counts)].copy_(source, non_blocking=True)
+        row[: len(held)].copy_(source, non_blocking=True)
 
     def step(self, index: torch.Tensor, token_ids: torch.Tensor) -> DeviceStep:
         """See :class:`vllm_sepllm.engine.worker.counts.Counts`."""
@@ -103,7 +114,7 @@ class DeviceCounts:
             seq_lens,
             rows,
             kept_table,
-            self._is_kept,
+            self._token_codes,
             self._kept_prefix,
             stream_slots,
             stream_ranges,
@@ -113,6 +124,7 @@ class DeviceCounts:
             interval=self.rule.interval,
             max_separator_tokens=self.rule.max_separator_tokens,
             shifts=shifts,
+            span_left=self._span_left,
         )
 
 

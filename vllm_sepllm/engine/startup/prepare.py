@@ -58,7 +58,7 @@ def prepare(vllm_config: VllmConfig, hardware: Hardware) -> KeptIds | None:
 def _resolve(vllm_config: VllmConfig, options: SepLLMConfig) -> KeptIds:
     model_config = vllm_config.model_config
     vocab_size = model_config.get_vocab_size()
-    looks_up = options.kept_ids is None
+    looks_up = options.needs_tokenizer
     tokenizer = _tokenizer(model_config, options, looks_up)
     found = resolve_kept(options, tokenizer)
     if looks_up:
@@ -69,7 +69,7 @@ def _resolve(vllm_config: VllmConfig, options: SepLLMConfig) -> KeptIds:
                 f"all {_wanted(options)[0]} found have ids from the model's vocabulary size "
                 f"{vocab_size} on, so no prompt has them: name others"
             )
-    resolved = options.with_kept_ids(found.token_ids)
+    resolved = found.resolve(options)
     if resolved.dense_layers:
         layers = LayerPlan.of(resolved.dense_layers, model_config.get_total_num_hidden_layers())
         resolved = resolved.with_dense_layers(layers.indices)
@@ -106,8 +106,12 @@ def _tokenizer(model_config: ModelConfig, options: SepLLMConfig, looks_up: bool)
 
 def _wanted(options: SepLLMConfig) -> tuple[str, str]:
     """What is looked up, for people, and what to set where it cannot be."""
-    if options.keep == (SEPARATORS,):
+    if options.kept_ids is not None:
+        return "segment ends", "segment_ends to token ids"
+    if options.keep == (SEPARATORS,) and not options.keep_after:
         return "separators", "separator_token_ids"
+    if options.keep_after:
+        return "tokens of keep and segment_ends", "both to token ids"
     return "tokens of keep", "keep to token ids"
 
 

@@ -5,9 +5,9 @@
 Each engine has options drawn at random: block size, window, sinks, bound, spans, policy, positions,
 dense layers, drafts, chunks, scheduling. Its pool is too small for its traffic, so requests preempt
 each other; some are aborted, some share prefixes. Answers are compared with a Hugging Face model
-under the explicit mask: all of them, or in cache positions, where that takes seconds, a third and those
-that were preempted. After each step pages are compared with the pool. Ends with status 1 and the
-seed at the first thing that is wrong.
+under the explicit mask: all of them, or in cache positions, where that takes seconds, a third and
+those that were preempted. After each step pages are compared with the pool. Ends with status 1 and
+the seed at the first thing that is wrong.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from typing import Any
 
 SEPARATORS = "separators"
 LISTED = "listed"  # not to be named: texts and ids that ``keep`` holds one by one
+BEHIND = "behind"  # nor this: tokens that stay for what stands before them (``keep_after``)
 
 
 @dataclass(frozen=True)

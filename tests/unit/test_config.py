@@ -40,6 +40,11 @@ def test_from_dict_of_nothing_is_the_default(nothing):
         {"separators": ["default", "cjk", "—"]},
         {"keep": ["separators", "digits", "<|im_end|>", 17]},
         {"keep": []},
+        {
+            "keep": ["digits", 7],
+            "keep_after": [[4, ["digits"]], [2, [7]]],
+            "segment_ends": [".", 5],
+        },
         {"planned_kept_share": 0.25},
         {"planned_kept_share": 1},
         {"planning_text": "texts/chat.txt"},
@@ -86,6 +91,38 @@ def test_ids_that_need_no_tokenizer(options, ids):
 
 
 @pytest.mark.parametrize(
+    ("keep_after", "pairs"),
+    [
+        (0, ()),
+        (4, ((4, ("digits", "the")),)),
+        ({"the": 4}, ((4, ("the",)),)),
+        ({"the": 2, "digits": 4}, ((4, ("digits",)), (2, ("the",)))),
+        ({"the": 2, "digits": 2}, ((2, ("the", "digits")),)),
+        ({"the": 0}, ()),
+        ([[2, ["the"]], [4, ["digits"]], [0, ["the"]]], ((4, ("digits",)), (2, ("the",)))),
+    ],
+)
+def test_ways_to_say_what_is_kept_behind(keep_after, pairs):
+    config = SepLLMConfig.from_dict({"keep": ["digits", "the"], "keep_after": keep_after})
+    assert config.keep_after == pairs
+    assert SepLLMConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_spans_become_ids():
+    config = SepLLMConfig(keep=("digits", 9), keep_after=4)
+    assert config.needs_tokenizer
+    with pytest.raises(ValueError, match="keep_after is not resolved"):
+        _ = config.resolved_spans
+    resolved = config.with_kept_ids((5, 9), ((4, (5, 9)),), (2,))
+    assert resolved.resolved_spans == (((4, (5, 9)),), (2,))
+    assert not resolved.needs_tokenizer
+    assert not resolved.with_kept_ids((5,)).keep_after
+    ids = SepLLMConfig(keep=(9,), keep_after=4)
+    assert ids.needs_tokenizer, "segment ends are texts"
+    assert not SepLLMConfig(keep=(9,), keep_after=4, segment_ends=()).needs_tokenizer
+
+
+@pytest.mark.parametrize(
     ("options", "parts"),
     [
         ({"keep": "digits"}, ["keep='digits'", "must be a list of separators, special"]),
@@ -102,6 +139,23 @@ def test_ids_that_need_no_tokenizer(options, ids):
         ),
         ({"keep": [5], "separator_token_ids": [3]}, ["separator_token_ids=[3] with keep=[5]"]),
         ({"policy": "streaming", "keep": ["digits"]}, ["keep=['digits'] with policy='streaming'"]),
+        ({"keep_after": 33}, ["keep_after=33", "from 0 to 32 tokens", "keep_after=4"]),
+        ({"keep_after": -1}, ["keep_after=-1", "from 0 to 32 tokens"]),
+        ({"keep_after": True}, ["keep_after=True", "number of tokens"]),
+        ({"keep_after": "4"}, ["keep_after='4'", "number of tokens"]),
+        ({"keep_after": {"separators": 2.5}}, ["keep_after=2.5", "number of tokens"]),
+        ({"keep_after": {"digits": 4}}, ["keep_after holds 'digits'", "not in keep: add it"]),
+        ({"keep_after": [[4, ["digits"]]]}, ["keep_after holds 'digits'", "not in keep"]),
+        ({"keep_after": [[4, [["x"]]]]}, ["keep_after holds ['x']", "not in keep"]),
+        ({"keep_after": [4, 2]}, ["keep_after=[4, 2]", "number of tokens"]),
+        (
+            {"policy": "streaming", "keep_after": 4},
+            ["keep_after=[[4, ['separators']]] with policy='streaming'"],
+        ),
+        ({"keep_after": 4, "segment_ends": "."}, ["segment_ends='.'", "list of texts and token"]),
+        ({"keep_after": 4, "segment_ends": [""]}, ["segment_ends=['']", "list of texts"]),
+        ({"keep_after": 4, "segment_ends": [-1]}, ["segment_ends=[-1]", "list of texts"]),
+        ({"segment_ends": ["."]}, ["segment_ends=['.'] without keep_after", "set keep_after"]),
         ({"window_size": 0}, ["window_size=0", "at least 1", "256"]),
         ({"window_size": 1.5}, ["window_size=1.5", "whole number"]),
         ({"window_size": "64"}, ["window_size='64'", "whole number"]),

@@ -114,6 +114,19 @@ def test_classes_have_colours_of_their_own(page):
     assert re.search(rf"tokens of digits outside the window\D+{digits}\b", output)
 
 
+def test_what_is_kept_behind_others_has_a_colour_too(page):
+    options = 'keep=["separators", "digits", " in"]', 'keep_after={"digits": 2, " in": 1}'
+    output, source = page(SUMS, *options, "window_size=20")
+    assert "2 tokens behind digits, 1 token behind ' in'" in " ".join(output.split())
+    assert "at most 2 tokens behind such a token and outside the window" in output
+    found = kinds_of(source)
+    behind = [name for _, name in found].count("behind")
+    assert behind > 0
+    assert re.search(rf"tokens behind them outside the window\D+{behind}\b", output)
+    plain, _ = page(SUMS, options[0], "window_size=20")
+    assert "behind such" not in plain
+
+
 def test_listed_texts_that_are_no_tokens_are_named(page):
     output, source = page(SUMS, 'keep=["separators", " in", "zebra crossing"]', "window_size=20")
     assert "not among this tokenizer's tokens: 'zebra crossing'" in " ".join(output.split())

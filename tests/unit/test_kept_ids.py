@@ -142,6 +142,49 @@ def test_texts_that_are_no_tokens():
         resolve_kept(SepLLMConfig(keep=("digit",)), Lower())
 
 
+def test_spans_of_classes_texts_and_ids(tokenizer):
+    texts = token_texts(tokenizer)
+    [the] = [i for i, text in enumerate(texts) if text == " the"]
+    config = SepLLMConfig(
+        keep=("digits", " the", 7), keep_after={"digits": 4, " the": 2}, segment_ends=(".", 9)
+    )
+    found = resolve_kept(config, tokenizer)
+    digits = found.by_class["digits"]
+    assert found.keep_after == ((4, digits), (2, (the,)))
+    assert 9 in found.segment_ends
+    others = {texts[i] for i in found.segment_ends if i != 9}
+    assert {".", "..."} <= others | {"..."}
+    assert all("." in text and not any(map(str.isalnum, text)) for text in others)
+    resolved = found.resolve(config)
+    assert resolved.keep == tuple(sorted({*digits, the, 7}))
+    assert resolved.resolved_spans == (found.keep_after, found.segment_ends)
+    assert notes_of(config, found) == []
+
+
+def test_nothing_ends_where_nothing_is_kept_behind(tokenizer):
+    found = resolve_kept(SepLLMConfig(keep=("digits",)), tokenizer)
+    assert (found.keep_after, found.segment_ends) == ((), ())
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "pythia", "smollm2"])
+def test_default_segment_ends_of_real_vocabularies(name, request):
+    tokenizer = request.getfixturevalue(name)
+    found = resolve_kept(SepLLMConfig(keep_after=1), tokenizer)
+    texts = token_texts(tokenizer)
+    ends = {texts[i] for i in found.segment_ends}
+    assert {".", "?", "!", ";", "\n"} <= ends
+    assert not ends & {",", ":", "-", "3.5", ".com"}
+    assert not found.missing_ends
+
+
+def test_segment_ends_that_are_no_tokens():
+    config = SepLLMConfig(keep=("the",), keep_after=2, segment_ends=(".", "§"))
+    found = resolve_kept(config, Lower())
+    assert (found.segment_ends, found.missing_ends) == ((2,), ("§",))
+    [note] = notes_of(config, found)
+    assert note.startswith("'§' of segment_ends: no token of this tokenizer has such a text")
+
+
 def test_special_tokens_that_are_only_added_as_special(tokenizer):
     class Added:
         all_special_ids = (2,)

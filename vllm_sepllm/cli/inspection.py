@@ -15,7 +15,7 @@ import numpy as np
 
 from vllm_sepllm.cli.inspection_advice import Better, better_separators, keeps_next_to_nothing
 from vllm_sepllm.config import SepLLMConfig
-from vllm_sepllm.keep_classes import SEPARATORS
+from vllm_sepllm.keep_classes import BEHIND, SEPARATORS
 from vllm_sepllm.kept_ids import KeptIds, resolve_kept
 from vllm_sepllm.policy import KeepRule
 from vllm_sepllm.separators import (
@@ -45,7 +45,7 @@ class Token:
         position: index in the text's tokens.
         token_id: id in the vocabulary.
         text: its part of the text; all parts together are the text.
-        kind: why it is seen: a :class:`TokenClass`, or the name of a class of ``keep``.
+        kind: why it is seen: a :class:`TokenClass`, the name of a class of ``keep``, or ``BEHIND``.
     """
 
     position: int
@@ -189,6 +189,9 @@ def classify(
     kind_of: dict[int, str] = {}
     for name, ids in (by_class or {}).items():
         kind_of = {**dict.fromkeys(ids, kind_of_class(name)), **kind_of}
+    if rule.spans is not None:
+        others = set(token_ids).difference(np.flatnonzero(rule.is_kept).tolist())
+        kind_of |= dict.fromkeys(others, BEHIND)
     return [
         kind_of.get(token_id, kind) if kind is TokenClass.CHOSEN else kind
         for token_id, kind in zip(token_ids, kinds, strict=True)

@@ -7,7 +7,7 @@ import json
 from vllm_sepllm.cli.inspection import Inspection, TokenClass, kind_of_class
 from vllm_sepllm.cli.inspection_advice import keeps_next_to_nothing
 from vllm_sepllm.config import SepLLMConfig
-from vllm_sepllm.keep_classes import KEEP_CLASSES, LISTED, SEPARATORS, KeepClass
+from vllm_sepllm.keep_classes import BEHIND, KEEP_CLASSES, LISTED, SEPARATORS, KeepClass
 from vllm_sepllm.planning import NEXT_TO_NOTHING
 
 _LISTED = KeepClass("token that keep lists", "listed tokens")
@@ -33,6 +33,8 @@ def labels(config: SepLLMConfig) -> dict[str, str]:
         chosen = {kind_of_class(name): name for name in names}
         if SEPARATORS in names:
             chosen[TokenClass.CHOSEN] = config.method.chosen
+    if config.keep_after:
+        chosen[BEHIND] = BEHIND
     found = {TokenClass.SINK: "sink", **chosen, TokenClass.WINDOW: "window"}
     found[TokenClass.DROPPED] = "dropped"
     return {kind: label for kind, label in found.items() if label}
@@ -42,11 +44,26 @@ def legend(config: SepLLMConfig) -> dict[str, str]:
     """What each of :func:`labels` means."""
     meanings: dict[str, str] = {name: class_words(name).one for name in keep_names(config)}
     meanings[TokenClass.CHOSEN] = config.method.meaning(config)
+    if config.keep_after:
+        meanings[BEHIND] = f"at most {_tokens(config.keep_after[0][0])} behind such a token and"
     meanings = {k: f"{what} outside the window, seen all the same" for k, what in meanings.items()}
     meanings[TokenClass.SINK] = "one of the first tokens, always seen"
     meanings[TokenClass.WINDOW] = "the last token and those just before it"
     meanings[TokenClass.DROPPED] = "not seen any more, its KV cache is freed"
     return {kind: meanings[kind] for kind in labels(config)}
+
+
+def _tokens(number: int) -> str:
+    return f"{number} token" if number == 1 else f"{number:,} tokens"
+
+
+def _items(items: tuple[str | int, ...]) -> str:
+    """Items of ``keep`` for people: classes and texts by name, ids by their number."""
+    names = [
+        item if item in KEEP_CLASSES else repr(item) for item in items if isinstance(item, str)
+    ]
+    ids = sum(isinstance(item, int) for item in items)
+    return " and ".join([*names, *([f"{ids:,} ids"] if ids else [])])
 
 
 def describe(inspection: Inspection) -> str:
@@ -56,6 +73,9 @@ def describe(inspection: Inspection) -> str:
     if config.method.uses_keep:
         for name, ids in inspection.found.by_class.items():
             parts.append(f"{len(ids):,} {class_words(name).many} in the vocabulary")
+        parts += [
+            f"{_tokens(number)} behind {_items(items)}" for number, items in config.keep_after
+        ]
         if config.max_separator_tokens is not None:
             parts.append(f"the {config.max_separator_tokens:,} newest of a text seen")
     if config.interval is not None:
@@ -74,6 +94,7 @@ def summary_rows(inspection: Inspection) -> list[tuple[str, str]]:
     rows = [("tokens", f"{summary.num_tokens:,}")]
     names = keep_names(config)
     many: dict[str, str] = {name: f"{class_words(name).many} outside the window" for name in names}
+    many[BEHIND] = "tokens behind them outside the window"
     many |= {TokenClass.SINK: "sinks", TokenClass.CHOSEN: f"{method.many} outside the window"}
     rows += [(many.get(k, label), f"{summary.num_of[k]:,}") for k, label in labels(config).items()]
     rows.append(("seen by the last token", f"{summary.num_seen / summary.num_tokens:.1%}"))

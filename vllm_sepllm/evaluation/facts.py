@@ -1,0 +1,191 @@
+"""Facts of three kinds in one document, and whether a model can still tell them.
+
+A document is a piece of a book with sentences about made-up people in it: a number, a name and a
+word at each of several distances. The model is asked for one of them, and its answer is begun for
+it with the sentence itself, up to what is asked for. So a small model, too, only has to look.
+
+What stands in a document follows from a seed, so every way of attending gets the same.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_sepllm.evaluation.retrieval import NAMES, SENTENCE_END, chat_ids
+
+DISTANCES = 300, 1000, 2000, 3500  # tokens of the book behind a fact, give or take a sentence
+SPREAD = 60  # facts of one distance stand this many tokens apart at most
+_BEFORE = 120  # tokens of the book before the first fact
+
+
+@dataclass(frozen=True)
+class Wording:
+    """How a fact is said.
+
+    Attributes:
+        sentence: with ``{who}``, and ``{what}`` behind it.
+        question: with ``{who}``.
+        answers: what ``{what}`` may be; none for a number.
+    """
+
+    sentence: str
+    question: str
+    answers: tuple[str, ...] = ()
+
+
+_CITIES = ("Paris", "Rome", "Vienna", "Madrid", "Dublin", "Prague", "Athens", "Lisbon", "Berlin")
+_LANDS = ("France", "Italy", "Spain", "Russia", "Egypt", "India", "China", "Canada", "Norway")
+_SHIPS = ("Juno", "Atlas", "Phoenix", "Mercury", "Neptune", "Apollo", "Titan", "Saturn", "Orion")
+_MASTERS = ("Watson", "Baker", "Fisher", "Cooper", "Turner", "Carter", "Mason", "Parker", "Porter")
+_COLOURS = ("yellow", "purple", "orange", "green", "brown", "crimson", "silver", "black", "golden")
+_ANIMALS = (
+    "parrot",
+    "rabbit",
+    "donkey",
+    "tortoise",
+    "goat",
+    "monkey",
+    "pigeon",
+    "kitten",
+    "spider",
+)
+_TOOLS = ("violin", "trumpet", "piano", "drum", "guitar", "flute", "banjo", "harp", "organ")
+_FOODS = ("cheese", "honey", "onions", "cherries", "pepper", "ginger", "walnuts", "sausages")
+# As many of a kind as distances: within a document no two facts are said alike.
+WORDINGS = {
+    "number": (
+        Wording("The secret number of {who} is {what}.", "What is the secret number of {who}?"),
+        Wording("{who} paid {what} dollars for the house.", "What did {who} pay for the house?"),
+        Wording("The telephone number of {who} is {what}.", "What is {who}'s telephone number?"),
+        Wording(
+            "The ticket that {who} bought has the number {what}.",
+            "Which number has the ticket that {who} bought?",
+        ),
+    ),
+    "name": (
+        Wording("{who} was born in the city of {what}.", "Where was {who} born?", _CITIES),
+        Wording(
+            "The ship on which {who} travels is called {what}.",
+            "What is the ship called on which {who} travels?",
+            _SHIPS,
+        ),
+        Wording("{who} works for Mr. {what}.", "For whom does {who} work?", _MASTERS),
+        Wording(
+            "The uncle of {who} lives in {what}.", "Where does the uncle of {who} live?", _LANDS
+        ),
+    ),
+    "word": (
+        Wording(
+            "The favourite colour of {who} is {what}.",
+            "What is the favourite colour of {who}?",
+            _COLOURS,
+        ),
+        Wording("{who} has a {what} as a pet.", "Which animal does {who} have?", _ANIMALS),
+        Wording(
+            "The instrument that {who} plays is the {what}.",
+            "Which instrument does {who} play?",
+            _TOOLS,
+        ),
+        Wording("{who} likes to eat bread with {what}.", "What does {who} eat bread with?", _FOODS),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One sentence of a document.
+
+    Attributes:
+        kind: ``"number"``, ``"name"`` or ``"word"``.
+        distance: one of ``DISTANCES``.
+        sentence: as it stands in the document.
+        question: that it answers.
+        answer: the number, the name or the word.
+    """
+
+    kind: str
+    distance: int
+    sentence: str
+    question: str
+    answer: str
+
+    @property
+    def beginning(self) -> str:
+        """The sentence up to the answer, without the space before it."""
+        return self.sentence[: self.sentence.rindex(self.answer)].rstrip()
+
+    def is_right(self, reply: str) -> bool:
+        """Whether a reply, which goes on from :attr:`beginning`, begins with the answer."""
+        return re.match(rf"\s*{re.escape(self.answer)}(?!\w)", reply) is not None
+
+
+@dataclass(frozen=True)
+class Document:
+    """A piece of a book with facts in it.
+
+    Attributes:
+        text: with their sentences.
+        facts: in their order in the text.
+    """
+
+    text: str
+    facts: tuple[Fact, ...]
+
+    def without_facts(self) -> Document:
+        """The same without their sentences: what is right then was guessed."""
+        text = self.text
+        for fact in self.facts:
+            text = text.replace(f"{fact.sentence} ", "", 1)
+        return Document(text, self.facts)
+
+    def prompt(self, tokenizer: Any, fact: Fact) -> list[int]:
+        """Token ids that ask for a fact of the document, the answer begun."""
+        ids = chat_ids(tokenizer, f"{self.text}\n\nQuestion: {fact.question}")
+        begun: list[int] = tokenizer.encode(fact.beginning, add_special_tokens=False)
+        return ids + begun
+
+
+def hide_facts(
+    book_ids: Sequence[int], tokenizer: Any, seed: int, distances: Sequence[int] = DISTANCES
+) -> Document:
+    """A document of a book, with a fact of each kind at each distance from its end.
+
+    Args:
+        book_ids: the book in tokens.
+        tokenizer: one of Transformers.
+        seed: decides which piece, people, wordings and answers.
+        distances: tokens, each at least ``SPREAD`` from the next; at most four.
+
+    Raises:
+        ValueError: the book is too short.
+    """
+    rng = random.Random(seed)
+    length = max(distances) + SPREAD + _BEFORE
+    if len(book_ids) <= length:
+        raise ValueError(f"the book has {len(book_ids)} tokens: it must have more than {length}")
+    start = rng.randrange(len(book_ids) - length)
+    stop = start + length
+    people = rng.sample(NAMES, len(distances) * len(WORDINGS))
+    wordings = {kind: rng.sample(said, len(said)) for kind, said in WORDINGS.items()}
+    places = [(d + rng.randint(0, SPREAD), d, kind) for d in distances for kind in WORDINGS]
+    book = tokenizer.decode(book_ids[start:stop])
+    ends = [0, *(match.end() for match in SENTENCE_END.finditer(book))]
+    text, facts, done = "", [], 0
+    for behind, distance, kind in sorted(places, reverse=True):
+        facts.append(_make_fact(rng, kind, distance, wordings[kind].pop(), people.pop()))
+        before = len(tokenizer.decode(book_ids[start : stop - behind]))
+        cut = ends[bisect_right(ends, before) - 1]
+        text += f"{book[done:cut]}{facts[-1].sentence} "
+        done = cut
+    return Document(text + book[done:], tuple(facts))
+
+
+def _make_fact(rng: random.Random, kind: str, distance: int, wording: Wording, who: str) -> Fact:
+    what = rng.choice(wording.answers) if wording.answers else str(rng.randrange(1000, 100_000))
+    sentence = wording.sentence.format(who=who, what=what)
+    return Fact(kind, distance, sentence, wording.question.format(who=who), what)

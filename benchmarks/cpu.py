@@ -2,6 +2,7 @@
 
     python benchmarks/cpu.py [--contexts 512 4096] [--batches 1 8] [--output FILE]
     python benchmarks/cpu.py --prefill-only    # short prompts alone; writes no file by default
+    python benchmarks/cpu.py --spans-only      # what keep_after costs the scheduler; the same
 
 Both engines live in one process and take turns, a few steps each, so that noise on the machine
 meets both alike; every figure is a ratio of medians. The model is Llama-shaped with random
@@ -21,6 +22,7 @@ os.environ.update(
 )
 
 import argparse
+import json
 import platform
 import statistics
 import tempfile
@@ -52,6 +54,8 @@ DECODE_TARGETS = {
     (1, 16384): 1.3,
     (1, 32768): 1.7,
 }
+SPANS = {"keep_after": 4}
+SPANS_TARGET = 0.03  # share of a step that the scheduler's side takes at most, batch 64
 PREFILL_TARGETS = {128: 0.98, 256: 0.98, 512: 0.92}
 PREFILL_CONTEXTS = (128, 256, 512, 1024)
 PREFILL_TURNS = (5, 25)  # of each engine, at least and at most
@@ -84,10 +88,12 @@ class Clock:
 class Engine:
     """One vLLM engine, stepped by hand."""
 
-    def __init__(self, model: str, backend: str | None, max_len: int, max_seqs: int) -> None:
+    def __init__(
+        self, model: str, options: dict[str, Any] | None, max_len: int, max_seqs: int
+    ) -> None:
         self.llm = LLM(
             model,
-            attention_backend=backend,
+            attention_backend=None if options is None else "sepllm",
             load_format="dummy",
             dtype="bfloat16",
             max_model_len=max_len,
@@ -97,7 +103,9 @@ class Engine:
             kv_cache_memory_bytes=shapes.kv_bytes(max_len, max_seqs),
             enable_prefix_caching=False,
             enforce_eager=True,
-            additional_config={"sepllm": {"window_size": shapes.WINDOW}} if backend else {},
+            additional_config={}
+            if options is None
+            else {"sepllm": {"window_size": shapes.WINDOW, **options}},
             seed=0,
         )
         self.core = self.llm.llm_engine.engine_core.engine_core
@@ -226,6 +234,43 @@ def measure_prefill(
     }
 
 
+def measure_spans(model: str, ids: list[int], context: int, batch: int) -> dict[str, Any]:
+    """Decode with and without ``keep_after`` in turns; managers' share of a step."""
+    options: dict[str, dict[str, Any]] = {"sepllm": {}, "spans": SPANS}
+    engines = {name: Engine(model, given, context + 256, batch) for name, given in options.items()}
+    stride = max(1, (len(ids) - context) // batch)
+    prompts = [ids[i * stride : i * stride + context] for i in range(batch)]
+    for engine in engines.values():
+        engine.prefill(prompts)
+    steps = decode_in_turns(engines, DECODE_STEPS)
+    for engine in engines.values():
+        engine.abort()
+    return {
+        "batch": batch,
+        "context": context,
+        "options": SPANS,
+        "step_ms": {name: 1e3 * s["step"] for name, s in steps.items()},
+        "managers_share": {name: s["managers"] / s["step"] for name, s in steps.items()},
+        "managers_target": SPANS_TARGET,
+    }
+
+
+def show_spans(result: dict[str, Any]) -> None:
+    table = Table(title=f"{json.dumps(result['options'])} (engines taking turns)")
+    columns = "batch", "context", "step ms\nwithout", "step ms", "managers, % of\nstep without"
+    for column in (*columns, "managers,\n% of step", "target"):
+        table.add_column(column, justify="right")
+    milliseconds, share = result["step_ms"], result["managers_share"]
+    table.add_row(
+        str(result["batch"]),
+        f"{result['context']:,}",
+        *(f"{milliseconds[name]:.1f}" for name in ("sepllm", "spans")),
+        *(f"{100 * share[name]:.2f}" for name in ("sepllm", "spans")),
+        f"{100 * result['managers_target']:.0f}",
+    )
+    Console(width=140).print(table)
+
+
 def show_prefill(results: list[dict[str, Any]]) -> None:
     table = Table(title="Prefill of short prompts (engines taking turns)")
     columns = "batch", "context", "turns", "dense ms", "SepLLM ms", "ratio", "target"
@@ -295,27 +340,34 @@ def main() -> None:
     parser.add_argument("--scheduler-batch", type=int, default=64)
     parser.add_argument("--prefill-contexts", type=int, nargs="*", default=PREFILL_CONTEXTS)
     parser.add_argument("--prefill-only", action="store_true", help="short prompts and no more")
+    parser.add_argument("--spans-only", action="store_true", help="keep_after and no more")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/cpu.json")
     args = parser.parse_args()
     output = args.output
-    if output is None and not args.prefill_only:
+    is_whole = not (args.prefill_only or args.spans_only)
+    if output is None and is_whole:
         output = ROOT / "benchmarks/results/cpu.json"
     tokenizer = Tokenizer.from_str(shapes.read_gzip(shapes.TOKENIZER))
     ids = tokenizer.encode(shapes.read_gzip(shapes.BOOK)).ids
     cases = [(batch, context) for context in args.contexts for batch in args.batches]
     if args.scheduler_batch:
         cases.insert(0, (args.scheduler_batch, 512))
-    if args.prefill_only:
+    if not is_whole:
         cases = []
     prompts = [(batch, context) for context in args.prefill_contexts for batch in args.batches]
+    if args.spans_only:
+        prompts = []
     with tempfile.TemporaryDirectory() as model:
         shapes.write_model(Path(model), tokenizer, shapes.benchmark_model())
-        max_len = max(context for _, context in cases + prompts) + 256
-        max_seqs = max(batch for batch, _ in cases + prompts)
-        names = {"dense": None, "sepllm": "sepllm"}
-        engines = {
-            name: Engine(model, backend, max_len, max_seqs) for name, backend in names.items()
-        }
+        spans = None
+        if args.scheduler_batch and not args.prefill_only:
+            spans = measure_spans(model, ids, 512, args.scheduler_batch)
+        engines = {}
+        if cases or prompts:
+            max_len = max(context for _, context in cases + prompts) + 256
+            max_seqs = max(batch for batch, _ in cases + prompts)
+            given: dict[str, dict[str, Any] | None] = {"dense": None, "sepllm": {}}
+            engines = {n: Engine(model, options, max_len, max_seqs) for n, options in given.items()}
         results = []
         if cases:
             measure(engines, ids, 600, 2)  # warm
@@ -330,10 +382,14 @@ def main() -> None:
         prefill = [measure_prefill(engines, ids, context, batch) for batch, context in prompts]
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        write(output, {**environment(), "results": results, "prefill": prefill})
+        found = {"results": results, "prefill": prefill, "spans": spans}
+        write(output, {**environment(), **found})
     if results:
         show(results)
-    show_prefill(prefill)
+    if prefill:
+        show_prefill(prefill)
+    if spans:
+        show_spans(spans)
     if output is not None:
         print(f"written to {output}")
 

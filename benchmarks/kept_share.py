@@ -57,6 +57,8 @@ def texts() -> list[Text]:
     problems = [f"{each['question']}\n{each['answer']}" for each in map(json.loads, lines)]
     return [
         Text("English book", "default", _read("examples/data/860.txt")),
+        Text("news", "default", _read("benchmarks/data/news.txt")),
+        Text("dialogue", "default", _read("benchmarks/data/dialogue.txt")),
         Text("school problems", "default", "\n\n".join(problems)),
         Text("Python code", "code", _all("vllm_sepllm", "*.py")),
         Text("JSON", "code", "".join(_read(f"benchmarks/results/{name}.json") for name in RESULTS)),

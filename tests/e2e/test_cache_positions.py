@@ -66,7 +66,7 @@ def test_greedy_tokens_equal_the_reference(
 def test_log_probabilities_equal_the_reference(engines, book, reference_of, bound):
     engine = engines(sepllm=cache_positions(max_separator_tokens=bound))
     reference = reference_of(bound=bound)
-    prompt = book[2000:2500]
+    prompt = book[2000:2350]
     output = engine.generate([prompt], max_tokens=20, logprobs=5, prompt_logprobs=0)[0]
     answer = output.outputs[0]
     tokens = prompt + list(answer.token_ids)
@@ -77,7 +77,7 @@ def test_log_probabilities_equal_the_reference(engines, book, reference_of, boun
 
 def test_the_comparison_can_fail(engines, book, reference, reference_of):
     engine = engines(sepllm=cache_positions(max_separator_tokens=20))
-    prompt = book[:1500]
+    prompt = book[:900]
     tokens = engine.tokens([prompt], max_tokens=40)[0]
     reference_of(bound=20).check(prompt, tokens)
     for other in (
@@ -101,7 +101,7 @@ def test_preemption_and_prefixes(engines, book, separator_ids, reference_of, bou
     cached = []
     for _ in range(2):  # cold, then from the prefix cache
         requests = {
-            "long": {"prompt": book[:900], "max_tokens": 30},
+            "long": {"prompt": book[:700], "max_tokens": 30},
             "branch": {"prompt": book[:500] + book[1500:1600], "max_tokens": 30},
         }
         for name, output in engine.serve(requests, intruder).items():
@@ -158,7 +158,7 @@ def test_beyond_the_trained_length(engines, book, reference_of):
     """The model is made for 2,048 positions and never sees one past the 88th."""
     sepllm = cache_positions(max_separator_tokens=20)
     engine = engines(sepllm=sepllm, max_model_len=4096, max_num_batched_tokens=512)
-    prompts = [book[:2030], book[:2500]]
+    prompts = [book[:2030], book[:2200]]
     for prompt, tokens in zip(prompts, engine.tokens(prompts, max_tokens=30), strict=True):
         reference_of(bound=20).check(prompt, tokens)
     engine.check_empty()

@@ -96,8 +96,8 @@ def run(engine, prompts, max_tokens):
 
 def test_chunks_and_mixed_batches(engine, book, separator_ids, reference):
     """Prompts of several chunks and of less than one, computed while others decode."""
-    prompts = [book[:150], book[100:102], book[300:340], list(separator_ids[:2]) * 40]
-    for output in run(engine, prompts, max_tokens=18):
+    prompts = [book[:110], book[100:102], book[300:340], list(separator_ids[:2]) * 35]
+    for output in run(engine, prompts, max_tokens=10):
         reference.check_output(output)
 
 
@@ -113,8 +113,8 @@ def test_prefix_hits(engine, book, reference):
 
 def test_preemption(engine, book, separator_ids, reference):
     requests = {
-        "prose": {"prompt": book[:130], "max_tokens": 18, "logprobs": 0},
-        "short": {"prompt": book[200:220], "max_tokens": 18, "logprobs": 0},
+        "prose": {"prompt": book[:100], "max_tokens": 12, "logprobs": 0},
+        "short": {"prompt": book[200:220], "max_tokens": 12, "logprobs": 0},
     }
     for output in engine.serve(requests, [separator_ids[0]] * 511).values():
         reference.check_output(output)
@@ -156,7 +156,7 @@ def test_fp8_pages(engines, book, reference, monkeypatch):
     """Greedy tokens are those of keys and values in FP8. What lies between two numbers of FP8 may
     become either, where float32 rounds: less than a tenth of what FP8 does to log-probabilities."""
     engine = engines(**OPTIONS, kv_cache_dtype="fp8")
-    outputs = run(engine, [book[:100], book[300:320]], max_tokens=20)
+    outputs = run(engine, [book[:80], book[300:320]], max_tokens=14)
     answers = [
         (list(output.prompt_token_ids), list(output.outputs[0].token_ids)) for output in outputs
     ]
@@ -180,7 +180,7 @@ def test_drafts(engines, book, make_reference):
     reference = make_reference(after=after)
     prompts = [book[:60] + book[:40], book[300:330]]
     counts = engine.count_drafts()
-    for output in run(engine, prompts, max_tokens=30):
+    for output in run(engine, prompts, max_tokens=24):
         reference.check_output(output)
     assert counts["drafted"] > counts["accepted"] > 0, "nothing was drafted, accepted or rejected"
     engine.check_empty()
@@ -189,7 +189,7 @@ def test_drafts(engines, book, make_reference):
 def test_bounded_separators(engines, book, make_reference):
     """Chunks and decoding, while pages of the stream leave."""
     engine = engines(**options_with(max_separator_tokens=5))
-    for output in run(engine, [book[:200], book[300:340]], max_tokens=16):
+    for output in run(engine, [book[:150], book[300:330]], max_tokens=10):
         make_reference(bound=5).check_output(output)
     engine.check_empty()
 
@@ -240,10 +240,10 @@ def xformers_calls(monkeypatch):
 def test_prompts_with_xformers(engines, book, make_reference, xformers_calls, position_mode):
     """Chunks, a short prompt, and chunks of one while another decodes."""
     engine = engines(**options_with(prefill_kernel="xformers", position_mode=position_mode))
-    prompts, reference = [book[:150], book[100:102], book[300:340]], make_reference()
+    prompts, reference = [book[:100], book[100:102], book[300:330]], make_reference()
     if position_mode == "cache":
-        prompts, reference = [book[:90], book[100:102]], make_reference(CacheReference)
-    for output in run(engine, prompts, max_tokens=12):
+        prompts, reference = [book[:80], book[100:102]], make_reference(CacheReference)
+    for output in run(engine, prompts, max_tokens=8):
         reference.check_output(output)
     assert xformers_calls, "xformers was not called"
     engine.check_empty()
@@ -385,7 +385,7 @@ def test_replayed_graphs(engines, book, make_reference, replay_graphs, sepllm):
         reference = make_reference(CacheReference, bound=5, after=usual_spans()[1])
     replayed = replay_graphs(engine, sizes=[2, 4])
     prompts = [book[:70], book[100:102], book[300:318]]
-    for output in run(engine, prompts, max_tokens=10):
+    for output in run(engine, prompts, max_tokens=7):
         reference.check_output(output)
     assert (4, 1) in replayed
     for output in run(engine, [book[500:530]], max_tokens=4):

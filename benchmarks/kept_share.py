@@ -1,4 +1,4 @@
-"""Share of tokens that separators keep, by kind of text and tokenizer.
+"""Share of tokens that separators keep, and the preset "facts", by kind of text and tokenizer.
 
     .venv/bin/python benchmarks/kept_share.py [TOKENIZER ...] [--json]
 
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_sepllm.config import ConfigError, SepLLMConfig
+from vllm_sepllm.kept_ids import resolve_kept
 from vllm_sepllm.planning import kept_share
 from vllm_sepllm.policy import KeepRule
 from vllm_sepllm.samples import SAMPLES
@@ -122,11 +123,14 @@ def measure(tokenizer: Any, found: list[Text]) -> list[dict[str, Any]]:
     """
     rows = []
     vocab_size = num_token_ids(tokenizer)
+    preset = SepLLMConfig.from_dict({"preset": "facts"})
+    facts = KeepRule.of(resolve_kept(preset, tokenizer).resolve(preset), vocab_size)
     for each in found:
         ids = tokenizer.encode(each.text, add_special_tokens=False)
         row = {"text": each.kind, "list": each.own_list, "tokens": len(ids)}
         for heading, options in columns(each.own_list).items():
             row[heading] = options and kept_share(policy_of(tokenizer, vocab_size, *options), ids)
+        row["facts"] = kept_share(facts, ids)
         rows.append(row)
     return rows
 

@@ -44,11 +44,11 @@ def draw_rule(rng: random.Random) -> dict[str, Any]:
         rule["interval"] = rng.choice([1, 2, 5, 33])
     if rule["policy"] == "sepllm":
         drawn = rng.choice([list(find_separators()), [], rng.sample(range(2, VOCABULARY), 1500)])
-        if rng.random() < 0.5:
+        if rng.random() < 0.3:
             rule["separator_token_ids"] = drawn
         else:
             rule["keep"] = drawn
-            if drawn and rng.random() < 0.7:
+            if drawn:
                 rule |= draw_spans(rng, drawn)
         rule["planned_kept_share"] = 0.01  # pools are small on purpose
         rule["max_separator_tokens"] = rng.choice([None, None, 1, 6, 40])

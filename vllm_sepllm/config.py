@@ -308,6 +308,8 @@ def _check_count(name: str, value: object, least: int, remedy: str) -> None:
 
 
 def _keep(name: str, value: object) -> tuple[str | int, ...]:
+    if isinstance(value, str) and value in PRESETS:
+        raise ConfigError(f"{name}={value!r}: this is a preset; set preset={value!r} instead")
     if not isinstance(value, (list, tuple)):
         raise ConfigError(
             f"{name}={value!r}: must be a list of {', '.join(KEEP_CLASSES)}, texts and token ids, "

@@ -14,6 +14,23 @@ from dataclasses import dataclass
 from typing import Any
 
 SEPARATORS = "separators"
+# English words that often begin a sentence and are nobody's name: articles, pronouns, conjunctions,
+# prepositions, auxiliaries, question words and adverbs of time and order.
+_STARTERS = """
+a an the this that these those such some any all both each every either neither no none one two
+another other many much more most few little less least several
+i you he she it we they me him her us them my your his its our their mine yours hers
+who whom whose which what when where why how there here
+and but or nor so yet for if then else while because since although though unless until as than
+about above across after against along among around at before behind below beneath beside
+between beyond by down during from in inside into near of off on onto out outside over past
+through throughout to toward towards under up upon with within without
+is was are were am be been being do does did have has had can could will would shall should may
+might must not never ever always often now today again once still just only even also too very
+perhaps maybe yes well oh ah let look see hear say said come go thus hence however therefore
+indeed instead meanwhile moreover suddenly soon later first second next last finally
+"""
+SENTENCE_STARTERS = frozenset(_STARTERS.split())
 LISTED = "listed"  # not to be named: texts and ids that ``keep`` holds one by one
 BEHIND = "behind"  # nor this: tokens that stay for what stands before them (``keep_after``)
 
@@ -47,6 +64,12 @@ def is_capitalized(text: str) -> bool:
     return unicodedata.category(text.lstrip()[:1] or " ") in ("Lu", "Lt")
 
 
+def is_name(text: str) -> bool:
+    """Capitalized, and no English word that often begins a sentence: " Alice", "NASA", "Lon". A
+    name is often several tokens, of which the first is capitalized."""
+    return is_capitalized(text) and text.strip().lower() not in SENTENCE_STARTERS
+
+
 def special_ids(tokenizer: Any) -> tuple[int, ...]:
     """Ids the tokenizer calls special, and those it only adds to its vocabulary as special, as
     chat markers often are."""
@@ -67,4 +90,5 @@ KEEP_CLASSES = {
     "capitalized": KeepClass(
         "token with a capital letter first", "capitalized tokens", has_text=is_capitalized
     ),
+    "names": KeepClass("token that may begin a name", "tokens of names", has_text=is_name),
 }

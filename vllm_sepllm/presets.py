@@ -1,4 +1,4 @@
-"""Settings of papers, by name: ``{"preset": "llama3", "window_size": 512}``.
+"""Settings by name, most of them of papers: ``{"preset": "llama3", "window_size": 512}``.
 
 A preset is nothing but options; those given beside it come first. Separators are texts here, which
 are looked up in the model's own tokenizer. In the tokenizer that a preset was published for, they
@@ -7,7 +7,8 @@ are the ids that its authors list, and ids of the same texts that this tokenizer
 Sources: SepLLM (arXiv 2412.12094) and its repository HKUDS/SepLLM, whose streaming cache varies
 between ``local_size`` and ``cache_size - init_cache_size - sep_cache_size`` recent tokens; a window
 here has always the larger number, so that all together are ``cache_size``. StreamingLLM
-(arXiv 2309.17453). FixLLM is a baseline of the SepLLM paper.
+(arXiv 2309.17453). FixLLM is a baseline of the SepLLM paper. "facts" is this project's own
+(``docs/facts.md``).
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ _FALCON = (*_WITHOUT_TAB, " \n", "  ", "\n ", " \n ", "   ")
 
 @dataclass(frozen=True)
 class Preset:
-    """Options of one publication.
+    """Options by one name.
 
     Attributes:
-        source: what they were published for.
+        source: what they were published for, or are good for.
         options: as in ``additional_config["sepllm"]``.
     """
 
@@ -74,6 +75,13 @@ PRESETS = {
             "num_sink_tokens": 4,
             "window_size": 1020,
             "position_mode": "cache",
+        },
+    ),
+    "facts": Preset(
+        "this project: names, numbers and what is said of them",
+        {
+            "keep": ["special", "digits", "capitalized", "names"],
+            "keep_after": {"names": 7, "digits": 3},
         },
     ),
     "fixllm": Preset(

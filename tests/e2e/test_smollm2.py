@@ -6,7 +6,8 @@ import torch
 from helpers import BOOK, NGRAM, SMOLLM2, CacheReference, Reference
 
 from vllm_sepllm.config import SepLLMConfig
-from vllm_sepllm.evaluation.retrieval import ask_for_number, chat_ids
+from vllm_sepllm.evaluation.facts import hide_facts
+from vllm_sepllm.evaluation.retrieval import chat_ids
 from vllm_sepllm.kept_ids import resolve_kept
 
 pytestmark = pytest.mark.e2e
@@ -74,21 +75,24 @@ def test_smollm2_bound_cache_positions_and_drafts(serve, smollm2, smollm2_model,
 
 
 def test_smollm2_answers(serve, smollm2):
-    """A number 300 to 850 tokens back: full attention knows it, and so does a window of 256 beside
-    kept names and numbers. The window alone does not."""
-    text = BOOK.read_text(encoding="utf-8")
-    questions = [ask_for_number(text, smollm2, seed) for seed in range(4)]
-    prompts = [chat_ids(smollm2, q.message) for q in questions]
+    """Numbers, names and words 300 and 600 tokens back: full attention knows them, and so does the
+    preset "facts". Separators do not hold them."""
+    book = smollm2.encode(BOOK.read_text(encoding="utf-8"), add_special_tokens=False)
+    document = hide_facts(book, smollm2, seed=0, distances=(300, 600))
+    asked = [(fact, document.prompt(smollm2, fact)) for fact in document.facts]
     right = {}
     for name, sepllm in (
         ("full", None),
-        ("classes", {"keep": KEEP}),
-        ("alone", {"policy": "streaming"}),
+        ("facts", {"preset": "facts"}),
+        ("separators", {}),
     ):
-        engine = serve(sepllm, max_num_batched_tokens=512)
-        outputs = engine.generate(prompts, max_tokens=16, ignore_eos=False)
-        answers = [output.outputs[0].text for output in outputs]
-        right[name] = sum(map(lambda q, text: q.is_right(text), questions, answers))
-    assert right["full"] >= 3
-    assert right["classes"] >= 3
-    assert right["alone"] <= 1
+        engine = serve(sepllm, max_num_batched_tokens=512, enable_prefix_caching=True)
+        outputs = engine.generate([prompt for _, prompt in asked], max_tokens=7, ignore_eos=False)
+        replies = [output.outputs[0].text for output in outputs]
+        right[name] = sum(
+            fact.is_right(reply) for (fact, _), reply in zip(asked, replies, strict=True)
+        )
+    assert len(asked) == 6
+    assert right["full"] >= 5
+    assert right["facts"] >= 5
+    assert right["separators"] <= 1

@@ -7,7 +7,7 @@ from helpers import BOOK, ROOT
 from made_tokenizers import ListedWords
 
 from vllm_sepllm.config import ConfigError, SepLLMConfig
-from vllm_sepllm.keep_classes import LISTED, has_digits, is_capitalized, special_ids
+from vllm_sepllm.keep_classes import LISTED, has_digits, is_capitalized, is_name, special_ids
 from vllm_sepllm.kept_ids import notes_of, resolve_kept
 from vllm_sepllm.planning import kept_share
 from vllm_sepllm.policy import KeepRule
@@ -35,6 +35,16 @@ def test_capitalized(text):
 @pytest.mark.parametrize("text", ["", " ", "the", " iPhone", "7A", "'S", ".A", "ß", "字", "_X"])
 def test_not_capitalized(text):
     assert not is_capitalized(text)
+
+
+@pytest.mark.parametrize("text", [" Alice", "Lon", "NASA", " Ж", "\n\nWatson", " Theo"])
+def test_names(text):
+    assert is_name(text)
+
+
+@pytest.mark.parametrize("text", ["The", " He", "\n\nBut", "I", " WHAT", "alice", "7", ""])
+def test_no_names(text):
+    assert not is_name(text)
 
 
 # Ids of each class in the vocabulary: of digits, capitalized, special.
@@ -123,7 +133,7 @@ class Lower(ListedWords):
     words = ("a", "b", ".", ",", "the")
 
 
-@pytest.mark.parametrize("name", ["digits", "capitalized", "special"])
+@pytest.mark.parametrize("name", ["digits", "capitalized", "names", "special"])
 def test_a_class_without_tokens_is_refused(name):
     with pytest.raises(
         ConfigError, match=f"keep holds '{name}': .*has no such token; leave it out"

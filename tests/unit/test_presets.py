@@ -90,7 +90,7 @@ def test_the_table_of_presets():
         assert source == PRESETS[name].source
         assert (int(sinks), int(window)) == (config.num_sink_tokens, config.window_size)
         assert bound == (
-            str(config.max_separator_tokens or "none") if config.uses_separators else ""
+            str(config.max_separator_tokens or "none") if config.method.uses_keep else ""
         )
         assert positions == f"`{config.position_mode}`"
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from helpers import BOOK, find_separators
+from helpers import BOOK, find_separators, usual_spans
 
 from vllm_sepllm.config import SepLLMConfig
 from vllm_sepllm.evaluation.retrieval import DISTANCES, LENGTH, ask_for_number
@@ -95,6 +95,14 @@ def test_tokens_attended_to_are_those_of_the_mask(book, tokenizer, options, leng
         max_separators=config.max_separator_tokens,
         interval=config.interval,
     )
+    assert num_attended(config, tokenizer, book[:length]) == int(np.asarray(mask)[-1].sum())
+
+
+@pytest.mark.parametrize("length", [3, 900])
+def test_tokens_attended_to_with_spans(book, tokenizer, length):
+    options, after = usual_spans()
+    config = SepLLMConfig.from_dict({**options, "window_size": 64})
+    mask = sepllm_mask(book[:length], config.keep, 4, 64, after=after)
     assert num_attended(config, tokenizer, book[:length]) == int(np.asarray(mask)[-1].sum())
 
 

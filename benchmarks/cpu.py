@@ -339,8 +339,9 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--scheduler-batch", type=int, default=64)
     parser.add_argument("--prefill-contexts", type=int, nargs="*", default=PREFILL_CONTEXTS)
-    parser.add_argument("--prefill-only", action="store_true", help="short prompts and no more")
-    parser.add_argument("--spans-only", action="store_true", help="keep_after and no more")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--prefill-only", action="store_true", help="short prompts and no more")
+    only.add_argument("--spans-only", action="store_true", help="keep_after and no more")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/cpu.json")
     args = parser.parse_args()
     output = args.output
@@ -359,9 +360,6 @@ def main() -> None:
         prompts = []
     with tempfile.TemporaryDirectory() as model:
         shapes.write_model(Path(model), tokenizer, shapes.benchmark_model())
-        spans = None
-        if args.scheduler_batch and not args.prefill_only:
-            spans = measure_spans(model, ids, 512, args.scheduler_batch)
         engines = {}
         if cases or prompts:
             max_len = max(context for _, context in cases + prompts) + 256
@@ -380,6 +378,10 @@ def main() -> None:
                 flush=True,
             )
         prefill = [measure_prefill(engines, ids, context, batch) for batch, context in prompts]
+        spans = None
+        if args.scheduler_batch and not args.prefill_only:
+            engines.clear()
+            spans = measure_spans(model, ids, 512, args.scheduler_batch)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         found = {"results": results, "prefill": prefill, "spans": spans}

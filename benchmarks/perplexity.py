@@ -2,9 +2,9 @@
 
     python benchmarks/perplexity.py [--tokens 2048]
 
-The first tokens of each of four books that the model was not measured on otherwise; the second half
-counts, when text has left the window. The engine computes it in float32, from the log-probabilities
-of the prompt. With equal KV, StreamingLLM's window is as wide as the other sees tokens in the end.
+A piece of each of four books; its second half counts, when text has left the window. The engine
+computes it in float32, from the log-probabilities of the prompt. With equal KV, StreamingLLM's
+window is as wide as the other sees tokens in the end.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ WAYS: dict[str, dict[str, Any] | None] = {
     FULL: None,
     "SepLLM": {},
     FACTS: {"preset": "facts"},
-    "SepLLM and facts": {"preset": "facts", "keep": ["separators", *retrieval.CLASSES]},
+    "SepLLM and facts": {
+        "preset": "facts",
+        "keep": ["separators", "names", *retrieval.CLASSES],
+    },
 }
 
 

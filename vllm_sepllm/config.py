@@ -258,7 +258,7 @@ class SepLLMConfig:
         if PRESET in given:
             name = given.pop(PRESET)
             _check_choice(PRESET, name, tuple(PRESETS))
-            given = {**PRESETS[name].options, **given}
+            given = {**_preset_options(name, given), **given}
         return cls(**given)
 
     def to_dict(self) -> dict[str, Any]:
@@ -278,11 +278,12 @@ class SepLLMConfig:
             keep_after, segment_ends: of the options of these names; ends are left out without
                 ``keep_after``.
         """
+        spans = tuple((number, ids) for number, ids in keep_after if ids)
         return replace(
             self,
             keep=token_ids,
-            keep_after=keep_after,
-            segment_ends=segment_ends if keep_after else DEFAULT_SEGMENT_ENDS,
+            keep_after=spans,
+            segment_ends=segment_ends if spans else DEFAULT_SEGMENT_ENDS,
             separators=DEFAULT_SEPARATORS,
             separator_match="exact",
             separator_token_ids=None,
@@ -291,6 +292,15 @@ class SepLLMConfig:
     def with_dense_layers(self, indices: tuple[int, ...]) -> SepLLMConfig:
         """The same options with ``dense_layers`` of a model, see :mod:`vllm_sepllm.layers`."""
         return replace(self, dense_layers=indices)
+
+
+def _preset_options(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a preset beside those given: of its ``keep_after``, what they keep."""
+    options = dict(PRESETS[name].options)
+    after, keep = options.get("keep_after"), given.get("keep")
+    if isinstance(after, Mapping) and isinstance(keep, (list, tuple)):
+        options["keep_after"] = {item: number for item, number in after.items() if item in keep}
+    return options
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -347,19 +357,31 @@ def _keep_after(
         pairs = [(number, tuple(items)) for number, items in value]
     else:
         pairs = [(value, keep)]  # type: ignore[list-item]  # checked below
+        if value and not keep:
+            raise ConfigError(
+                f"keep_after={value!r} with keep=[]: no token is kept that could keep others; add "
+                "to keep, or drop keep_after"
+            )
     found: dict[int, dict[str | int, None]] = {}
     known = set(keep)
     for number, items in pairs:
         _check_span(number)
         for item in items:
-            if isinstance(item, (str, int)) and item in known:
-                found.setdefault(number, {})[item] = None
-            else:
-                raise ConfigError(
-                    f"keep_after holds {item!r}, which is not in keep: add it there, or leave it "
-                    "out"
-                )
+            if not _is_item(item) or item not in known:
+                raise ConfigError(f"keep_after holds {item!r}, which is not in keep: {_way(item)}")
+            found.setdefault(number, {})[item] = None
     return tuple((number, tuple(found[number])) for number in sorted(found, reverse=True) if number)
+
+
+def _is_item(value: object) -> bool:
+    return isinstance(value, (str, int)) and not isinstance(value, bool)
+
+
+def _way(item: object) -> str:
+    """What to do about an item of ``keep_after`` that is not in ``keep``."""
+    if isinstance(item, str) and item.isdecimal():
+        return f"for a token id write pairs, e.g. keep_after=[[4, [{item}]]]"
+    return "add it there, or leave it out"
 
 
 def _is_pair(value: object) -> bool:

@@ -110,7 +110,7 @@ def _with_spans(kept: KeptIds, config: SepLLMConfig, tokenizer: Tokenizer | None
         for item in items:
             if isinstance(item, int):
                 ids.add(item)
-            elif item in kept.by_class:
+            elif item in KEEP_CLASSES:
                 ids.update(kept.by_class[item])
             elif tokenizer is not None:
                 ids.update(i for i, text in enumerate(token_texts(tokenizer)) if text == item)
@@ -193,8 +193,9 @@ def notes_of(config: SepLLMConfig, found: KeptIds) -> list[str]:
             f"{'them' if several else 'it'} out (classes are {', '.join(KEEP_CLASSES)})"
         )
     if found.missing_ends:
+        it = "it" if len(found.missing_ends) == 1 else "them"
         notes.append(
             f"{' '.join(map(repr, found.missing_ends))} of segment_ends: no token of this "
-            "tokenizer has such a text, so nothing ends there; leave it out"
+            f"tokenizer has such a text, so nothing ends there; leave {it} out"
         )
     return notes

@@ -80,7 +80,7 @@ PRESETS = {
     "facts": Preset(
         "this project: names, numbers and what is said of them",
         {
-            "keep": ["special", "digits", "capitalized", "names"],
+            "keep": ["special", "digits", "names", "capitalized"],
             "keep_after": {"names": 7, "digits": 3},
         },
     ),

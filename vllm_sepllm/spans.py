@@ -130,11 +130,11 @@ def checked_ids(token_ids: Iterable[int], vocab_size: int, options: str) -> npt.
     Raises:
         ValueError: an id lies outside the vocabulary.
     """
-    ids = np.fromiter(token_ids, dtype=np.int64)
-    outside = ids[(ids < 0) | (ids >= vocab_size)]
-    if outside.size:
-        raise ValueError(
-            f"token id {outside[0]}: must be below the vocabulary size {vocab_size}; correct "
-            f"{options}"
-        )
-    return ids
+    ids = list(token_ids)
+    for token_id in ids:
+        if not 0 <= token_id < vocab_size:
+            raise ValueError(
+                f"token id {token_id}: must be below the vocabulary size {vocab_size}; correct "
+                f"{options}"
+            )
+    return np.asarray(ids, dtype=np.int64)

@@ -77,7 +77,7 @@ def test_log_probabilities_equal_the_reference(engines, book, reference_of, boun
 
 def test_the_comparison_can_fail(engines, book, reference, reference_of):
     engine = engines(sepllm=cache_positions(max_separator_tokens=20))
-    prompt = book[:900]
+    prompt = book[:1500]
     tokens = engine.tokens([prompt], max_tokens=40)[0]
     reference_of(bound=20).check(prompt, tokens)
     for other in (
@@ -101,7 +101,7 @@ def test_preemption_and_prefixes(engines, book, separator_ids, reference_of, bou
     cached = []
     for _ in range(2):  # cold, then from the prefix cache
         requests = {
-            "long": {"prompt": book[:700], "max_tokens": 30},
+            "long": {"prompt": book[:900], "max_tokens": 30},
             "branch": {"prompt": book[:500] + book[1500:1600], "max_tokens": 30},
         }
         for name, output in engine.serve(requests, intruder).items():

@@ -5,6 +5,7 @@ What vLLM's scheduler sends is followed to the letter. The runner here has nothi
 -1, are not there at all.
 """
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -34,15 +35,21 @@ pytestmark = pytest.mark.engine
 
 VOCABULARY, NUM_ROWS, NUM_GROUPS, MAX_LEN = 10, 4, 2, 500
 SPANS = make_spans([(3, [3])], [4], VOCABULARY)
-POLICY = KeepRule(SINKS, WINDOW, table_of([0, 3], VOCABULARY), spans=SPANS)
-BUILDERS = {"cpu": KeptMetadataBuilder, "device": GPUKeptMetadataBuilder}
+PLAIN = KeepRule(SINKS, WINDOW, table_of([0, 3], VOCABULARY))
+WITH_SPANS = replace(PLAIN, spans=SPANS)
+POLICIES = {"cpu": PLAIN, "cpu, spans": WITH_SPANS, "device": WITH_SPANS}
+BUILDERS = {
+    "cpu": KeptMetadataBuilder,
+    "cpu, spans": KeptMetadataBuilder,
+    "device": GPUKeptMetadataBuilder,
+}
 
 
 def make_counts(kind):
-    if kind == "cpu":
-        return HostCounts(POLICY, NUM_ROWS, MAX_LEN)
+    if kind != "device":
+        return HostCounts(POLICIES[kind], NUM_ROWS, MAX_LEN)
     sizes = NUM_ROWS, MAX_LEN, MAX_STEP_TOKENS, 2 * NUM_DRAFTS
-    return DeviceCounts(POLICY, *sizes, torch.device("cpu"))
+    return DeviceCounts(POLICIES[kind], *sizes, torch.device("cpu"))
 
 
 def read(kind, metadata, group):
@@ -54,7 +61,9 @@ def read(kind, metadata, group):
         slots, limits = np.full(batch.query_start[-1], -1), []
         slots[metadata.token_index] = metadata.slot_mapping
         for row, start, stop in zip(batch.rows, batch.starts, batch.stops, strict=True):
-            limits.extend(POLICY.stream_limit(batch.kept_prefix[row], np.arange(start, stop)))
+            limits.extend(
+                POLICIES[kind].stream_limit(batch.kept_prefix[row], np.arange(start, stop))
+            )
     first = (1 + group) * PAGE
     return np.where(slots < 0, -1, slots - first) % (NUM_PAGES * PAGE), limits
 
@@ -118,11 +127,12 @@ class Runner:
         self.input_ids.gpu[: len(ids)] = torch.from_numpy(ids)
         wanted_entries, wanted_limits = [], []
         for i, (name, span) in enumerate(zip(names, spans, strict=True)):
-            kept = POLICY.kept_flags(self.ids[name])
+            policy = POLICIES[self.kind]
+            kept = policy.kept_flags(self.ids[name])
             prefix = np.concatenate([[0], np.cumsum(kept)]).astype(np.int32)
             entries = i * NUM_PAGES * PAGE + prefix[:-1]
             wanted_entries.extend(np.where(kept, entries, -1)[span] % (NUM_PAGES * PAGE))
-            wanted_limits.extend(POLICY.stream_limit(prefix, np.arange(span.start, span.stop)))
+            wanted_limits.extend(policy.stream_limit(prefix, np.arange(span.start, span.stop)))
         for group, builder in enumerate(self.builders):
             sizes = [lengths[r] for r in names], [s.stop for s in spans]
             metadata = builder.build(0, make_batch(*sizes, first_page=1 + group))
@@ -262,7 +272,7 @@ def test_batches_of_vllms_own_making_are_no_steps(runner):
 
 def test_nothing_is_counted_of_a_made_up_batch(runner):
     """Graphs are captured from such batches on a GPU; vLLM on CPU builds no metadata for one."""
-    if runner.kind == "cpu":
+    if runner.kind != "device":
         with pytest.raises(AssertionError, match="not told what the batch is"):
             runner.builders[0].build(0, make_batch([1], [20]))
         return

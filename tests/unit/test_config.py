@@ -108,6 +108,22 @@ def test_ways_to_say_what_is_kept_behind(keep_after, pairs):
     assert SepLLMConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
+def test_keep_beside_a_preset_takes_the_spans_of_what_it_holds():
+    config = SepLLMConfig.from_dict({"preset": "facts", "keep": ["separators", "digits"]})
+    assert config.keep_after == ((3, ("digits",)),)
+    config = SepLLMConfig.from_dict({"preset": "facts", "keep": ["separators"]})
+    assert config.keep_after == ()
+    config = SepLLMConfig.from_dict({"preset": "facts", "keep_after": 1})
+    assert config.keep_after == ((1, config.keep),)
+
+
+def test_spans_of_nothing_are_none():
+    config = SepLLMConfig(keep=("a", "b"), keep_after={"b": 4}).with_kept_ids(
+        (3,), ((4, ()),), (2,)
+    )
+    assert config == SepLLMConfig(keep=(3,))
+
+
 def test_spans_become_ids():
     config = SepLLMConfig(keep=("digits", 9), keep_after=4)
     assert config.needs_tokenizer
@@ -144,6 +160,9 @@ def test_spans_become_ids():
         ({"keep_after": True}, ["keep_after=True", "number of tokens"]),
         ({"keep_after": "4"}, ["keep_after='4'", "number of tokens"]),
         ({"keep_after": {"separators": 2.5}}, ["keep_after=2.5", "number of tokens"]),
+        ({"keep": [], "keep_after": 4}, ["keep_after=4 with keep=[]", "add to keep"]),
+        ({"keep": [1], "keep_after": {"1": 4}}, ["holds '1'", "keep_after=[[4, [1]]]"]),
+        ({"keep": [1], "keep_after": [[4, [True]]]}, ["keep_after holds True", "not in keep"]),
         ({"keep_after": {"digits": 4}}, ["keep_after holds 'digits'", "not in keep: add it"]),
         ({"keep_after": [[4, ["digits"]]]}, ["keep_after holds 'digits'", "not in keep"]),
         ({"keep_after": [[4, [["x"]]]]}, ["keep_after holds ['x']", "not in keep"]),

@@ -44,6 +44,11 @@ def plan_of(tokenizer, **options):
     return make_plan(resolved, KeepRule.of(resolved, 0x10000), tokenizer)
 
 
+def spans_of_ids():
+    config = SepLLMConfig(keep=(5,), keep_after=3, segment_ends=(7,))
+    return config, KeepRule.of(config, 100)
+
+
 def test_samples_are_several_hundred_characters_of_their_script():
     assert len(SAMPLES) == 10
     letters = {
@@ -139,6 +144,8 @@ def test_a_given_share_below_that_of_a_sample():
 def test_a_guess_where_nothing_can_be_estimated(tokenizer, why):
     plan = plan_of(tokenizer, separator_token_ids=[46])
     assert plan.share == planning.UNKNOWN_KEPT_SHARE
+    spans = make_plan(*spans_of_ids(), None)
+    assert spans.share == planning.UNKNOWN_KEPT_SHARE_OF_SPANS > plan.share
     assert "a guess" in plan.source
     assert why in plan.source
 

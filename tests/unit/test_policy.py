@@ -200,7 +200,7 @@ def test_from_config_wants_resolved_ids():
         KeepRule.of(SepLLMConfig(), VOCAB)
 
 
-@pytest.mark.parametrize("token_id", [-1, VOCAB])
+@pytest.mark.parametrize("token_id", [-1, VOCAB, 2**63, 2**70])
 def test_separators_outside_the_vocabulary_are_refused(token_id):
     with pytest.raises(ValueError, match=f"{token_id}: must be below the vocabulary size {VOCAB}"):
         table_of([1, token_id], VOCAB)

@@ -63,7 +63,7 @@ def _items(items: tuple[str | int, ...]) -> str:
         item if item in KEEP_CLASSES else repr(item) for item in items if isinstance(item, str)
     ]
     ids = sum(isinstance(item, int) for item in items)
-    return " and ".join([*names, *([f"{ids:,} ids"] if ids else [])])
+    return " and ".join([*names, *([f"{ids:,} id{'s' * (ids > 1)}"] if ids else [])])
 
 
 def describe(inspection: Inspection) -> str:
@@ -133,7 +133,8 @@ def notices(inspection: Inspection) -> list[str]:
 def _missing(inspection: Inspection) -> list[str]:
     """That separators asked for are no tokens; the paper's nine suit every language a little."""
     named = {name: texts for name, texts in inspection.missing.items() if name != "default"}
-    own = [repr(text) for text in (*named.pop("", ()), *inspection.found.missing)]
+    found = inspection.found
+    own = [repr(text) for text in (*named.pop("", ()), *found.missing, *found.missing_ends)]
     lists = [f"{len(texts)} texts of {name!r}" for name, texts in named.items()]
     if not own and not lists:
         return []

@@ -172,6 +172,7 @@ def _shown(found: KeptIds) -> str:
         else f"{len(ids)} ids ({name})"
         for name, ids in found.by_class.items()
     ]
+    parts += [f"{number} tokens behind {len(ids)} of them" for number, ids in found.keep_after]
     return ", ".join(parts) or "0 ids kept"
 
 

@@ -1,6 +1,6 @@
 """What SmolLM2 can still tell of a long text, by what is kept: numbers, names and words.
 
-    python benchmarks/retrieval.py [--documents 20] [--ways "full attention,names"]
+    python benchmarks/retrieval.py [--documents 20] [--ways "full attention;facts"]
 
 Each document is 3,700 tokens of a book with twelve facts in it, a number, a name and a word at 300,
 1,000, 2,000 and 3,500 tokens before its end (:mod:`vllm_sepllm.evaluation.facts`). All twelve are
@@ -199,7 +199,7 @@ def options_shown(options: dict[str, Any] | None) -> dict[str, Any] | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--documents", type=int, default=20)
-    parser.add_argument("--ways", help="only these, with commas between them")
+    parser.add_argument("--ways", help="only these, with semicolons between them")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     given = parser.parse_args()
     from transformers import AutoTokenizer
@@ -213,7 +213,7 @@ def main() -> None:
         if all(earlier.get(name) == about[name] for name in about):
             result = earlier
     every = ways(tokenizer, documents)
-    wanted = given.ways.split(",") if given.ways else list(every)
+    wanted = given.ways.split(";") if given.ways else list(every)
     for name in wanted:
         if name in result["ways"]:
             continue

@@ -92,16 +92,16 @@ def show(document: Any, results: dict[str, dict[str, Any]]) -> None:
     for fact in document.facts:
         console.print(f"  {escape(fact.sentence)}")
     table = Table(box=box.SIMPLE_HEAVY)
-    table.add_column("attention")
+    table.add_column("attention", no_wrap=True)
     for fact in document.facts:
         table.add_column(f"{fact.kind}: {fact.answer}")
     table.add_column("KV held")
     for name, result in results.items():
         cells = []
         for fact, reply in zip(document.facts, result["replies"], strict=True):
-            said = escape(" ".join(reply.split()[:3]))
+            said = escape((reply.split() or ["nothing"])[0].strip(".,"))
             right = fact.is_right(reply)
-            cells.append(f"[green]{fact.answer}[/]" if right else f"[red]wrong: {said} ...[/]")
+            cells.append(f"[green]{fact.answer}[/]" if right else f"[red]wrong: {said}[/]")
         table.add_row(name, *cells, f"{result['slots'] / results[FULL]['slots']:.0%}")
     console.print(table)
     console.print(f"And a question without a text: [bold]{CHAT}[/]")

@@ -27,22 +27,32 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from vllm_sepllm.keep_classes import KEEP_CLASSES, SEPARATORS
+from vllm_sepllm.keep_classes import SEPARATORS
+from vllm_sepllm.option_checks import (
+    MAX_TOKENS,
+    ConfigError,
+    check_choice,
+    check_count,
+    checked_keep,
+    checked_keep_after,
+    checked_layers,
+    checked_segment_ends,
+    checked_texts,
+    checked_token_ids,
+    only_ids,
+    plain,
+)
 from vllm_sepllm.option_names import hint
 from vllm_sepllm.policy import POLICIES, Policy
 from vllm_sepllm.presets import PRESETS
 from vllm_sepllm.separator_lists import DEFAULT_SEGMENT_ENDS, DEFAULT_SEPARATORS
-from vllm_sepllm.spans import LONGEST_SPAN
+
+__all__ = ["MAX_TOKENS", "PRESET", "ConfigError", "SepLLMConfig"]
 
 SEPARATOR_MATCHES = ("exact", "composed")
 POSITION_MODES = ("original", "cache")
 PREFILL_KERNELS = ("triton", "xformers")
 PRESET = "preset"  # stands for options, and is none itself
-MAX_TOKENS = 2**31 - 1  # positions are int32 in vLLM's block tables and in ours
-
-
-class ConfigError(ValueError):
-    """An option cannot be used; the message names value, limit and remedy."""
 
 
 @dataclass(frozen=True)
@@ -98,24 +108,24 @@ class SepLLMConfig:
     planning_text: str | None = None
 
     def __post_init__(self) -> None:
-        _check_choice("policy", self.policy, tuple(POLICIES))
-        _check_choice("separator_match", self.separator_match, SEPARATOR_MATCHES)
-        _check_choice("position_mode", self.position_mode, POSITION_MODES)
-        _check_choice("prefill_kernel", self.prefill_kernel, PREFILL_KERNELS)
-        _check_count("num_sink_tokens", self.num_sink_tokens, 0, "4 is the paper's setting")
-        _check_count("window_size", self.window_size, 1, "256 is the paper's setting")
+        check_choice("policy", self.policy, tuple(POLICIES))
+        check_choice("separator_match", self.separator_match, SEPARATOR_MATCHES)
+        check_choice("position_mode", self.position_mode, POSITION_MODES)
+        check_choice("prefill_kernel", self.prefill_kernel, PREFILL_KERNELS)
+        check_count("num_sink_tokens", self.num_sink_tokens, 0, "4 is the paper's setting")
+        check_count("window_size", self.window_size, 1, "256 is the paper's setting")
         if self.max_separator_tokens is not None:
-            _check_count("max_separator_tokens", self.max_separator_tokens, 1, "null keeps all")
+            check_count("max_separator_tokens", self.max_separator_tokens, 1, "null keeps all")
         if self.interval is not None:
-            _check_count("interval", self.interval, 1, "5 is FixLLM's setting")
-        object.__setattr__(self, "keep", _keep("keep", self.keep))
-        object.__setattr__(self, "keep_after", _keep_after(self.keep_after, self.keep))
-        object.__setattr__(self, "segment_ends", _segment_ends(self.segment_ends))
-        object.__setattr__(self, "separators", _texts("separators", self.separators))
+            check_count("interval", self.interval, 1, "5 is FixLLM's setting")
+        object.__setattr__(self, "keep", checked_keep("keep", self.keep))
+        object.__setattr__(self, "keep_after", checked_keep_after(self.keep_after, self.keep))
+        object.__setattr__(self, "segment_ends", checked_segment_ends(self.segment_ends))
+        object.__setattr__(self, "separators", checked_texts("separators", self.separators))
         if self.separator_token_ids is not None:
-            ids = _token_ids("separator_token_ids", self.separator_token_ids)
+            ids = checked_token_ids("separator_token_ids", self.separator_token_ids)
             object.__setattr__(self, "separator_token_ids", ids)
-        object.__setattr__(self, "dense_layers", _layers("dense_layers", self.dense_layers))
+        object.__setattr__(self, "dense_layers", checked_layers("dense_layers", self.dense_layers))
         self._check_planning()
         self._check_combinations()
 
@@ -217,8 +227,8 @@ class SepLLMConfig:
         """
         if not self.keep_after:
             return (), ()
-        pairs = tuple((number, _only_ids(items)) for number, items in self.keep_after)
-        return pairs, _only_ids(self.segment_ends)
+        pairs = tuple((number, only_ids(items)) for number, items in self.keep_after)
+        return pairs, only_ids(self.segment_ends)
 
     @property
     def needs_tokenizer(self) -> bool:
@@ -257,13 +267,13 @@ class SepLLMConfig:
         given = dict(options)
         if PRESET in given:
             name = given.pop(PRESET)
-            _check_choice(PRESET, name, tuple(PRESETS))
+            check_choice(PRESET, name, tuple(PRESETS))
             given = {**_preset_options(name, given), **given}
         return cls(**given)
 
     def to_dict(self) -> dict[str, Any]:
         """The options as plain JSON values, so that vLLM can hash and pickle them."""
-        return {key: _plain(value) for key, value in asdict(self).items()}
+        return {key: plain(value) for key, value in asdict(self).items()}
 
     def with_kept_ids(
         self,
@@ -301,146 +311,3 @@ def _preset_options(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(after, Mapping) and isinstance(keep, (list, tuple)):
         options["keep_after"] = {item: number for item, number in after.items() if item in keep}
     return options
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{name}={value!r}: must be one of {', '.join(map(repr, choices))}")
-
-
-def _check_count(name: str, value: object, least: int, remedy: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ConfigError(f"{name}={value!r}: must be a whole number of tokens; {remedy}")
-    if value < least:
-        raise ConfigError(f"{name}={value}: must be at least {least}; {remedy}")
-    if value > MAX_TOKENS:
-        raise ConfigError(f"{name}={value}: must be at most {MAX_TOKENS}; {remedy}")
-
-
-def _keep(name: str, value: object) -> tuple[str | int, ...]:
-    if isinstance(value, str) and value in PRESETS:
-        raise ConfigError(f"{name}={value!r}: this is a preset; set preset={value!r} instead")
-    if not isinstance(value, (list, tuple)):
-        raise ConfigError(
-            f"{name}={value!r}: must be a list of {', '.join(KEEP_CLASSES)}, texts and token ids, "
-            'e.g. ["separators", "digits"]'
-        )
-    for item in value:
-        is_id = isinstance(item, int) and not isinstance(item, bool) and item >= 0
-        if not is_id and not (isinstance(item, str) and item):
-            raise ConfigError(
-                f"{name} holds {item!r}: every item must be one of {', '.join(KEEP_CLASSES)}, the "
-                "text of a token, or a token id of at least 0"
-            )
-    return tuple(dict.fromkeys(value))
-
-
-def _plain(value: Any) -> Any:
-    """Lists in the place of tuples."""
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value
-
-
-def _only_ids(items: tuple[str | int, ...]) -> tuple[int, ...]:
-    ids = tuple(item for item in items if isinstance(item, int))
-    if len(ids) < len(items):
-        raise ValueError("keep_after is not resolved: call resolve_kept first")
-    return ids
-
-
-def _keep_after(
-    value: object, keep: tuple[str | int, ...]
-) -> tuple[tuple[int, tuple[str | int, ...]], ...]:
-    """Any of the forms of ``keep_after`` as pairs, largest numbers first, without those of 0."""
-    if isinstance(value, Mapping):
-        pairs = [(number, (item,)) for item, number in value.items()]
-    elif isinstance(value, (list, tuple)) and all(_is_pair(each) for each in value):
-        pairs = [(number, tuple(items)) for number, items in value]
-    else:
-        pairs = [(value, keep)]  # type: ignore[list-item]  # checked below
-        if value and not keep:
-            raise ConfigError(
-                f"keep_after={value!r} with keep=[]: no token is kept that could keep others; add "
-                "to keep, or drop keep_after"
-            )
-    found: dict[int, dict[str | int, None]] = {}
-    known = set(keep)
-    for number, items in pairs:
-        _check_span(number)
-        for item in items:
-            if not _is_item(item) or item not in known:
-                raise ConfigError(f"keep_after holds {item!r}, which is not in keep: {_way(item)}")
-            found.setdefault(number, {})[item] = None
-    return tuple((number, tuple(found[number])) for number in sorted(found, reverse=True) if number)
-
-
-def _is_item(value: object) -> bool:
-    return isinstance(value, (str, int)) and not isinstance(value, bool)
-
-
-def _way(item: object) -> str:
-    """What to do about an item of ``keep_after`` that is not in ``keep``."""
-    if isinstance(item, str) and item.isdecimal():
-        return f"for a token id write pairs, e.g. keep_after=[[4, [{item}]]]"
-    return "add it there, or leave it out"
-
-
-def _is_pair(value: object) -> bool:
-    """Whether it is a number with its items."""
-    return (
-        isinstance(value, (list, tuple)) and len(value) == 2 and isinstance(value[1], (list, tuple))
-    )
-
-
-def _check_span(value: object) -> None:
-    remedy = 'e.g. keep_after=4, or {"digits": 2, "capitalized": 4} for items of keep'
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ConfigError(f"keep_after={value!r}: must be a number of tokens, {remedy}")
-    if not 0 <= value <= LONGEST_SPAN:
-        raise ConfigError(f"keep_after={value}: must be from 0 to {LONGEST_SPAN} tokens, {remedy}")
-
-
-def _segment_ends(value: object) -> tuple[str | int, ...]:
-    good = isinstance(value, (list, tuple)) and all(
-        (isinstance(item, int) and not isinstance(item, bool) and item >= 0)
-        or (isinstance(item, str) and item)
-        for item in value
-    )
-    if not good:
-        raise ConfigError(
-            f"segment_ends={value!r}: must be a list of texts and token ids, e.g. "
-            '[".", "?", "!", ";", "\\n"]; an empty one ends no segment'
-        )
-    return tuple(dict.fromkeys(value))  # type: ignore[call-overload]
-
-
-def _texts(name: str, value: object) -> tuple[str, ...]:
-    good = isinstance(value, (list, tuple)) and all(isinstance(v, str) and v for v in value)
-    if not good or not value:
-        raise ConfigError(
-            f"{name}={value!r}: must be a non-empty list of non-empty texts and names of lists, "
-            'e.g. [".", ","] or ["default", "cjk"]'
-        )
-    return tuple(value)  # type: ignore[arg-type]
-
-
-def _token_ids(name: str, value: object) -> tuple[int, ...]:
-    if not isinstance(value, (list, tuple)):
-        raise ConfigError(f"{name}={value!r}: must be a list of token ids, e.g. [13, 11]")
-    for item in value:
-        if isinstance(item, bool) or not isinstance(item, int) or item < 0:
-            raise ConfigError(
-                f"{name} holds {item!r}: every token id must be a whole number of at least 0"
-            )
-    return tuple(sorted(set(value)))
-
-
-def _layers(name: str, value: object) -> tuple[int, ...]:
-    good = isinstance(value, (list, tuple)) and all(
-        isinstance(item, int) and not isinstance(item, bool) for item in value
-    )
-    if not good:
-        raise ConfigError(
-            f"{name}={value!r}: must be a list of layer indices, e.g. [0, 1, -2, -1] for the first "
-            "two and the last two"
-        )
-    return tuple(value)  # type: ignore[arg-type]

@@ -5,7 +5,8 @@ import pytest
 
 from vllm_sepllm.config import SepLLMConfig
 from vllm_sepllm.engine.cpu.plan import Batch, plan_batch, staging_pages_per_request
-from vllm_sepllm.policy import KeepRule, KeptCounts
+from vllm_sepllm.kept_counts import KeptCounts
+from vllm_sepllm.policy import KeepRule
 
 pytestmark = pytest.mark.engine
 

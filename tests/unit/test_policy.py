@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_sepllm.config import SepLLMConfig
-from vllm_sepllm.policy import KeepRule, KeptCounts, table_of
+from vllm_sepllm.kept_counts import KeptCounts
+from vllm_sepllm.policy import KeepRule, table_of
 
 pytestmark = pytest.mark.unit
 

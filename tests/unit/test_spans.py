@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_sepllm.config import SepLLMConfig
+from vllm_sepllm.kept_counts import KeptCounts
 from vllm_sepllm.oracle.dense_mask import KeptAfter, sepllm_mask
-from vllm_sepllm.policy import KeepRule, KeptCounts
+from vllm_sepllm.policy import KeepRule
 from vllm_sepllm.spans import LONGEST_SPAN, make_spans
 
 pytestmark = pytest.mark.unit

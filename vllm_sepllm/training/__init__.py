@@ -1,0 +1,8 @@
+"""Training under the rule: post-training, pre-training and fine-tuning of Hugging Face models.
+
+Needs torch and transformers, not vLLM (``pip install vllm-sepllm[train]``).
+"""
+
+from vllm_sepllm.training.attach import Attached, apply
+
+__all__ = ["Attached", "apply"]

@@ -1,0 +1,168 @@
+"""Put the rule into a Hugging Face model: :func:`apply`.
+
+Three official seams of transformers are used, no code of a model is changed: a name in
+``AttentionInterface`` for what computes attention, the same name in ``AttentionMaskInterface`` so
+that no mask is made, and a hook before the decoder, which sees the token ids and hands what follows
+from them to every layer as a keyword argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from vllm_sepllm.config import ConfigError, SepLLMConfig
+from vllm_sepllm.kept_ids import resolve_kept
+from vllm_sepllm.layers import LayerPlan
+from vllm_sepllm.policy import KeepRule
+from vllm_sepllm.training.attention import ATTENTION, register
+from vllm_sepllm.training.step import KEYWORD, Step, cache_for
+
+RULE = "sepllm"  # the name in a model's config.json, and of the attribute that holds the hook
+_HOOK = "_sepllm_hook"
+MISSING = object()
+
+
+class Attached:
+    """What :func:`apply` put into a model.
+
+    Attributes:
+        config: the options.
+        rule: which tokens are kept.
+        layers: which layers are dense.
+    """
+
+    def __init__(
+        self, config: SepLLMConfig, rule: KeepRule, layers: LayerPlan, num_layers: int
+    ) -> None:
+        self.config = config
+        self.rule = rule
+        self.layers = layers
+        self._num_layers = num_layers
+        self._handle: Any = None
+        self._before: tuple[Any, str] | None = None
+
+    def __call__(self, decoder: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Before the decoder runs: decide what each token sees."""
+        input_ids = kwargs.get("input_ids", args[0] if args else None)
+        if input_ids is None:
+            raise ValueError(
+                "the model was given inputs_embeds: SepLLM decides by token ids, so give input_ids "
+                "(prompt tuning and other virtual tokens have none and cannot be used with it)"
+            )
+        given = {**kwargs, "input_ids": input_ids, "past_key_values": cache_for(decoder, kwargs)}
+        given[KEYWORD] = Step.of(self.rule, self.layers, self._num_layers, given)
+        return args[1:], given
+
+    def attach(self, model: Any) -> None:
+        """Into a model; what was there before is taken out."""
+        decoder = model.get_decoder()
+        earlier = getattr(decoder, _HOOK, None)
+        if earlier is not None:
+            earlier.remove()
+        register()
+        self._before = model, model.config._attn_implementation
+        model.set_attn_implementation(ATTENTION)
+        self._handle = decoder.register_forward_pre_hook(self, with_kwargs=True)
+        setattr(decoder, _HOOK, self)
+
+    def remove(self) -> None:
+        """The model attends as it did before; its config still carries the rule."""
+        if self._before is None:
+            return
+        model, implementation = self._before
+        self._handle.remove()
+        delattr(model.get_decoder(), _HOOK)
+        model.set_attn_implementation(implementation)
+        self._before = None
+
+
+def apply(
+    model: Any, options: Mapping[str, Any] | SepLLMConfig | None = None, tokenizer: Any = None
+) -> Attached:
+    """Make a Hugging Face decoder train, evaluate and generate under the rule.
+
+    Trainer, PEFT, TRL's SFTTrainer, gradient checkpointing, packed texts (by ``position_ids``) and
+    padding on either side work as they do without. ``model.config.sepllm`` carries the options
+    from now on, so a saved model has them in its ``config.json``, which serving reads.
+
+    Args:
+        model: a causal language model of transformers, or a PEFT model around one.
+        options: as in ``additional_config["sepllm"]``; ``None`` takes those that the model carries.
+        tokenizer: finds the kept tokens; not needed where all are given as ids.
+
+    Returns:
+        What was put in; :meth:`Attached.remove` takes it out.
+
+    Raises:
+        ConfigError: the options cannot be trained under, or not with this model.
+    """
+    model = _base(model)
+    config = _checked(options, model)
+    if config.needs_tokenizer and tokenizer is None:
+        raise ConfigError(
+            "apply was given no tokenizer: it is needed to find the ids of kept tokens; give it, "
+            "or name ids (separator_token_ids=[...])"
+        )
+    text = model.config.get_text_config(decoder=True)
+    kept = resolve_kept(config, tokenizer).below(text.vocab_size)
+    rule = KeepRule.of(kept.resolve(config), text.vocab_size)
+    layers = LayerPlan.of(config.dense_layers, text.num_hidden_layers)
+    attached = Attached(config, rule, layers, text.num_hidden_layers)
+    attached.attach(model)
+    model.config.sepllm = options_of(config)
+    return attached
+
+
+def options_of(config: SepLLMConfig) -> dict[str, Any]:
+    """The options that say what a model was trained under: those that differ from the defaults, and
+    always sinks and window, in plain JSON values."""
+    given, default = config.to_dict(), SepLLMConfig().to_dict()
+    for name in ("num_sink_tokens", "window_size"):
+        del default[name]
+    return {name: value for name, value in given.items() if value != default.get(name, MISSING)}
+
+
+def _base(model: Any) -> Any:
+    """The model inside a PEFT model."""
+    inside = getattr(model, "get_base_model", None)
+    model = model if inside is None else inside()
+    if not hasattr(model, "get_decoder") or not hasattr(model, "set_attn_implementation"):
+        raise ConfigError(
+            f"{type(model).__name__} is no causal language model of transformers: SepLLM can be "
+            "applied to those only"
+        )
+    return model
+
+
+def _checked(options: Mapping[str, Any] | SepLLMConfig | None, model: Any) -> SepLLMConfig:
+    if options is None:
+        options = getattr(model.config, RULE, None)
+        if options is None:
+            raise ConfigError(
+                "no options were given and the model's config carries none: give some, e.g. "
+                '{"num_sink_tokens": 4, "window_size": 64}'
+            )
+    config = options if isinstance(options, SepLLMConfig) else SepLLMConfig.from_dict(options)
+    if config.position_mode != "original":
+        raise ConfigError(
+            f"position_mode={config.position_mode!r}: training uses the positions of the text; "
+            "drop it here, and choose it when serving"
+        )
+    text = model.config.get_text_config(decoder=True)
+    cap = getattr(text, "attn_logit_softcapping", None)
+    if cap:
+        raise ConfigError(
+            f"{type(model).__name__} caps its logits (attn_logit_softcapping={cap}): training "
+            "under SepLLM has no soft cap; such models can be served, not trained"
+        )
+    kinds = list(getattr(text, "layer_types", None) or ())
+    slides = bool(kinds) and all(kind == "sliding_attention" for kind in kinds)
+    if slides or (not kinds and getattr(text, "sliding_window", None)):
+        raise ConfigError(
+            f"all layers of {type(model).__name__} have a sliding window ({text.sliding_window}): "
+            "they would see nothing else, so there is nothing to keep; set sliding_window to null "
+            "in its config to train without it"
+        )
+    return replace(config, prefill_kernel="triton", planned_kept_share=None, planning_text=None)

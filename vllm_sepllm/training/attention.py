@@ -1,0 +1,116 @@
+"""What a layer computes, under the name that transformers calls it by."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sepllm_kernels.sequence.packed import packed_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from vllm_sepllm.layers import Layer
+from vllm_sepllm.training.step import KEYWORD, Step
+
+ATTENTION = "sepllm"
+
+
+def register() -> None:
+    """Tell transformers what stands for the name. Doing it twice does no harm."""
+    AttentionInterface.register(ATTENTION, sepllm_attention)
+    # No mask is made: what is seen follows from the token ids.
+    AttentionMaskInterface.register(ATTENTION, no_mask)
+
+
+def no_mask(*args: Any, **kwargs: Any) -> None:
+    """In the place of a mask."""
+    return None
+
+
+def sepllm_attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of one layer, as transformers calls it.
+
+    Args:
+        module: the layer's attention; ``layer_idx`` says which layer it is.
+        query: ``[rows, num_heads, num_queries, head_size]``.
+        key, value: ``[rows, num_kv_heads, num_tokens, head_size]``, cached ones included.
+        attention_mask: not used.
+        scaling: factor on the logits; ``None`` is ``head_size ** -0.5``.
+        dropout: must be 0.
+        sliding_window: tokens, where the layer has a window of its own.
+        kwargs: the :class:`Step` among them.
+
+    Returns:
+        ``[rows, num_queries, num_heads, head_size]``, and nothing in the place of weights.
+
+    Raises:
+        ValueError: the layer wants something that is not computed here.
+    """
+    step = kwargs.get(KEYWORD)
+    _check(module, step, dropout, kwargs)
+    assert isinstance(step, Step)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    kind = step.kind(module.layer_idx, sliding_window)
+    if not step.is_whole:
+        mask = step.mask(kind)[..., -key.shape[2] :]  # a layer with a window caches no more than it
+        return _sdpa(query, key, value, scale, attn_mask=mask), None
+    if kind == Layer.DENSE and step.texts.is_plain:
+        return _sdpa(query, key, value, scale, is_causal=True), None
+    return _packed(query, key, value, step, kind, scale), None
+
+
+def _packed(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    step: Step,
+    kind: Layer | int,
+    scale: float,
+) -> torch.Tensor:
+    num_rows, num_heads, num_tokens, head_size = query.shape
+
+    def flat(tensor: torch.Tensor) -> torch.Tensor:
+        tokens = tensor.transpose(1, 2).flatten(0, 1)
+        return tokens if step.rows is None else tokens.index_select(0, step.rows)
+
+    output = packed_attention(flat(query), flat(key), flat(value), step.plan(kind), scale)
+    if step.rows is not None:
+        empty = output.new_zeros(num_rows * num_tokens, num_heads, head_size)
+        output = empty.index_copy(0, step.rows, output)
+    return output.view(num_rows, num_tokens, num_heads, head_size)
+
+
+def _sdpa(query: Any, key: Any, value: Any, scale: float, **options: Any) -> torch.Tensor:
+    attended = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, scale=scale, enable_gqa=query.shape[1] != key.shape[1], **options
+    )
+    return attended.transpose(1, 2).contiguous()
+
+
+def _check(module: Any, step: Any, dropout: float, kwargs: dict[str, Any]) -> None:
+    name = type(module).__name__
+    if step is None:
+        raise ValueError(
+            f"{name} was called without the hook of vllm_sepllm.training.apply: call the model as "
+            "a whole, after apply"
+        )
+    if dropout:
+        raise ValueError(
+            f"attention dropout is {dropout}: SepLLM attention has none; set it to 0 in the "
+            "model's config"
+        )
+    for option in ("softcap", "s_aux", "position_bias"):
+        if kwargs.get(option) is not None:
+            raise ValueError(
+                f"{name} wants {option}, which SepLLM attention does not compute in training: this "
+                "model can be served under the rule, not trained"
+            )

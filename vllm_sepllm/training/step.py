@@ -1,0 +1,194 @@
+"""One forward pass of a model: what its tokens see, worked out once for all layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from sepllm_kernels.sequence.packed import PackedPlan
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from vllm_sepllm.layers import Layer, LayerPlan
+from vllm_sepllm.policy import KeepRule
+from vllm_sepllm.spans import BoolArray
+from vllm_sepllm.training.plan import IdArray, TextPlan, Texts
+
+KEYWORD = "sepllm_step"  # by which layers get it
+
+
+class IdLayer(DynamicLayer):  # type: ignore[misc]
+    """Token ids in a cache of keys and values, as one more layer behind the model's.
+
+    What is cut off, repeated or reordered in the cache is so for the ids too. Keys are ids, values
+    say where a text begins; both are ``[rows, 1, tokens, 1]`` int64.
+    """
+
+    @staticmethod
+    def of(cache: Cache, num_layers: int) -> IdLayer:
+        """The one of a cache; it is put in if there is none.
+
+        Raises:
+            ValueError: keys are there of which the ids are not known, or the cache has a fixed
+                length.
+        """
+        for layer in cache.layers:
+            if isinstance(layer, IdLayer):
+                return layer
+        if cache.get_seq_length():
+            raise ValueError(
+                f"the cache has {cache.get_seq_length()} tokens that were computed before SepLLM "
+                "was applied: their ids are not known; start with an empty cache"
+            )
+        if cache.is_compileable:
+            raise ValueError(
+                f"{type(cache).__name__} has a fixed length, which SepLLM cannot be used with: "
+                "leave out cache_implementation"
+            )
+        while len(cache.layers) < num_layers:
+            cache.layers.append(cache.layer_class_to_replicate())
+        found = IdLayer()
+        cache.layers.append(found)
+        return found
+
+    def extend(self, input_ids: torch.Tensor, begins: BoolArray) -> tuple[torch.Tensor, BoolArray]:
+        """Add tokens; all ids and where texts begin, ``[rows, tokens]`` each."""
+        flags = torch.from_numpy(begins).to(input_ids)
+        ids, starts = self.update(input_ids[:, None, :, None], flags[:, None, :, None])
+        return ids[:, 0, :, 0], starts[:, 0, :, 0].cpu().numpy() != 0
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """What the tokens of one forward pass see.
+
+    Attributes:
+        rule: of the kept layers.
+        layers: which are dense.
+        texts: of all tokens, those of the cache included.
+        num_queries: tokens of a row that this pass computes; the others are in the cache.
+        device: of the model.
+    """
+
+    rule: KeepRule
+    layers: LayerPlan
+    texts: Texts
+    num_queries: int
+    device: torch.device
+
+    @staticmethod
+    def of(rule: KeepRule, layers: LayerPlan, num_layers: int, inputs: Mapping[str, Any]) -> Step:
+        """Of a decoder's arguments.
+
+        Args:
+            rule: of the kept layers.
+            layers: which are dense.
+            num_layers: of the model.
+            inputs: the decoder's arguments by name: ``input_ids`` ``[rows, tokens]``, and where
+                they are there ``position_ids``, ``attention_mask`` (of the cached tokens too) and
+                ``past_key_values``.
+
+        Raises:
+            ValueError: one of them has another shape, or cannot be used.
+        """
+        input_ids, cache = inputs["input_ids"], inputs.get("past_key_values")
+        begins = _begins(inputs.get("position_ids"), input_ids.shape)
+        num_queries, ids = input_ids.shape[1], input_ids
+        if cache is not None:
+            ids, begins = IdLayer.of(cache, num_layers).extend(input_ids, begins)
+        is_token = _is_token(inputs.get("attention_mask"), ids.shape)
+        return Step(rule, layers, Texts.of(ids, is_token, begins), num_queries, input_ids.device)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether no token is in the cache."""
+        return bool(self.num_queries == self.texts.is_token.shape[1])
+
+    @cached_property
+    def rows(self) -> torch.Tensor | None:
+        """Places of all tokens but padding in a batch ``[rows * tokens]``; ``None`` if there is no
+        padding."""
+        if not self.texts.has_padding:
+            return None
+        return torch.from_numpy(np.flatnonzero(self.texts.is_token)).to(self.device)
+
+    def kind(self, layer: int, sliding_window: int | None) -> Layer | int:
+        """What a layer does: a layer with a window of its own keeps it."""
+        return self.layers[layer] if sliding_window is None else sliding_window
+
+    def _text_plan(self, kind: Layer | int, token_ids: IdArray) -> TextPlan:
+        if kind == Layer.KEPT:
+            return TextPlan.of(token_ids, self.rule)
+        return TextPlan.causal(token_ids.size, kind if isinstance(kind, int) else None)
+
+    @cached_property
+    def plan(self) -> Any:
+        """From a kind of layer, the plan of a whole batch."""
+
+        @cache
+        def found(kind: Layer | int) -> PackedPlan:
+            return self.texts.plan(lambda ids: self._text_plan(kind, ids), self.device)
+
+        return found
+
+    @cached_property
+    def mask(self) -> Any:
+        """From a kind of layer, what the queries see of all tokens: ``[rows, 1, num_queries, all
+        tokens]`` bool. Padding sees itself."""
+
+        @cache
+        def found(kind: Layer | int) -> torch.Tensor:
+            plan = self.texts.plan(lambda ids: self._text_plan(kind, ids))
+            is_token = self.texts.is_token
+            num_rows, num_tokens = is_token.shape
+            mask = torch.zeros(num_rows, self.num_queries, num_tokens, dtype=torch.bool)
+            queries = torch.arange(self.num_queries)
+            mask[:, queries, queries + num_tokens - self.num_queries] = True
+            behind = np.cumsum([0, *is_token.sum(1)])
+            for row, flags in enumerate(is_token):
+                at = torch.from_numpy(np.flatnonzero(flags))
+                is_query = at >= num_tokens - self.num_queries
+                places = torch.arange(int(behind[row]), int(behind[row + 1]))
+                seen = plan.mask_of(places[is_query])[:, places]
+                mask[row, (at[is_query] - num_tokens + self.num_queries)[:, None], at] = seen
+            return mask[:, None].to(self.device)
+
+        return found
+
+
+def cache_for(decoder: Any, inputs: Mapping[str, Any]) -> Cache | None:
+    """The cache that a decoder uses; where it would make one, it is made here, to know its ids."""
+    given: Cache | None = inputs.get("past_key_values")
+    used = inputs.get("use_cache")
+    if given is not None or not (decoder.config.use_cache if used is None else used):
+        return given
+    return None if decoder.training else DynamicCache(config=decoder.config)
+
+
+def _is_token(mask: torch.Tensor | None, shape: torch.Size) -> BoolArray | None:
+    if mask is None:
+        return None
+    if mask.shape != shape:
+        raise ValueError(
+            f"attention_mask is {list(mask.shape)}: it must be {list(shape)}, 0 for padding and 1 "
+            "for tokens, those in the cache too; what else a token sees is decided by the rule"
+        )
+    flags: BoolArray = mask.cpu().numpy() != 0
+    return flags
+
+
+def _begins(position_ids: torch.Tensor | None, shape: torch.Size) -> BoolArray:
+    """Where positions do not go on from the token before, another text begins."""
+    begins = np.zeros(tuple(shape), dtype=np.bool_)
+    if position_ids is None:
+        return begins
+    if position_ids.dim() != 2 or position_ids.shape[1] != shape[1]:
+        raise ValueError(
+            f"position_ids are {list(position_ids.shape)}: they must be {list(shape)}, one for "
+            "each token"
+        )
+    begins[:, 1:] = np.diff(position_ids.cpu().numpy()) != 1
+    return begins

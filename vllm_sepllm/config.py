@@ -119,8 +119,12 @@ class SepLLMConfig:
         if self.interval is not None:
             check_count("interval", self.interval, 1, "5 is FixLLM's setting")
         object.__setattr__(self, "keep", checked_keep("keep", self.keep))
+        is_given = self.keep_after != ()
         object.__setattr__(self, "keep_after", checked_keep_after(self.keep_after, self.keep))
-        object.__setattr__(self, "segment_ends", checked_segment_ends(self.segment_ends))
+        ends = checked_segment_ends(self.segment_ends)
+        if is_given and not self.keep_after:  # 0 tokens: there is nothing to end
+            ends = DEFAULT_SEGMENT_ENDS
+        object.__setattr__(self, "segment_ends", ends)
         object.__setattr__(self, "separators", checked_texts("separators", self.separators))
         if self.separator_token_ids is not None:
             ids = checked_token_ids("separator_token_ids", self.separator_token_ids)

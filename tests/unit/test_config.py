@@ -138,6 +138,14 @@ def test_spans_become_ids():
     assert not SepLLMConfig(keep=(9,), keep_after=4, segment_ends=()).needs_tokenizer
 
 
+@pytest.mark.parametrize("nothing", [0, {"digits": 0}, [[0, ["digits"]], [3, []]]])
+def test_spans_of_nothing_take_any_ends(nothing):
+    """As one tries 0, 2 and 4 tokens, the ends staying as they are."""
+    config = SepLLMConfig.from_dict({"keep": ["digits"], "keep_after": nothing, "segment_ends": []})
+    assert config == SepLLMConfig(keep=("digits",))
+    assert SepLLMConfig.from_dict(config.to_dict()) == config
+
+
 @pytest.mark.parametrize(
     ("options", "parts"),
     [

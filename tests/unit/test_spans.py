@@ -30,7 +30,7 @@ def make(keep_after, ends, others=(), **options):
     config = SepLLMConfig(
         keep=tuple({*keep_after, *others}),
         keep_after=tuple((number, (token_id,)) for token_id, number in keep_after.items()),
-        **({"segment_ends": tuple(ends)} if any(keep_after.values()) else {}),
+        **({"segment_ends": tuple(ends)} if keep_after else {}),
         **{"num_sink_tokens": 0, "window_size": 1, **options},
     )
     after = KeptAfter(keep_after, ends)

@@ -50,6 +50,23 @@ class PackedPlan:
         return int(in_window + sum((limit - first).sum() for first, limit in self.ranges))
 
     @cached_property
+    def seen_in_stream(self) -> torch.Tensor:
+        """``[2, num_kept]`` int32: first and stop of the run of tokens that see each entry."""
+        return _seen_by(self.kept.shape[0], *self.stream)
+
+    @cached_property
+    def seen_as_sink(self) -> torch.Tensor:
+        """The same of ``sinks``, which must be there."""
+        assert self.sinks is not None
+        return _seen_by(self.kept.shape[0], *self.sinks)
+
+    @cached_property
+    def seen_in_window(self) -> torch.Tensor:
+        """``[2, num_tokens]`` int32: first and stop of those whose window holds each token."""
+        place = torch.arange(1, self.num_tokens + 1, device=self.window_first.device)
+        return _seen_by(self.num_tokens, self.window_first, place.to(self.window_first.dtype))
+
+    @cached_property
     def _on_host(self) -> tuple[list[int], list[tuple[list[int], list[int]]]]:
         ranges = [(first.tolist(), limit.tolist()) for first, limit in self.ranges]
         return self.window_first.tolist(), ranges
@@ -114,6 +131,13 @@ class Part:
     stop: int
     window_first: int
     entries: tuple[tuple[int, int], ...]
+
+
+def _seen_by(num_entries: int, first: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
+    """Tokens with ``first <= entry < limit``, by entry: one run, since neither end decreases."""
+    entry = torch.arange(num_entries, device=first.device, dtype=first.dtype)
+    ends = limit.contiguous(), first.contiguous()
+    return torch.stack([torch.searchsorted(end, entry, right=True, out_int32=True) for end in ends])
 
 
 def _united(ranges: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:

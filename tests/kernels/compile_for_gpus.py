@@ -25,6 +25,7 @@ from sepllm_kernels.paged.launches import Launch
 from sepllm_kernels.paged.prefill.triton import LAUNCHES, _prefill
 from sepllm_kernels.paged.tiles import tile_entries
 from sepllm_kernels.rotate_queries.triton import _rotate_queries
+from sepllm_kernels.sequence.packed import triton as packed
 from sepllm_kernels.write_kv.triton import _write_kv
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -38,7 +39,11 @@ INDEX["plan"] = "*i32"
 INDEX |= {"token_ids": "*i32", "kept_prefix": "*i32", "token_codes": "*u8", "shifts": "*i32"}
 INDEX |= {"span_left": "*u8"}
 FLOATS = {"partial": "*fp32", "log_sums": "*fp32", "stream_cos_sin": "*fp32", "scale": "fp32"}
-FLOATS |= {"cos_sin": "*fp32"}
+FLOATS |= {"cos_sin": "*fp32", "factor": "fp32", "deltas": "*fp32"}
+FLOATS |= {"key_grads": "*fp32", "value_grads": "*fp32"}
+INDEX |= dict.fromkeys(("window_first", "stream", "sinks", "ranges", "seen"), "*i32")
+INDEX |= {"sink_ranges": "*i32", "sink_seen": "*i32"}
+PACKED = "queries", "keys", "values", "kept_keys", "kept_values", "output", "grads", "query_grads"
 FLOATS |= dict.fromkeys(("value_scale", "inverse_key_scale", "inverse_value_scale"), "fp32")
 SIZES = {"bf16": 2, "fp8e4nv": 1, "fp32": 4}  # bytes of an element
 TILES = re.compile(r"memdesc<(\d+)x\d+x\d+x\w+, #shared")  # of keys and values at a time
@@ -91,6 +96,24 @@ def cases() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], Sequence[Laun
         types |= {"key_pages": f"*{pages}", "value_pages": f"*{pages}"}
         layer = {"NUM_HEADS": 8, "HEAD_SIZE": 128, "PAGE": 16, "HALF": half, "LIMIT": limit}
         yield _write_kv, types, {**layer, "NEOX": True}, (), H200
+
+
+def training_cases() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], Sequence[Launch], int]]:
+    """The same of training's kernels: heads, type, GPU, whether sinks are apart."""
+    for (num_heads, num_kv_heads, head_size), kind, capability, has_sinks in (
+        ((32, 8, 128), "bf16", H200, True),
+        ((12, 12, 64), "bf16", A100, False),
+        ((32, 8, 128), "bf16", L40, False),
+    ):
+        types = dict.fromkeys(PACKED, f"*{kind}")
+        group = num_heads // num_kv_heads
+        constants = {"GROUP": group, "NUM_HEADS": num_heads, "HEAD_SIZE": head_size}
+        constants |= {"TILE": packed.TILE, "IS_STREAM": True}
+        if not has_sinks:
+            constants |= {"sinks": None, "sink_ranges": None, "sink_seen": None}
+        yield packed._packed_forward, types, constants, packed.FORWARD, capability
+        for kernel in (packed._packed_query_gradient, packed._packed_key_gradient):
+            yield kernel, types, constants, packed.BACKWARD, capability
 
 
 def compile_first_that_fits(
@@ -187,6 +210,6 @@ def instructions_per_tile(code: str) -> int:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    for case in cases():
+    for case in (*cases(), *training_cases()):
         json.dump(compile_first_that_fits(*case), sys.stdout)
         print(flush=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from compile_for_gpus import SHARED_MEMORY
 from sepllm_kernels.batch import STEP_INDEX, STEP_SIZES
+from sepllm_kernels.sequence.packed.kernels import SIZES
 
 LIMIT = 1100  # seconds; these machines are shared
 pytestmark = [pytest.mark.kernels, pytest.mark.timeout(LIMIT + 60)]
@@ -40,6 +41,9 @@ def test_all_kernels_compile(compiled):
         "_kept_metadata",
         "_write_kv",
         "_rotate_queries",
+        "_packed_forward",
+        "_packed_query_gradient",
+        "_packed_key_gradient",
     }
     for kernel in compiled:
         assert kernel["shared"] <= SHARED_MEMORY[kernel["capability"]], kernel
@@ -48,7 +52,7 @@ def test_all_kernels_compile(compiled):
 def test_no_step_compiles_a_kernel_anew(compiled):
     """Sizes are 1 or a multiple of 16 in some steps, and prompts begin anywhere in a batch."""
     for kernel in compiled:
-        varying = {*STEP_SIZES, *(STEP_INDEX if kernel["kernel"] == "_prefill" else ())}
+        varying = {*STEP_SIZES, *SIZES, *(STEP_INDEX if kernel["kernel"] == "_prefill" else ())}
         assert not varying & {*kernel["specialized"]}, kernel
 
 

@@ -4,12 +4,15 @@ import math
 
 import pytest
 import torch
+from batches import DEVICE
 from sepllm_kernels.sequence.packed import (
     PackedPlan,
     packed_attention,
     packed_attention_reference,
+    packed_attention_torch,
 )
 from sepllm_kernels.sequence.packed.torch_sdpa import PART
+from sepllm_kernels.sequence.packed.triton import packed_attention_triton
 
 pytestmark = pytest.mark.kernels
 
@@ -142,20 +145,7 @@ def test_the_comparison_can_fail():
 def test_other_types(dtype):
     """No further from float64 than twice what torch is in the same type under the mask."""
     plan = random_plan(torch.Generator().manual_seed(5))
-    exact_given = inputs(plan, HEADS[1], 5)
-    given = [tensor.detach().to(dtype) for tensor in exact_given]
-    for tensor in given[:3]:
-        tensor.requires_grad_()
-    rounded = [tensor.detach().double() for tensor in given]
-    for tensor in rounded[:3]:
-        tensor.requires_grad_()
-    exact = passes(masked, rounded, plan.mask(), 0.3)
-    theirs = passes(fused, given, plan.mask(), 0.3)
-    found = passes(packed_attention, given, plan, 0.3)
-    for ours, other, wanted in zip(found, theirs, exact, strict=True):
-        assert ours.dtype == dtype
-        allowed = 2 * float((other.double() - wanted).abs().max())
-        assert float((ours.double() - wanted).abs().max()) <= allowed
+    check_type(packed_attention_torch, plan, HEADS[1], dtype)
 
 
 def test_tensors_as_models_have_them():
@@ -180,6 +170,49 @@ def test_what_is_kept_for_the_backward_pass():
     num_heads, num_kv_heads, size = HEADS[1]
     per_token = 2 * num_heads * size + 2 * num_kv_heads * size + num_heads
     assert sum(tensor.numel() for tensor in saved) == per_token * plan.num_tokens
+
+
+@pytest.mark.parametrize(
+    ("seed", "heads", "dtype"),
+    [
+        (200, (4, 4, 16), torch.float32),
+        (201, (6, 2, 80), torch.float32),
+        (202, (2, 1, 64), torch.bfloat16),
+        (205, (4, 2, 32), torch.float16),
+    ],
+)
+def test_kernels(seed, heads, dtype):
+    """No further from float64 than twice what torch is in the same type under the mask."""
+    plan = random_plan(torch.Generator().manual_seed(seed)).to(DEVICE)
+    check_type(packed_attention_triton, plan, heads, dtype)
+
+
+def test_kernels_take_tensors_as_models_have_them():
+    plan = text_of(150, 5, 40).to(DEVICE)
+    tensors = [tensor.detach().float().to(DEVICE) for tensor in inputs(plan, HEADS[1], 7)[:3]]
+    apart = [t.transpose(0, 1).contiguous().requires_grad_() for t in tensors]
+    output = packed_attention_triton(*(t.transpose(0, 1) for t in apart), plan, 0.3)
+    output.sum().backward()  # a gradient of strides 0
+    side_by_side = [t.requires_grad_() for t in tensors]
+    again = packed_attention_triton(*side_by_side, plan, 0.3)
+    again.backward(torch.ones_like(again))
+    assert torch.equal(output, again)
+    for ours, other in zip(apart, side_by_side, strict=True):
+        assert torch.equal(ours.grad.transpose(0, 1), other.grad)
+
+
+def check_type(operation, plan, heads, dtype):
+    given = [tensor.detach().to(DEVICE, dtype) for tensor in inputs(plan, heads, 5)]
+    rounded = [tensor.double() for tensor in given]
+    for tensor in (*given[:3], *rounded[:3]):
+        tensor.requires_grad_()
+    exact = passes(masked, rounded, plan.mask(), 0.3)
+    theirs = passes(fused, given, plan.mask(), 0.3)
+    found = passes(operation, given, plan, 0.3)
+    for ours, other, wanted in zip(found, theirs, exact, strict=True):
+        assert ours.dtype == dtype
+        allowed = 2 * float((other.double() - wanted).abs().max())
+        assert float((ours.double() - wanted).abs().max()) <= allowed
 
 
 def text_of(num_tokens: int, every: int, window: int) -> PackedPlan:

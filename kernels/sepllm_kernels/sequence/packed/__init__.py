@@ -24,4 +24,8 @@ def packed_attention(
     Arguments and result as :func:`packed_attention_reference`; what computes it follows from where
     the tensors are.
     """
+    if query.is_cuda:
+        from sepllm_kernels.sequence.packed.triton import packed_attention_triton
+
+        return packed_attention_triton(query, key, value, plan, scale)
     return packed_attention_torch(query, key, value, plan, scale)

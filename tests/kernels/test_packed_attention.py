@@ -7,6 +7,7 @@ import torch
 from batches import DEVICE
 from sepllm_kernels.sequence.packed import (
     PackedPlan,
+    flex,
     packed_attention,
     packed_attention_reference,
     packed_attention_torch,
@@ -158,6 +159,41 @@ def test_tensors_as_models_have_them():
     wanted = passes(masked, [*tensors, torch.ones_like(grad)], plan.mask(), 0.3)
     found = [output.detach(), *(t.grad.transpose(0, 1) for t in apart)]
     assert furthest(found, wanted) < 1e-10
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_flex_attention(seed):
+    """The same result; each block that holds a visible pair is listed, and full ones hold nothing
+    else."""
+    plan = random_plan(torch.Generator().manual_seed(300 + seed))
+    blocks = flex.block_mask(plan)
+    num_stream = flex.padded_stream(plan)
+    query = torch.arange(plan.num_tokens)[:, None]
+    mask = flex.mask_function(plan)(0, 0, query, torch.arange(num_stream + plan.num_tokens))
+    wanted = torch.zeros(plan.num_tokens, plan.num_tokens, dtype=torch.bool)
+    wanted[:, plan.kept] |= mask[:, : len(plan.kept)]
+    assert torch.equal(wanted | mask[:, num_stream:], plan.mask())
+    sizes = [-(-size // flex.BLOCK) * flex.BLOCK for size in mask.shape]
+    padded = torch.zeros(*sizes, dtype=torch.bool)
+    padded[: mask.shape[0], : mask.shape[1]] = mask
+    tiles = padded.unflatten(1, (-1, flex.BLOCK)).unflatten(0, (-1, flex.BLOCK))
+    held = tiles.sum((1, 3))
+    full, partial = torch.zeros_like(held), torch.zeros_like(held)
+    for listed, counts, indices in (
+        (partial, blocks.kv_num_blocks, blocks.kv_indices),
+        (full, blocks.full_kv_num_blocks, blocks.full_kv_indices),
+    ):
+        for row, count in enumerate(counts[0, 0].tolist()):
+            listed[row, indices[0, 0, row, :count].long()] = 1
+    rows = tiles.shape[1] * torch.ones(len(held), 1, dtype=torch.long)
+    rows[-1] = plan.num_tokens - flex.BLOCK * (len(held) - 1)
+    assert not (full * partial).any()
+    assert (held[full == 1] == (rows * flex.BLOCK).expand_as(held)[full == 1]).all()
+    assert (full + partial)[held > 0].all()
+    assert (full + partial).sum() <= (held > 0).sum() + 4, "beside the seams of texts"
+    given = [tensor.detach() for tensor in inputs(plan, HEADS[seed % 3], seed)[:3]]
+    found = flex.packed_attention_flex(*given, plan, 0.3)
+    assert furthest([found], [masked(*given, plan.mask(), 0.3)]) < 1e-10
 
 
 def test_what_is_kept_for_the_backward_pass():

@@ -12,16 +12,16 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from vllm_sepllm.carried import RULE_KEY, config_of, rule_of
 from vllm_sepllm.config import ConfigError, SepLLMConfig
 from vllm_sepllm.kept_ids import resolve_kept
 from vllm_sepllm.layers import LayerPlan
 from vllm_sepllm.policy import KeepRule
+from vllm_sepllm.training.adapters import save_rules_with_adapters
 from vllm_sepllm.training.attention import ATTENTION, register
 from vllm_sepllm.training.step import KEYWORD, Step, cache_for
 
-RULE = "sepllm"  # the name in a model's config.json, and of the attribute that holds the hook
 _HOOK = "_sepllm_hook"
-MISSING = object()
 
 
 class Attached:
@@ -62,6 +62,7 @@ class Attached:
         if earlier is not None:
             earlier.remove()
         register()
+        save_rules_with_adapters()
         self._before = model, model.config._attn_implementation
         model.set_attn_implementation(ATTENTION)
         self._handle = decoder.register_forward_pre_hook(self, with_kwargs=True)
@@ -85,7 +86,8 @@ def apply(
 
     Trainer, PEFT, TRL's SFTTrainer, gradient checkpointing, packed texts (by ``position_ids``) and
     padding on either side work as they do without. ``model.config.sepllm`` carries the options
-    from now on, so a saved model has them in its ``config.json``, which serving reads.
+    from now on, so a saved model has them in its ``config.json``, and an adapter of PEFT in a file
+    beside its weights; serving reads both.
 
     Args:
         model: a causal language model of transformers, or a PEFT model around one.
@@ -111,17 +113,8 @@ def apply(
     layers = LayerPlan.of(config.dense_layers, text.num_hidden_layers)
     attached = Attached(config, rule, layers, text.num_hidden_layers)
     attached.attach(model)
-    model.config.sepllm = options_of(config)
+    model.config.sepllm = rule_of(config)
     return attached
-
-
-def options_of(config: SepLLMConfig) -> dict[str, Any]:
-    """The options that say what a model was trained under: those that differ from the defaults, and
-    always sinks and window, in plain JSON values."""
-    given, default = config.to_dict(), SepLLMConfig().to_dict()
-    for name in ("num_sink_tokens", "window_size"):
-        del default[name]
-    return {name: value for name, value in given.items() if value != default.get(name, MISSING)}
 
 
 def _base(model: Any) -> Any:
@@ -138,8 +131,10 @@ def _base(model: Any) -> Any:
 
 def _checked(options: Mapping[str, Any] | SepLLMConfig | None, model: Any) -> SepLLMConfig:
     if options is None:
-        options = getattr(model.config, RULE, None)
-        if options is None:
+        carried = getattr(model.config, RULE_KEY, None)
+        if carried is not None:
+            options = config_of(carried, f"the config of {type(model).__name__}")
+        else:
             raise ConfigError(
                 "no options were given and the model's config carries none: give some, e.g. "
                 '{"num_sink_tokens": 4, "window_size": 64}'

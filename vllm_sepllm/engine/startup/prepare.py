@@ -10,10 +10,11 @@ from vllm.config import ModelConfig, VllmConfig
 from vllm.logger import init_logger
 from vllm.tokenizers import cached_tokenizer_from_config
 
+from vllm_sepllm.carried import config_of, differences
 from vllm_sepllm.config import ConfigError, SepLLMConfig
 from vllm_sepllm.engine.compat import caution, vllm_version
 from vllm_sepllm.engine.startup.checks import Hardware, largest_cache, refusals, trained_length
-from vllm_sepllm.engine.startup.settings import Settings, store
+from vllm_sepllm.engine.startup.settings import SOURCE, Settings, carried_rule, store
 from vllm_sepllm.keep_classes import SEPARATORS
 from vllm_sepllm.kept_ids import KeptIds, notes_of, resolve_kept
 from vllm_sepllm.layers import LayerPlan
@@ -77,8 +78,21 @@ def _resolve(vllm_config: VllmConfig, options: SepLLMConfig) -> KeptIds:
     plan = make_plan(resolved, rule, tokenizer)
     if options.looks_up_separators:
         plan = plan.with_help(options.separators, tokenizer, found.separators.texts)
-    store(vllm_config, resolved, plan, _notes(options, found, plan))
+    notes = [*_contradictions(vllm_config, options), *_notes(options, found, plan)]
+    store(vllm_config, options, resolved, plan, notes)
     return found
+
+
+def _contradictions(vllm_config: VllmConfig, options: SepLLMConfig) -> list[str]:
+    """Where options differ from the rule that the model was trained under: one sentence."""
+    rule = carried_rule(vllm_config)
+    different = [] if rule is None else differences(options, config_of(rule, SOURCE))
+    if not different:
+        return []
+    return [
+        f"the model was trained under another rule ({SOURCE}): {'; '.join(different)}; leave these "
+        "options out to serve it as it was trained"
+    ]
 
 
 def _tokenizer(model_config: ModelConfig, options: SepLLMConfig, looks_up: bool) -> Any:
@@ -132,9 +146,13 @@ def announce(vllm_config: VllmConfig, found: KeptIds) -> None:
     options, plan = settings.config, settings.plan
     version = vllm_version() or "unknown"
     bound = options.max_separator_tokens
+    rule = carried_rule(vllm_config)
+    is_as_trained = rule is not None and not differences(
+        settings.asked_for, config_of(rule, SOURCE)
+    )
     logger.info_once(
         "SepLLM attention: policy=%s, %d sinks, window of %d tokens, %s, "
-        "memory planned for %.1f%% kept behind the window (%s)%s, block size %d, vLLM %s%s%s",
+        "memory planned for %.1f%% kept behind the window (%s)%s, block size %d, vLLM %s%s%s%s",
         options.policy,
         options.num_sink_tokens,
         options.window_size,
@@ -145,6 +163,7 @@ def announce(vllm_config: VllmConfig, found: KeptIds) -> None:
         vllm_config.cache_config.block_size,
         version,
         f", full attention in layers {list(options.dense_layers)}" if options.dense_layers else "",
+        f", the rule is that of {SOURCE}" if is_as_trained else "",
         _scarce_clause(plan),
     )
     notes = settings.notes

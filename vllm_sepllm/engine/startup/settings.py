@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
+from vllm_sepllm.carried import RULE_KEY, config_of, rule_of, with_rule
 from vllm_sepllm.config import ConfigError, SepLLMConfig
 from vllm_sepllm.engine.names import BACKEND_NAME
 from vllm_sepllm.layers import LayerPlan
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
 logger = init_logger(f"vllm.{__name__}")
 
 OPTIONS_KEY = "sepllm"
+SOURCE = "the model's config.json"  # of the rule that it was trained under
 PLAN_KEY = "sepllm_plan"
+RULE_STORED = "sepllm_rule"
 NOTES_KEY = "sepllm_notes"
 
 
@@ -40,7 +43,14 @@ def is_selected(vllm_config: VllmConfig) -> bool:
 
 
 def warn_if_unused(vllm_config: VllmConfig) -> None:
-    """Options for a backend that is not selected are most likely a forgotten argument."""
+    """Options for a backend that is not selected are most likely a forgotten argument, and so is
+    the backend of a model that was trained under the rule."""
+    if vllm_config.model_config is not None and carried_rule(vllm_config) is not None:
+        logger.warning_once(
+            "The model was trained under SepLLM attention (%s has the rule), which is not "
+            "selected: full attention is used. Add --attention-backend sepllm.",
+            SOURCE,
+        )
     additional = vllm_config.additional_config
     if isinstance(additional, dict) and OPTIONS_KEY in additional:
         logger.warning_once(
@@ -73,12 +83,16 @@ class Settings:
         global _last
         additional = vllm_config.additional_config
         vocab_size = vllm_config.model_config.get_vocab_size()
-        if _last is None or _last[0] != (additional, vocab_size):
-            config = _parse(additional)
+        carried = carried_rule(vllm_config)
+        if _last is None or _last[0] != (additional, vocab_size, carried):
             stored = {}
             if isinstance(additional, dict):
-                stored = {k: additional[k] for k in (PLAN_KEY, NOTES_KEY) if k in additional}
-            _last = (deepcopy(additional), vocab_size), Settings(config, vocab_size, stored)
+                keys = PLAN_KEY, NOTES_KEY, RULE_STORED
+                stored = {key: additional[key] for key in keys if key in additional}
+            # Once resolved, all options are given, and the model's own are among them.
+            config = _parse(additional, None if stored else carried)
+            known = deepcopy((additional, vocab_size, carried))
+            _last = known, Settings(config, vocab_size, stored)
         return _last[1]
 
     @property
@@ -103,13 +117,18 @@ class Settings:
         return Plan.from_dict(self.stored[PLAN_KEY])
 
     @property
+    def asked_for(self) -> SepLLMConfig:
+        """The options before texts in them became ids, as far as a model is trained under them."""
+        return config_of(self.stored[RULE_STORED], "start-up")
+
+    @property
     def notes(self) -> list[str]:
         """What start-up warned of, one sentence each without its full stop."""
         return list(self.stored.get(NOTES_KEY, ()))
 
 
 # The last configuration asked about, as it was, and what it says: a process serves one.
-_last: tuple[tuple[Any, int], Settings] | None = None
+_last: tuple[tuple[Any, int, Any], Settings] | None = None
 
 
 def asks_for_cache_positions(engine_args: EngineArgs) -> bool:
@@ -125,18 +144,32 @@ def asks_for_cache_positions(engine_args: EngineArgs) -> bool:
     return is_cache and BACKEND_NAME in names
 
 
-def _parse(additional: Any) -> SepLLMConfig:
+def carried_rule(vllm_config: VllmConfig) -> Any:
+    """The rule that the model was trained under, from its ``config.json``, or ``None``."""
+    model: Any = vllm_config.model_config
+    found = getattr(model.hf_config, RULE_KEY, None)
+    return getattr(model.hf_text_config, RULE_KEY, None) if found is None else found
+
+
+def _parse(additional: Any, carried: Any = None) -> SepLLMConfig:
     given = additional.get(OPTIONS_KEY) if isinstance(additional, dict) else None
-    return SepLLMConfig.from_dict(given)
+    if carried is None:
+        return SepLLMConfig.from_dict(given)
+    return with_rule(given, carried, SOURCE)
 
 
 def store(
-    vllm_config: VllmConfig, resolved: SepLLMConfig, plan: Plan, notes: Sequence[str]
+    vllm_config: VllmConfig,
+    options: SepLLMConfig,
+    resolved: SepLLMConfig,
+    plan: Plan,
+    notes: Sequence[str],
 ) -> None:
     """Write resolved options back for the other processes.
 
     Args:
         vllm_config: changed.
+        options: as they were asked for.
         resolved: options with separator ids.
         plan: what memory is planned for.
         notes: what start-up warns of, one sentence each without its full stop.
@@ -145,6 +178,7 @@ def store(
     vllm_config.additional_config = {
         **(given if isinstance(given, dict) else {}),
         OPTIONS_KEY: resolved.to_dict(),
+        RULE_STORED: rule_of(options),
         PLAN_KEY: plan.to_dict(),
         NOTES_KEY: list(notes),
     }

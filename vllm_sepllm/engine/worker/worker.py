@@ -12,6 +12,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm_sepllm.config import ConfigError
 from vllm_sepllm.engine.scheduling.spec import WindowSpec
 from vllm_sepllm.engine.startup.settings import Settings
+from vllm_sepllm.engine.worker.adapters import check_adapters
 from vllm_sepllm.engine.worker.backend import KEPT_SUFFIX, SepLLMImpl, is_dense, layer_index
 from vllm_sepllm.engine.worker.counts import Counts
 from vllm_sepllm.engine.worker.metadata import KeptBuilder
@@ -46,7 +47,10 @@ class SepLLMWorker(Worker):
                 positions.
         """
         super().load_model(*args, **kwargs)
-        if Settings.of(self.vllm_config).config.position_mode == "cache":
+        settings = Settings.of(self.vllm_config)
+        if self.lora_config is not None:
+            check_adapters(self.model_runner.lora_manager, settings.asked_for)
+        if settings.config.position_mode == "cache":
             config = self.model_config
             with set_current_vllm_config(self.vllm_config):
                 model = self.model_runner.get_model()

@@ -1,0 +1,114 @@
+"""The rule that a model was trained under, as it travels with the model.
+
+A model has it in its ``config.json``, under ``"sepllm"``; an adapter in ``sepllm.json`` beside its
+weights. Transformers leaves no other trace of how a model attended while it was trained, so without
+it a server could not notice a wrong window.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from vllm_sepllm.config import PRESET, SepLLMConfig
+from vllm_sepllm.option_checks import ConfigError
+
+RULE_KEY = "sepllm"
+RULE_FILE = "sepllm.json"
+# Of a server, not of what a model was trained under.
+_SERVING = frozenset(("position_mode", "prefill_kernel", "planned_kept_share", "planning_text"))
+_ALWAYS = ("num_sink_tokens", "window_size")
+
+
+def rule_of(config: SepLLMConfig) -> dict[str, Any]:
+    """The options that a model is trained under: those that differ from the defaults, and always
+    sinks and window, as plain JSON values."""
+    given, default = config.to_dict(), SepLLMConfig().to_dict()
+    return {
+        name: value
+        for name, value in given.items()
+        if name not in _SERVING and (name in _ALWAYS or value != default[name])
+    }
+
+
+def config_of(rule: object, source: str) -> SepLLMConfig:
+    """The options of a rule that travels with a model.
+
+    Args:
+        rule: as :func:`rule_of` gives it.
+        source: where it was found, for people.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    try:
+        if not isinstance(rule, Mapping):
+            raise ConfigError(f"{rule!r} is no mapping of options")
+        return SepLLMConfig.from_dict(rule)
+    except ConfigError as error:
+        raise ConfigError(f"{source} carries a rule that cannot be read: {error}") from None
+
+
+def with_rule(given: object, rule: object, source: str) -> SepLLMConfig:
+    """Options for a model that carries a rule: its own where none are given.
+
+    Args:
+        given: options by name, or ``None``. A preset is taken as it is.
+        rule, source: see :func:`config_of`.
+
+    Raises:
+        ConfigError: the rule cannot be read, or the options cannot be used, alone or beside it.
+    """
+    carried = config_of(rule, source)
+    if given is None:
+        return carried
+    if not isinstance(given, Mapping) or PRESET in given:
+        return SepLLMConfig.from_dict(given)
+    try:
+        return SepLLMConfig.from_dict({**rule_of(carried), **given})
+    except ConfigError as error:
+        SepLLMConfig.from_dict(given)  # what is wrong without the rule is said without it
+        raise ConfigError(f"{error} (what is not given here is as {source} carries it)") from None
+
+
+def differences(config: SepLLMConfig, carried: SepLLMConfig) -> list[str]:
+    """Where options differ from those that a model was trained under, a clause each."""
+    found = []
+    for field in fields(SepLLMConfig):
+        here, there = getattr(config, field.name), getattr(carried, field.name)
+        if field.name not in _SERVING and here != there:
+            found.append(f"{field.name} is {_shown(here)} here and was {_shown(there)}")
+    return found
+
+
+def read_rule(folder: str | Path) -> SepLLMConfig | None:
+    """The rule beside an adapter's weights; ``None`` if there is none.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    path = Path(folder) / RULE_FILE
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    try:
+        rule = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{path} carries a rule that cannot be read: {error}") from None
+    return config_of(rule, str(path))
+
+
+def write_rule(folder: str | Path, config: SepLLMConfig) -> Path:
+    """Put the rule beside an adapter's weights."""
+    path = Path(folder) / RULE_FILE
+    path.write_text(json.dumps(rule_of(config), indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def _shown(value: object) -> str:
+    shown = json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False)
+    return shown if len(shown) <= 60 else f"{shown[:50]} ..."

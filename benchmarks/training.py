@@ -1,0 +1,262 @@
+"""Training under SepLLM beside dense attention, in one run: attention alone, and whole steps.
+
+    python benchmarks/training.py [--lengths 1024,2048,4096,8192]
+
+Text is a book of the repository in GPT-NeoX-20B's tokens, separators are the paper's nine.
+
+* Attention, forward and backward: 4 heads of 64, window 256; beside causal SDPA, SDPA under the
+  mask (to 4,096 tokens), and on a GPU FlexAttention over the packed order and in the text's order.
+* A whole step of a decoder (forward, loss, backward, without the optimizer): Llama of 5M
+  parameters with a window of 64, and two layers of Pythia-160M's shape with one of 128.
+
+Ways take turns, and each one's fastest turn counts. Operations are counted beside it, against
+causal attention and in the paper's way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from record import ROOT, provenance, write
+from rich.console import Console
+from rich.table import Table
+from sepllm_kernels.sequence.packed import PackedPlan, packed_attention
+from tokenizers import Tokenizer
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from vllm_sepllm.config import SepLLMConfig
+from vllm_sepllm.policy import KeepRule
+from vllm_sepllm.training import apply
+from vllm_sepllm.training.flops import ModelSize, shares
+from vllm_sepllm.training.plan import TextPlan, pack
+
+OUTPUT = ROOT / "benchmarks/results/training.json"
+SEPARATORS = (2, 13, 15, 27, 28, 32, 186, 187, 209)  # as the authors list them for this tokenizer
+VOCABULARY = 50304
+MASKED_UP_TO = 4096  # a mask of 8,192 tokens takes gigabytes in its backward pass
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DENSE, PACKED, MASKED = "dense, causal", "packed", "dense under the mask"
+FLEX, FLEX_IN_ORDER = "FlexAttention, packed", "FlexAttention, order of the text"
+
+
+def llama_5m() -> Any:
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=256,
+        intermediate_size=704,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=65536,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config)
+
+
+def pythia(num_layers: int) -> Any:
+    config = GPTNeoXConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=768,
+        num_hidden_layers=num_layers,
+        num_attention_heads=12,
+        intermediate_size=3072,
+        rotary_pct=0.25,
+        max_position_embeddings=65536,
+    )
+    return GPTNeoXForCausalLM(config)
+
+
+def book() -> list[int]:
+    with gzip.open(ROOT / "tests/data/20B_tokenizer.json.gz", "rt", encoding="utf8") as file:
+        tokenizer = Tokenizer.from_str(file.read())
+    ids: list[int] = tokenizer.encode((ROOT / "examples/data/860.txt").read_text()).ids
+    return ids[5000:]
+
+
+def rule_of(window: int) -> KeepRule:
+    options = {"window_size": window, "separator_token_ids": SEPARATORS}
+    return KeepRule.of(SepLLMConfig.from_dict(options), VOCABULARY)
+
+
+def wait() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def fastest(ways: dict[str, Callable[[], None]], turns: int) -> dict[str, float]:
+    """Seconds of each way's fastest turn; the first does not count."""
+    found = dict.fromkeys(ways, float("inf"))
+    for turn in range(turns + 1):
+        for name, run in ways.items():
+            began = time.perf_counter()
+            run()
+            wait()
+            if turn:
+                found[name] = min(found[name], time.perf_counter() - began)
+    return found
+
+
+def attention_ways(plan: PackedPlan, num_heads: int, size: int) -> dict[str, Callable[[], None]]:
+    """Forward and backward passes."""
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    shape, length = (plan.num_tokens, num_heads, size), plan.num_tokens
+    torch.manual_seed(0)
+    made = [torch.randn(shape, dtype=dtype, device=DEVICE) for _ in range(4)]
+    tensors, grad = [tensor.requires_grad_() for tensor in made[:3]], made[3]
+    sdpa, scale = torch.nn.functional.scaled_dot_product_attention, size**-0.5
+
+    def passes(attend: Callable[..., torch.Tensor]) -> Callable[[], None]:
+        def run() -> None:
+            for tensor in tensors:
+                tensor.grad = None
+            attend(*tensors).backward(grad)
+
+        return run
+
+    def dense(*given: torch.Tensor, **options: Any) -> torch.Tensor:
+        heads = [tensor.transpose(0, 1)[None] for tensor in given]
+        return sdpa(*heads, scale=scale, **options)[0].transpose(0, 1)
+
+    ways = {
+        DENSE: passes(lambda *given: dense(*given, is_causal=True)),
+        PACKED: passes(lambda *given: packed_attention(*given, plan, scale)),
+    }
+    if length <= MASKED_UP_TO:
+        mask = plan.mask()
+        ways[MASKED] = passes(lambda *given: dense(*given, attn_mask=mask))
+    if DEVICE == "cuda":
+        from sepllm_kernels.sequence.packed import flex
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        blocks, compiled = flex.block_mask(plan), torch.compile(flex_attention)
+        ways[FLEX] = passes(
+            lambda *given: flex.packed_attention_flex(*given, plan, scale, blocks=blocks)
+        )
+        flags = torch.zeros(length, dtype=torch.bool, device=DEVICE)
+        flags[plan.kept] = True
+        first = plan.window_first
+
+        def seen(b: Any, h: Any, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+            return (k <= q) & (flags[k] | (k >= first[q]))
+
+        in_order = create_block_mask(seen, None, None, length, length, device=DEVICE)
+
+        def text_order(*given: torch.Tensor) -> torch.Tensor:
+            heads = [tensor.transpose(0, 1)[None] for tensor in given]
+            return compiled(*heads, block_mask=in_order, scale=scale)[0].transpose(0, 1)
+
+        ways[FLEX_IN_ORDER] = passes(text_order)
+    return ways
+
+
+def measure_attention(ids: Sequence[int], lengths: Sequence[int], turns: int) -> list[Any]:
+    rows = []
+    for length in lengths:
+        plan = pack([TextPlan.of(ids[:length], rule_of(256))], DEVICE)
+        found = fastest(attention_ways(plan, 4, 64), turns)
+        pairs = plan.num_pairs / (length * (length + 1) / 2)
+        rows.append({"tokens": length, "window": 256, "pairs": pairs, "seconds": found})
+        print(f"attention, {length:,} tokens: {shown(found)}", flush=True)
+    return rows
+
+
+def step_ways(
+    make: Callable[[], Any], window: int, ids: torch.Tensor
+) -> dict[str, Callable[[], None]]:
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    ways: dict[str, Callable[[], None]] = {}
+    for name in (DENSE, PACKED):
+        torch.manual_seed(0)
+        model = make().to(DEVICE, dtype)
+        model.set_attn_implementation("sdpa")
+        if name == PACKED:
+            apply(model, {"window_size": window, "separator_token_ids": SEPARATORS})
+
+        def run(model: Any = model) -> None:
+            model.zero_grad(set_to_none=True)
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+
+        ways[name] = run
+    return ways
+
+
+def measure_steps(ids: Sequence[int], lengths: Sequence[int], turns: int) -> list[Any]:
+    models: dict[str, tuple[Callable[[], Any], int]] = {
+        "Llama, 5M": (llama_5m, 64),
+        "Pythia-160M, 2 layers": (lambda: pythia(2), 128),
+    }
+    if DEVICE == "cuda":
+        models["Pythia-160M"] = (lambda: pythia(12), 128)
+    rows = []
+    for name, (make, window) in models.items():
+        size, vocabulary = ModelSize.of(make()), make().config.vocab_size
+        for length in lengths:
+            text = torch.tensor([ids[:length]], device=DEVICE)
+            # A small vocabulary: other tokens than separators become some that are none.
+            is_separator = torch.isin(text, torch.tensor(SEPARATORS, device=DEVICE))
+            others = text if vocabulary == VOCABULARY else 300 + text % (vocabulary - 300)
+            text = torch.where(is_separator, text, others)
+            plan = TextPlan.of(text[0].cpu().numpy(), rule_of(window))
+            found = fastest(step_ways(make, window, text), turns)
+            counted = shares(size, length, pack([plan]).num_pairs)
+            row = {"model": name, "tokens": length, "window": window}
+            rows.append({**row, "operations": counted, "seconds": found})
+            print(f"{name}, {length:,} tokens: {shown(found)}", flush=True)
+    return rows
+
+
+def shown(found: dict[str, float]) -> str:
+    return ", ".join(f"{name} {1000 * seconds:,.1f} ms" for name, seconds in found.items())
+
+
+def show(result: dict[str, Any]) -> None:
+    console = Console(width=130)
+    ways = [FLEX, FLEX_IN_ORDER] if DEVICE == "cuda" else []
+    table = Table("attention", "pairs seen", *(f"times faster than {w}" for w in (DENSE, MASKED)))
+    for way in ways:
+        table.add_column(f"times faster than {way}")
+    for row in result["attention"]:
+        seconds = row["seconds"]
+        cells = [
+            f"{seconds[way] / seconds[PACKED]:.2f}" if way in seconds else ""
+            for way in (DENSE, MASKED, *ways)
+        ]
+        table.add_row(f"{row['tokens']:,} tokens", f"{row['pairs']:.1%}", *cells)
+    console.print(table)
+    table = Table("whole step", "tokens", "times faster than dense", "operations", "paper's way")
+    for row in result["steps"]:
+        seconds, counted = row["seconds"], row["operations"]
+        faster = f"{seconds[DENSE] / seconds[PACKED]:.2f}"
+        counts = f"{counted['causal']:.1%}", f"{counted['as in the paper']:.1%}"
+        table.add_row(row["model"], f"{row['tokens']:,}", faster, *counts)
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--lengths", default="1024,2048,4096,8192")
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    given = parser.parse_args()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    ids, lengths = book(), [int(length) for length in given.lengths.split(",")]
+    device = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
+    result = {**provenance("torch", "transformers", "triton"), "device": device}
+    result["threads"] = torch.get_num_threads()
+    result["attention"] = measure_attention(ids, lengths, given.turns)
+    write(given.output, result)
+    result["steps"] = measure_steps(ids, lengths, given.turns)
+    write(given.output, result)
+    show(json.loads(given.output.read_text()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""Trainer, PEFT and TRL train under the rule as plain loops do."""
+
+import json
+
+import pytest
+import torch
+from conftest import SEPARATORS, VOCABULARY, make_ids, make_model
+
+from vllm_sepllm.training import apply
+
+pytestmark = pytest.mark.training
+
+OPTIONS = {"num_sink_tokens": 2, "window_size": 16, "separator_token_ids": SEPARATORS}
+
+
+def rows(count=4, length=64):
+    return [
+        {"input_ids": ids, "labels": ids, "attention_mask": [1] * length}
+        for ids in make_ids(*[length] * count)
+    ]
+
+
+def arguments(folder, kind=None, **options):
+    import transformers
+
+    usual = {
+        "output_dir": str(folder),
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "optim": "sgd",
+        "max_grad_norm": 0.0,
+        "report_to": [],
+        "use_cpu": True,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "seed": 0,
+    }
+    return (kind or transformers.TrainingArguments)(**{**usual, **options})
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def by_hand(model, batches):
+    """The losses of the same steps in a plain loop."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    found = []
+    for batch in batches:
+        given = torch.tensor([row["input_ids"] for row in batch])
+        loss = model(input_ids=given, labels=given).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(float(loss.detach()))
+    return found
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_trainer(tmp_path, checkpointing):
+    import transformers
+
+    model, other = make_model(), make_model()
+    apply(model, OPTIONS)
+    apply(other, OPTIONS)
+    batches = []
+
+    def collate(batch):
+        batches.append(batch)
+        return transformers.default_data_collator(batch)
+
+    trainer = transformers.Trainer(
+        model=model,
+        args=arguments(tmp_path, gradient_checkpointing=checkpointing),
+        train_dataset=rows(),
+        data_collator=collate,
+    )
+    trainer.train()
+    assert len(batches) == 2
+    assert losses(trainer) == pytest.approx(by_hand(other, batches), abs=1e-4)
+    trainer.save_model(str(tmp_path / "saved"))
+    assert json.loads((tmp_path / "saved/config.json").read_text())["sepllm"]["window_size"] == 16
+
+
+def lora(**options):
+    import peft
+
+    return peft.LoraConfig(
+        r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **options
+    )
+
+
+@pytest.mark.parametrize("first", ["the rule", "the adapter"])
+def test_peft(tmp_path, first):
+    """The adapter alone is trained, and has the rule beside its weights."""
+    import peft
+
+    base = make_model()
+    if first == "the rule":
+        attached = apply(base, OPTIONS)
+        model = peft.get_peft_model(base, lora())
+    else:
+        model = peft.get_peft_model(base, lora())
+        attached = apply(model, OPTIONS)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    given = torch.tensor([rows(1)[0]["input_ids"]])
+    found = []
+    for _ in range(3):
+        loss = model(input_ids=given, labels=given).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(float(loss.detach()))
+    assert found[2] < found[0]
+    model.save_pretrained(tmp_path / "adapter")
+    carried = json.loads((tmp_path / "adapter/sepllm.json").read_text())
+    assert carried == {**OPTIONS, "separator_token_ids": list(SEPARATORS)}
+    loaded = peft.PeftModel.from_pretrained(make_model(), str(tmp_path / "adapter"))
+    apply(loaded, attached.config)
+    with torch.no_grad():
+        difference = loaded(input_ids=given).logits - model(input_ids=given).logits
+        assert difference.abs().max() < 1e-9
+        merged = model.merge_and_unload()
+        assert (merged(input_ids=given).logits - loaded(input_ids=given).logits).abs().max() < 1e-5
+    merged.save_pretrained(tmp_path / "merged")
+    assert json.loads((tmp_path / "merged/config.json").read_text())["sepllm"] == carried
+
+
+def test_an_adapter_without_a_rule_has_no_file(tmp_path):
+    import peft
+
+    apply(make_model(), OPTIONS)  # of another model
+    peft.get_peft_model(make_model(), lora()).save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_config.json").exists()
+    assert not (tmp_path / "sepllm.json").exists()
+
+
+def test_virtual_tokens_are_refused():
+    import peft
+
+    model = peft.get_peft_model(
+        make_model(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    )
+    apply(model, OPTIONS)
+    with pytest.raises(ValueError, match="virtual tokens"):
+        model(input_ids=torch.tensor([rows(1)[0]["input_ids"]]))
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_sft_trainer(tmp_path, packing):
+    """TRL's, whose packed rows hold several texts, that must not see each other."""
+    import datasets
+    import trl
+
+    texts = make_ids(30, 25, 40, 20, seed=3)
+    data = datasets.Dataset.from_list([{"input_ids": ids} for ids in texts])
+    model = make_model()
+    apply(model, {**OPTIONS, "window_size": 8})
+    seen = []
+    hook = model.get_decoder().register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True
+    )
+    options = {"packing": packing, "max_length": 64, "max_steps": 1, "eos_token": None}
+    settings = arguments(tmp_path, trl.SFTConfig, dataset_num_proc=None, **options)
+    trainer = trl.SFTTrainer(
+        model=model, args=settings, train_dataset=data, processing_class=tokenizer()
+    )
+    trainer.train()
+    hook.remove()
+    step = seen[0]["sepllm_step"]
+    found = [ids.tolist() for ids in step.texts.token_ids]
+    assert found
+    assert all(ids in texts for ids in found), "texts were joined"
+    if packing:
+        assert len(found) > len(step.texts.is_token), "no row held two texts"
+
+
+def tokenizer():
+    """With a token for each id."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"w{i}": i for i in range(VOCABULARY)}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, "w0")),
+        pad_token="w0",
+        eos_token="w1",
+        unk_token="w0",
+    )

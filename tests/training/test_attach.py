@@ -182,7 +182,7 @@ def test_padding_may_be_no_number(side):
     _, rows, real, _ = padded(side, 150, 220)
     attached = apply(make_model(), OPTIONS)
     inputs = {"input_ids": rows, "attention_mask": real}
-    step = Step.of(attached.rule, attached.layers, 3, inputs)
+    step = Step.of(attached.pattern, attached.layers, 3, inputs)
     rng = torch.Generator().manual_seed(0)
     shapes = ((2, heads, 220, 8) for heads in (6, 2, 2))
     tensors = [torch.randn(shape, generator=rng, dtype=torch.float64) for shape in shapes]

@@ -19,6 +19,7 @@ from vllm_sepllm.layers import LayerPlan
 from vllm_sepllm.policy import KeepRule
 from vllm_sepllm.training.adapters import save_rules_with_adapters
 from vllm_sepllm.training.attention import ATTENTION, register
+from vllm_sepllm.training.plan import KeptPattern, Pattern
 from vllm_sepllm.training.step import KEYWORD, Step, cache_for
 
 _HOOK = "_sepllm_hook"
@@ -28,17 +29,21 @@ class Attached:
     """What :func:`apply` put into a model.
 
     Attributes:
-        config: the options.
-        rule: which tokens are kept.
+        pattern: what the kept layers see.
         layers: which layers are dense.
+        config: the options; ``None`` where none say what is seen.
     """
 
     def __init__(
-        self, config: SepLLMConfig, rule: KeepRule, layers: LayerPlan, num_layers: int
+        self,
+        pattern: Pattern,
+        layers: LayerPlan,
+        num_layers: int,
+        config: SepLLMConfig | None = None,
     ) -> None:
-        self.config = config
-        self.rule = rule
+        self.pattern = pattern
         self.layers = layers
+        self.config = config
         self._num_layers = num_layers
         self._handle: Any = None
         self._before: tuple[Any, str] | None = None
@@ -52,7 +57,7 @@ class Attached:
                 "(prompt tuning and other virtual tokens have none and cannot be used with it)"
             )
         given = {**kwargs, "input_ids": input_ids, "past_key_values": cache_for(decoder, kwargs)}
-        given[KEYWORD] = Step.of(self.rule, self.layers, self._num_layers, given)
+        given[KEYWORD] = Step.of(self.pattern, self.layers, self._num_layers, given)
         return args[1:], given
 
     def attach(self, model: Any) -> None:
@@ -100,7 +105,7 @@ def apply(
     Raises:
         ConfigError: the options cannot be trained under, or not with this model.
     """
-    model = _base(model)
+    model = base_of(model)
     config = _checked(options, model)
     if config.needs_tokenizer and tokenizer is None:
         raise ConfigError(
@@ -111,13 +116,13 @@ def apply(
     kept = resolve_kept(config, tokenizer).below(text.vocab_size)
     rule = KeepRule.of(kept.resolve(config), text.vocab_size)
     layers = LayerPlan.of(config.dense_layers, text.num_hidden_layers)
-    attached = Attached(config, rule, layers, text.num_hidden_layers)
+    attached = Attached(KeptPattern(rule), layers, text.num_hidden_layers, config)
     attached.attach(model)
     model.config.sepllm = rule_of(config)
     return attached
 
 
-def _base(model: Any) -> Any:
+def base_of(model: Any) -> Any:
     """The model inside a PEFT model."""
     inside = getattr(model, "get_base_model", None)
     model = model if inside is None else inside()

@@ -77,12 +77,21 @@ def _packed(
     scale: float,
 ) -> torch.Tensor:
     num_rows, num_heads, num_tokens, head_size = query.shape
+    num_kv_heads = key.shape[1]
+    group = num_heads // num_kv_heads
 
     def flat(tensor: torch.Tensor) -> torch.Tensor:
         tokens = tensor.transpose(1, 2).flatten(0, 1)
         return tokens if step.rows is None else tokens.index_select(0, step.rows)
 
-    output = packed_attention(flat(query), flat(key), flat(value), step.plan(kind), scale)
+    queries, keys, values = flat(query), flat(key), flat(value)
+    alike = zip(step.heads(kind, num_kv_heads), step.plans(kind), strict=True)
+    outputs = []
+    for heads, plan in alike:
+        first, stop, _ = heads.indices(num_kv_heads)
+        own = queries[:, first * group : stop * group]
+        outputs.append(packed_attention(own, keys[:, heads], values[:, heads], plan, scale))
+    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
     if step.rows is not None:
         empty = output.new_zeros(num_rows * num_tokens, num_heads, head_size)
         output = empty.index_copy(0, step.rows, output)

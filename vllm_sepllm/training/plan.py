@@ -7,8 +7,9 @@ are one long row, in which no text sees anything of another.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -60,6 +61,39 @@ class TextPlan:
         first = np.maximum(np.arange(num_tokens) - size + 1, 0)
         none = np.zeros((2, num_tokens), dtype=np.int64)
         return TextPlan(np.zeros(0, dtype=np.int64), first, none, none)
+
+
+class Pattern(Protocol):
+    """What the kept layers of a model see, which may differ from head to head."""
+
+    def heads(self, num_kv_heads: int) -> tuple[slice, ...]:
+        """KV heads that see alike.
+
+        Raises:
+            ValueError: they cannot be shared out.
+        """
+
+    def text_plans(self, token_ids: IdArray) -> tuple[TextPlan, ...]:
+        """What each token of a text sees, for each of these."""
+
+
+@dataclass(frozen=True, eq=False)
+class KeptPattern:
+    """All heads under one rule.
+
+    Attributes:
+        rule: which tokens are kept.
+    """
+
+    rule: KeepRule
+
+    def heads(self, num_kv_heads: int) -> tuple[slice, ...]:
+        """All."""
+        return (slice(num_kv_heads),)
+
+    def text_plans(self, token_ids: IdArray) -> tuple[TextPlan, ...]:
+        """One plan."""
+        return (TextPlan.of(token_ids, self.rule),)
 
 
 def pack(texts: Iterable[TextPlan], device: torch.device | str = "cpu") -> PackedPlan:
@@ -135,9 +169,3 @@ class Texts:
     def is_plain(self) -> bool:
         """Whether each row is one text, without padding."""
         return len(self.token_ids) == len(self.is_token) and not self.has_padding
-
-    def plan(
-        self, text_plan: Callable[[IdArray], TextPlan], device: torch.device | str = "cpu"
-    ) -> PackedPlan:
-        """The plan of all of them."""
-        return pack(map(text_plan, self.token_ids), device)

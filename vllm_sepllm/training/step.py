@@ -13,9 +13,8 @@ from sepllm_kernels.sequence.packed import PackedPlan
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from vllm_sepllm.layers import Layer, LayerPlan
-from vllm_sepllm.policy import KeepRule
 from vllm_sepllm.spans import BoolArray
-from vllm_sepllm.training.plan import IdArray, TextPlan, Texts
+from vllm_sepllm.training.plan import Pattern, TextPlan, Texts, pack
 
 KEYWORD = "sepllm_step"  # by which layers get it
 
@@ -66,25 +65,25 @@ class Step:
     """What the tokens of one forward pass see.
 
     Attributes:
-        rule: of the kept layers.
+        pattern: what the kept layers see.
         layers: which are dense.
         texts: of all tokens, those of the cache included.
         num_queries: tokens of a row that this pass computes; the others are in the cache.
         device: of the model.
     """
 
-    rule: KeepRule
+    pattern: Pattern
     layers: LayerPlan
     texts: Texts
     num_queries: int
     device: torch.device
 
     @staticmethod
-    def of(rule: KeepRule, layers: LayerPlan, num_layers: int, inputs: Mapping[str, Any]) -> Step:
+    def of(pattern: Pattern, layers: LayerPlan, num_layers: int, inputs: Mapping[str, Any]) -> Step:
         """Of a decoder's arguments.
 
         Args:
-            rule: of the kept layers.
+            pattern: what the kept layers see.
             layers: which are dense.
             num_layers: of the model.
             inputs: the decoder's arguments by name: ``input_ids`` ``[rows, tokens]``, and where
@@ -100,7 +99,7 @@ class Step:
         if cache is not None:
             ids, begins = IdLayer.of(cache, num_layers).extend(input_ids, begins)
         is_token = _is_token(inputs.get("attention_mask"), ids.shape)
-        return Step(rule, layers, Texts.of(ids, is_token, begins), num_queries, input_ids.device)
+        return Step(pattern, layers, Texts.of(ids, is_token, begins), num_queries, input_ids.device)
 
     @property
     def is_whole(self) -> bool:
@@ -119,18 +118,25 @@ class Step:
         """What a layer does: a layer with a window of its own keeps it."""
         return self.layers[layer] if sliding_window is None else sliding_window
 
-    def _text_plan(self, kind: Layer | int, token_ids: IdArray) -> TextPlan:
+    def heads(self, kind: Layer | int, num_kv_heads: int) -> tuple[slice, ...]:
+        """KV heads of a kind of layer that see alike."""
+        return self.pattern.heads(num_kv_heads) if kind == Layer.KEPT else (slice(num_kv_heads),)
+
+    def _text_plans(self, kind: Layer | int) -> list[tuple[TextPlan, ...]]:
+        """By text."""
         if kind == Layer.KEPT:
-            return TextPlan.of(token_ids, self.rule)
-        return TextPlan.causal(token_ids.size, kind if isinstance(kind, int) else None)
+            return [self.pattern.text_plans(ids) for ids in self.texts.token_ids]
+        window = kind if isinstance(kind, int) else None
+        return [(TextPlan.causal(ids.size, window),) for ids in self.texts.token_ids]
 
     @cached_property
-    def plan(self) -> Any:
-        """From a kind of layer, the plan of a whole batch."""
+    def plans(self) -> Any:
+        """From a kind of layer, the plans of a whole batch for :meth:`heads`."""
 
         @cache
-        def found(kind: Layer | int) -> PackedPlan:
-            return self.texts.plan(lambda ids: self._text_plan(kind, ids), self.device)
+        def found(kind: Layer | int) -> list[PackedPlan]:
+            by_heads = zip(*self._text_plans(kind), strict=True)
+            return [pack(texts, self.device) for texts in by_heads]
 
         return found
 
@@ -141,7 +147,13 @@ class Step:
 
         @cache
         def found(kind: Layer | int) -> torch.Tensor:
-            plan = self.texts.plan(lambda ids: self._text_plan(kind, ids))
+            plans = [pack(texts) for texts in zip(*self._text_plans(kind), strict=True)]
+            if len(plans) > 1:
+                raise ValueError(
+                    "heads that see different tokens are for training: take them out with remove() "
+                    "before you generate"
+                )
+            [plan] = plans
             is_token = self.texts.is_token
             num_rows, num_tokens = is_token.shape
             mask = torch.zeros(num_rows, self.num_queries, num_tokens, dtype=torch.bool)

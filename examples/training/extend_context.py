@@ -1,0 +1,84 @@
+"""Extend a model's context: fine-tune it on texts longer than it was trained on.
+
+    python examples/training/extend_context.py [--set method.attention="S2-Attn"]
+
+Positions are interpolated (linear rotary scaling), an adapter is trained, with embeddings and norms
+as LongLoRA does, and while it is trained tokens attend sparsely: SinkLoRA's SF-Attn, LongLoRA's
+S2-Attn, SepLLM, or not (``full``). The result is evaluated with full attention, or under SepLLM if
+it was trained under it. ``interpolation`` trains nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from common import ROOT, configuration, perplexity, pieces, train
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from vllm_sepllm.training import apply, apply_sink_lora
+
+GROUPS = {"SF-Attn": (0.25, 4), "S2-Attn": (0.5, 0)}  # shifted share of the heads, sinks
+
+
+def load(path: str, factor: float) -> Any:
+    """With positions divided by a factor."""
+    config = AutoConfig.from_pretrained(ROOT / path)
+    rotary = dict(config.rope_parameters)
+    config.rope_parameters = {**rotary, "rope_type": "linear", "factor": factor}
+    config.max_position_embeddings = int(config.max_position_embeddings * factor)
+    model = AutoModelForCausalLM.from_pretrained(ROOT / path, config=config, dtype=torch.float32)
+    # An earlier rule does not hold any more.
+    model.config.sepllm = None
+    return model
+
+
+def with_adapter(model: Any, options: dict[str, Any]) -> Any:
+    """LongLoRA's: low rank in attention, embeddings and norms as they are."""
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options))
+    for name, parameter in model.named_parameters():
+        if "norm" in name or "embed" in name:
+            parameter.requires_grad_()
+    return model
+
+
+def main() -> None:
+    given = configuration(__file__)
+    data, options, how = given["data"], given["training"], given["method"]["attention"]
+    known = "interpolation", "full", "SepLLM", *GROUPS
+    if how not in known:
+        raise SystemExit(f"method.attention={how!r}: must be one of {', '.join(known)}")
+    folder = ROOT / options["output_dir"] / how
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / given["model"]["path"])
+    rows = pieces(tokenizer, data["texts"], data["length"])
+    held_out = pieces(tokenizer, data["held_out"], data["length"], data["held_out_pieces"])
+    model = with_adapter(load(given["model"]["path"], given["model"]["factor"]), given["adapter"])
+    attached = None
+    if how == "SepLLM":
+        attached = apply(model, given["sepllm"], tokenizer)
+    elif how in GROUPS:
+        share, sinks = GROUPS[how]
+        attached = apply_sink_lora(model, data["length"] // 4, share, sinks)
+    summary: dict[str, Any] = {"attention": how}
+    if how != "interpolation":
+        trainer = train(model, rows, {**options, "output_dir": str(folder)})
+        summary["log"] = trainer.state.log_history
+    if how in GROUPS:
+        assert attached is not None
+        attached.remove()
+    summary["perplexity of held-out text"] = perplexity(model, held_out)
+    merged = model.merge_and_unload()
+    if how != "SepLLM":
+        del merged.config.sepllm
+    merged.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2))
+    print(f"{how}: perplexity of held-out text {summary['perplexity of held-out text']:.2f}")
+    backend = " --attention-backend sepllm" if how == "SepLLM" else ""
+    print(f"\nServe it:\n.venv/bin/vllm serve {folder / 'model'}{backend}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""Post-train a model under SepLLM: all weights, or an adapter, by the text or by its own logits.
+
+    python examples/training/post_train.py [--set method.loss="cross-entropy"]
+
+A model that was never trained under the mask loses by it; a little training wins most of it back.
+With ``loss = "distillation"`` the model learns to predict what it predicted with full attention.
+The learning rate starts anew (cosine). Stopped and started again, it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from common import ROOT, configuration, perplexity, pieces, train
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from vllm_sepllm.training import apply
+
+
+class DistillationTrainer(transformers.Trainer):
+    """The divergence from what a teacher predicts (KL, in nats per token) is the loss."""
+
+    teacher: Any = None
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.model_accepts_loss_kwargs = False  # the loss is a mean: accumulated ones are divided
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        ids = inputs["input_ids"]
+        with torch.no_grad():
+            wanted = self.teacher(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+        outputs = model(input_ids=ids, use_cache=False)
+        found = outputs.logits.float().log_softmax(-1)
+        loss = (wanted.exp() * (wanted - found)).sum(-1).mean()
+        return (loss, outputs) if return_outputs else loss
+
+
+def load(path: str) -> Any:
+    return AutoModelForCausalLM.from_pretrained(ROOT / path, dtype=torch.float32)
+
+
+def with_adapter(model: Any, options: dict[str, Any]) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options))
+
+
+def main() -> None:
+    given = configuration(__file__)
+    data, options, method = given["data"], given["training"], given["method"]
+    folder = ROOT / options["output_dir"]
+    options["output_dir"] = str(folder)
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / given["model"]["path"])
+    rows = pieces(tokenizer, data["texts"], data["length"])
+    held_out = pieces(tokenizer, data["held_out"], data["length"], data["held_out_pieces"])
+    model = load(given["model"]["path"])
+    if method["train"] == "adapter":
+        model = with_adapter(model, given["adapter"])
+    apply(model, given["sepllm"], tokenizer)
+    summary: dict[str, Any] = {"before": perplexity(model, held_out)}
+    print(f"perplexity of held-out text, before: {summary['before']:.2f}", flush=True)
+    if method["loss"] == "distillation":
+        DistillationTrainer.teacher = load(given["model"]["path"]).eval()
+        trainer = train(model, rows, options, DistillationTrainer)
+    else:
+        trainer = train(model, rows, options)
+    summary["after"] = perplexity(model, held_out)
+    summary["log"] = trainer.state.log_history
+    trainer.save_model(str(folder / "model"))
+    tokenizer.save_pretrained(folder / "model")
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2))
+    print(f"perplexity of held-out text, after: {summary['after']:.2f}\n\nServe it:")
+    path = Path(folder / "model")
+    if method["train"] == "adapter":
+        rule = json.dumps({"sepllm": given["sepllm"]})
+        print(
+            f".venv/bin/vllm serve {ROOT / given['model']['path']} --attention-backend sepllm "
+            f"--additional-config '{rule}' --enable-lora --max-lora-rank {given['adapter']['r']} "
+            f"--lora-modules trained={path}"
+        )
+    else:
+        print(f".venv/bin/vllm serve {path} --attention-backend sepllm")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Train a small model from scratch under SepLLM, beside the same model with full attention.
+
+    python examples/training/pretrain.py [--set training.max_steps=500]
+
+Both see the same tokens in the same order. The rule travels in the model's ``config.json``, so the
+line that is printed at the end serves it as it was trained. Stopped and started again, it goes on.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import ROOT, configuration, perplexity, pieces, train
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from vllm_sepllm.training import apply
+from vllm_sepllm.training.flops import ModelSize, causal_pairs
+from vllm_sepllm.training.plan import KeptPattern, pack
+
+
+def new_model(sizes: dict[str, Any]) -> Any:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**sizes))
+
+
+def pairs(pattern: KeptPattern, rows: list[dict[str, list[int]]]) -> float:
+    """Pairs of a query and a key that it sees, in one layer, mean of some rows."""
+    found = [pack(pattern.text_plans(row["input_ids"])).num_pairs for row in rows[:20]]
+    return sum(found) / len(found)
+
+
+def main() -> None:
+    given = configuration(__file__)
+    data, options = given["data"], given["training"]
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / given["model"]["tokenizer"])
+    rows = pieces(tokenizer, data["texts"], data["length"])
+    held_out = pieces(tokenizer, data["held_out"], data["length"], data["held_out_pieces"])
+    root, summary = ROOT / options["output_dir"], {}
+    for name in given["model"]["attention"]:
+        model, num_pairs = new_model(given["model"]["sizes"]), float(causal_pairs(data["length"]))
+        if name == "sepllm":
+            num_pairs = pairs(apply(model, given["sepllm"], tokenizer).pattern, rows)
+        folder = root / name
+        trainer = train(model, rows, {**options, "output_dir": str(folder)})
+        trainer.save_model(str(folder / "model"))
+        tokenizer.save_pretrained(folder / "model")
+        steps, batch = trainer.state.global_step, trainer.args.train_batch_size
+        size = ModelSize.of(model)
+        operations = size.operations(data["length"], round(num_pairs)) * batch * steps
+        summary[name] = {
+            "perplexity of held-out text": perplexity(model, held_out),
+            "tokens": steps * batch * data["length"],
+            "operations": operations,
+            "log": trainer.state.log_history,
+        }
+        print(f"{name}: {summary[name]['perplexity of held-out text']:.2f}", flush=True)
+    (root / "summary.json").write_text(json.dumps(summary, indent=2))
+    path = Path(root / "sepllm/model")
+    print(f"\nServe it:\n.venv/bin/vllm serve {path} --attention-backend sepllm")
+
+
+if __name__ == "__main__":
+    main()

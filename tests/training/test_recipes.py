@@ -1,0 +1,102 @@
+"""The recipes of ``examples/training``, small: they train, stop, go on, and leave a model."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.training
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "examples/training"
+SMALL = ["data.length=192", "data.held_out_pieces=1", "training.save_steps=1"]
+SMALL += ["training.per_device_train_batch_size=1", "training.warmup_steps=1"]
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path, capsys):
+    """Run a recipe's main; what it printed."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+    def run(name, *changes):
+        spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        output = f'training.output_dir="{tmp_path}"'
+        arguments = [part for each in (*SMALL, output, *changes) for part in ("--set", each)]
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+        module.main()
+        return capsys.readouterr().out
+
+    yield run
+    for name in ("common", "pretrain", "post_train", "extend_context"):
+        sys.modules.pop(name, None)
+
+
+def summary(folder):
+    return json.loads((folder / "summary.json").read_text())
+
+
+def test_pretrain(run, tmp_path):
+    """Both models see the same; the one under the rule carries it, and costs fewer operations."""
+    with pytest.raises(SystemExit):
+        run("pretrain", "model.nothing")
+    changes = ["sepllm.window_size=16", "training.max_steps=2"]
+    said = run("pretrain", *changes)
+    assert "--attention-backend sepllm" in said
+    found = summary(tmp_path)
+    assert found["dense"]["tokens"] == found["sepllm"]["tokens"] == 2 * 192
+    assert found["sepllm"]["operations"] < found["dense"]["operations"]
+    assert found["sepllm"]["perplexity of held-out text"] < 6000
+    config = json.loads((tmp_path / "sepllm/model/config.json").read_text())
+    assert config["sepllm"] == {"num_sink_tokens": 4, "window_size": 16}
+    assert "sepllm" not in json.loads((tmp_path / "dense/model/config.json").read_text())
+
+
+DEMO = ['model.path="examples/models/pg19-5m-sep"', "training.gradient_accumulation_steps=1"]
+
+
+@pytest.mark.parametrize("loss", ["distillation", "cross-entropy"])
+def test_post_train_goes_on_where_it_stopped(run, tmp_path, loss):
+    changes = [*DEMO, f'method.loss="{loss}"', "training.logging_steps=1"]
+    run("post_train", *changes, "training.max_steps=2")
+    first = summary(tmp_path)["log"]
+    said = run("post_train", *changes, "training.max_steps=3")
+    log = summary(tmp_path)["log"]
+    assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3]
+    assert log[:2] == first[:2], "steps were trained again"
+    assert f"vllm serve {tmp_path / 'model'} --attention-backend sepllm" in said
+    assert summary(tmp_path)["after"] > 1
+
+
+def test_post_train_an_adapter(run, tmp_path):
+    said = run("post_train", *DEMO, 'method.train="adapter"', "training.max_steps=1")
+    rule = json.loads((tmp_path / "model/sepllm.json").read_text())
+    assert rule == {"num_sink_tokens": 4, "window_size": 64}
+    assert f"--lora-modules trained={tmp_path / 'model'}" in said
+
+
+@pytest.mark.parametrize("attention", ["SF-Attn", "S2-Attn", "SepLLM", "interpolation"])
+def test_extend_context(run, tmp_path, attention):
+    from transformers import AutoModelForCausalLM
+
+    said = run("extend_context", f'method.attention="{attention}"', "training.max_steps=1")
+    folder = tmp_path / attention / "model"
+    config = json.loads((folder / "config.json").read_text())
+    assert config["rope_parameters"] == {
+        "rope_type": "linear",
+        "factor": 8.0,
+        "rope_theta": 10000.0,
+    }
+    assert config["max_position_embeddings"] == 8 * 2048
+    assert ("sepllm" in config) == (attention == "SepLLM") == ("attention-backend" in said)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model(input_ids=torch.tensor([[5, 6, 7]])).logits.isfinite().all()
+
+
+def test_a_wrong_name_is_said(run):
+    with pytest.raises(SystemExit, match="must be one of interpolation"):
+        run("extend_context", 'method.attention="SFAttn"')

@@ -2,7 +2,7 @@ PY := .venv/bin/python
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo test lint bench stream gpu-bench gpu-tune soak fuzz clean
+.PHONY: help setup model demo test lint bench bench-train stream gpu-bench gpu-tune soak fuzz clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## /make \1\t/p' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ lint: setup  ## ruff and mypy
 
 bench: setup  ## CPU benchmark; writes benchmarks/results
 	@$(PY) benchmarks/cpu.py
+
+bench-train: setup  ## training on a CPU or GPU beside dense attention; writes benchmarks/results
+	@$(PY) benchmarks/training.py
 
 stream: setup  ## a million tokens of books; writes benchmarks/results/stream.* (TOKENS=4000000)
 	@$(PY) benchmarks/stream.py --tokens $(or $(TOKENS),1000000)

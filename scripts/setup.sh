@@ -19,13 +19,10 @@ PY=.venv/bin/python
 
 say() { printf 'setup: %s\n' "$*"; }
 fail() { printf 'setup: %s\n' "$*" >&2 && exit 1; }
+# pip would compile some 25,000 files to byte code, on one core. Python does it for the few thousand
+# that are imported, when they are.
 install() {
   "$PY" -m pip install -qq --no-compile --disable-pip-version-check --no-warn-conflicts "$@"
-}
-
-# pip compiles to byte code on one core; this takes all. What is no valid Python is left out.
-compile_all() {
-  "$PY" -m compileall -qq -j 0 .venv/lib || true
 }
 
 find_backend() {
@@ -135,7 +132,6 @@ main() {
   "install_vllm_for_$backend"
   say "installing this plugin and its tools"
   install -e '.[dev,ray,train,xformers]'
-  compile_all
   echo "$hash" >"$STAMP"
   say "done"
 }

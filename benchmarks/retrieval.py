@@ -67,6 +67,14 @@ KEPT: dict[str, dict[str, Any]] = {
         "keep": ["special", "digits", "names"],
         "keep_after": {"digits": 4, "names": 4},
     },
+    # Tried for the preset, which keeps (6, 1, 2).
+    **{
+        f"behind names {names}, other capitals {others}, digits {digits}": {
+            "keep": ["special", "digits", "names", "capitalized"],
+            "keep_after": {"names": names, "capitalized": others, "digits": digits},
+        }
+        for names, others, digits in ((7, 3, 3), (6, 2, 2), (7, 0, 3))
+    },
 }
 EQUAL = "StreamingLLM, as much KV as "
 RANDOM = "random ids and 4 behind each, as much KV as facts"
@@ -108,7 +116,7 @@ def ways(tokenizer: Any, documents: list[Document]) -> dict[str, dict[str, Any] 
     """Options by name. What is equal is so for the first document."""
     text = documents[0].prompt(tokenizer, documents[0].facts[0])
     found: dict[str, dict[str, Any] | None] = {FULL: None, GUESSED: None, **KEPT}
-    for name in ("SepLLM", FACTS):
+    for name in (FACTS, "SepLLM"):
         equal = window_of_equal_share(SepLLMConfig.from_dict(KEPT[name]), tokenizer, text)
         found[EQUAL + name] = {"policy": "streaming", "window_size": equal.window_size}
     found[RANDOM] = triggers(random_triggers(tokenizer, text, KEPT[FACTS]))

@@ -81,7 +81,7 @@ PRESETS = {
         "this project: names, numbers and what is said of them",
         {
             "keep": ["special", "digits", "names", "capitalized"],
-            "keep_after": {"names": 7, "digits": 3},
+            "keep_after": {"names": 6, "digits": 2, "capitalized": 1},
         },
     ),
     "fixllm": Preset(

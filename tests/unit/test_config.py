@@ -110,7 +110,7 @@ def test_ways_to_say_what_is_kept_behind(keep_after, pairs):
 
 def test_keep_beside_a_preset_takes_the_spans_of_what_it_holds():
     config = SepLLMConfig.from_dict({"preset": "facts", "keep": ["separators", "digits"]})
-    assert config.keep_after == ((3, ("digits",)),)
+    assert config.keep_after == ((2, ("digits",)),)
     config = SepLLMConfig.from_dict({"preset": "facts", "keep": ["separators"]})
     assert config.keep_after == ()
     config = SepLLMConfig.from_dict({"preset": "facts", "keep_after": 1})

@@ -60,7 +60,7 @@ def ask_all(document: Any) -> dict[str, dict[str, Any]]:
     from vllm.platforms import current_platform
 
     from vllm_sepllm.engine.in_process import answer, engine
-    from vllm_sepllm.evaluation.retrieval import chat_ids
+    from vllm_sepllm.evaluation.facts import chat_ids
 
     model = str(HERE.parent / MODEL)
     # Many CPUs compute bfloat16, the model's own type, more slowly.

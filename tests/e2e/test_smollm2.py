@@ -6,8 +6,7 @@ import torch
 from helpers import BOOK, NGRAM, SMOLLM2, CacheReference, Reference
 
 from vllm_sepllm.config import SepLLMConfig
-from vllm_sepllm.evaluation.facts import hide_facts
-from vllm_sepllm.evaluation.retrieval import chat_ids
+from vllm_sepllm.evaluation.facts import chat_ids, hide_facts
 from vllm_sepllm.kept_ids import resolve_kept
 
 pytestmark = pytest.mark.e2e

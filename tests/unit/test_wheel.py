@@ -17,7 +17,7 @@ WITHOUT_DEPENDENCIES = (
     "vllm_sepllm",
     "vllm_sepllm.engine.names",
     "vllm_sepllm.engine.registration",
-    "vllm_sepllm.evaluation.retrieval",
+    "vllm_sepllm.evaluation.facts",
     "vllm_sepllm.option_names",
     "vllm_sepllm.presets",
     "vllm_sepllm.samples",

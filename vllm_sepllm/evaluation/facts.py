@@ -16,8 +16,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_sepllm.evaluation.retrieval import NAMES, SENTENCE_END, chat_ids
-
+NAMES = (
+    *("Alice", "Boris", "Clara", "David", "Elena", "Felix", "Greta", "Henry", "Irene", "Jonas"),
+    *("Karin", "Louis", "Maria", "Nadia", "Oscar", "Paula", "Robin", "Sofia", "Tomas", "Vera"),
+)
+SENTENCE_END = re.compile(r"[.?!][\"'\u201d\u2019]?\s")
 DISTANCES = 300, 1000, 2000, 3500  # tokens of the book behind a fact, give or take a sentence
 SPREAD = 60  # facts of one distance stand this many tokens apart at most
 _BEFORE = 120  # tokens of the book before the first fact
@@ -189,3 +192,19 @@ def _make_fact(rng: random.Random, kind: str, distance: int, wording: Wording, w
     what = rng.choice(wording.answers) if wording.answers else str(rng.randrange(1000, 100_000))
     sentence = wording.sentence.format(who=who, what=what)
     return Fact(kind, distance, sentence, wording.question.format(who=who), what)
+
+
+def chat_ids(tokenizer: Any, *messages: str) -> list[int]:
+    """Token ids of a chat, up to where the model answers.
+
+    Args:
+        tokenizer: one of Transformers, with a chat template.
+        messages: the user's and the model's in turn; the last is the user's.
+    """
+    roles = ("user", "assistant") * len(messages)
+    chat = [
+        {"role": role, "content": content} for role, content in zip(roles, messages, strict=False)
+    ]
+    text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    return ids

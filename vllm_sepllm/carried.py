@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_sepllm.config import PRESET, SepLLMConfig
+from vllm_sepllm.keep_classes import SEPARATORS
 from vllm_sepllm.option_checks import ConfigError
 
 RULE_KEY = "sepllm"
@@ -47,7 +48,7 @@ def config_of(rule: object, source: str) -> SepLLMConfig:
     try:
         if not isinstance(rule, Mapping):
             raise ConfigError(f"{rule!r} is no mapping of options")
-        return SepLLMConfig.from_dict(rule)
+        return SepLLMConfig.from_dict({k: v for k, v in rule.items() if k not in _SERVING})
     except ConfigError as error:
         raise ConfigError(f"{source} carries a rule that cannot be read: {error}") from None
 
@@ -68,10 +69,25 @@ def with_rule(given: object, rule: object, source: str) -> SepLLMConfig:
     if not isinstance(given, Mapping) or PRESET in given:
         return SepLLMConfig.from_dict(given)
     try:
-        return SepLLMConfig.from_dict({**rule_of(carried), **given})
+        return SepLLMConfig.from_dict({**_beside(rule_of(carried), given), **given})
     except ConfigError as error:
         SepLLMConfig.from_dict(given)  # what is wrong without the rule is said without it
         raise ConfigError(f"{error} (what is not given here is as {source} carries it)") from None
+
+
+def _beside(rule: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a rule stays where options are given: not what depends on, or stands for, those."""
+    gone: set[str] = set()
+    separators = {"separators", "separator_match", "separator_token_ids"}
+    if separators & {*given}:
+        gone |= separators
+    if "keep" in given:
+        gone |= {"keep_after", "segment_ends"}
+        if SEPARATORS not in given["keep"]:
+            gone |= separators
+    if given.get("policy", rule.get("policy", "sepllm")) != rule.get("policy", "sepllm"):
+        gone |= {*rule} - {*_ALWAYS, "dense_layers"}
+    return {name: value for name, value in rule.items() if name not in gone}
 
 
 def differences(config: SepLLMConfig, carried: SepLLMConfig) -> list[str]:
@@ -79,7 +95,8 @@ def differences(config: SepLLMConfig, carried: SepLLMConfig) -> list[str]:
     found = []
     for field in fields(SepLLMConfig):
         here, there = getattr(config, field.name), getattr(carried, field.name)
-        if field.name not in _SERVING and here != there:
+        is_other = _sorted(here) != _sorted(there)
+        if field.name not in _SERVING and is_other:
             found.append(f"{field.name} is {_shown(here)} here and was {_shown(there)}")
     return found
 
@@ -92,12 +109,10 @@ def read_rule(folder: str | Path) -> SepLLMConfig | None:
     """
     path = Path(folder) / RULE_FILE
     try:
-        text = path.read_text(encoding="utf-8")
+        rule = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    try:
-        rule = json.loads(text)
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} carries a rule that cannot be read: {error}") from None
     return config_of(rule, str(path))
 
@@ -107,6 +122,11 @@ def write_rule(folder: str | Path, config: SepLLMConfig) -> Path:
     path = Path(folder) / RULE_FILE
     path.write_text(json.dumps(rule_of(config), indent=2) + "\n", encoding="utf-8")
     return path
+
+
+def _sorted(value: object) -> object:
+    """Lists of texts and ids mean the same in any order."""
+    return sorted(map(str, value)) if isinstance(value, tuple) else value
 
 
 def _shown(value: object) -> str:

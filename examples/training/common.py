@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import json
 import math
 import tomllib
 from collections.abc import Callable, Sequence
@@ -28,14 +29,60 @@ def configuration(script: str) -> dict[str, Any]:
     found: dict[str, Any] = tomllib.loads(given.config.read_text(encoding="utf8"))
     for change in given.set:
         place, _, value = change.partition("=")
-        section, _, name = place.partition(".")
-        if section not in found or not name or not value:
-            parser.error(f"--set {change}: write section.name=value, sections: {', '.join(found)}")
+        *sections, name = place.split(".")
+        table: Any = found
+        for section in sections:
+            table = table.get(section) if isinstance(table, dict) else None
+        # These two are options of others, which check their names.
+        is_open = sections in (["training"], ["sepllm"])
+        if not sections or not value or table is None or not (is_open or name in table):
+            parser.error(f"--set {change}: {given.config.name} has no {place}")
         try:
-            found[section][name] = tomllib.loads(f"value = {value}")["value"]
+            table[name] = tomllib.loads(f"value = {value}")["value"]
         except tomllib.TOMLDecodeError:
-            found[section][name] = value  # a text without quotes
+            table[name] = value  # a text without quotes
     return found
+
+
+def claim(folder: Path, given: dict[str, Any]) -> None:
+    """Note what a folder's checkpoints are of; another run does not go on from them.
+
+    More steps, and how often something is saved or said, are no other run.
+    """
+    free = ("output_dir", "max_steps", "save_steps", "save_total_limit", "logging_steps")
+    options = {name: value for name, value in given["training"].items() if name not in free}
+    mine, note = {**given, "training": options}, folder / "recipe.json"
+    if note.exists() and json.loads(note.read_text(encoding="utf8")) != mine:
+        raise SystemExit(
+            f"{folder} has checkpoints of a run with other settings ({note.name} there has them): "
+            "remove the folder, or set training.output_dir to another"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    note.write_text(json.dumps(mine, indent=2), encoding="utf8")
+
+
+class TrainableWeights(transformers.TrainerCallback):  # type: ignore[misc]
+    """Weights beside an adapter that are trained too: PEFT's checkpoints leave them out."""
+
+    def on_save(self, args: Any, state: Any, control: Any, model: Any, **more: Any) -> None:
+        del control, more
+        torch.save(self._beside(model), self._file(args, state))
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any, **more: Any) -> None:
+        del control, more
+        if state.global_step:
+            saved = torch.load(self._file(args, state), map_location="cpu")
+            for name, weight in self._beside(model).items():
+                weight.data.copy_(saved[name])
+
+    @staticmethod
+    def _beside(model: Any) -> dict[str, Any]:
+        named = model.named_parameters()
+        return {name: p for name, p in named if p.requires_grad and "lora_" not in name}
+
+    @staticmethod
+    def _file(args: Any, state: Any) -> Path:
+        return Path(args.output_dir) / f"checkpoint-{state.global_step}" / "beside_adapter.pt"
 
 
 def read_text(path: str) -> str:

@@ -14,7 +14,7 @@ import json
 from typing import Any
 
 import torch
-from common import ROOT, configuration, perplexity, pieces, train
+from common import ROOT, TrainableWeights, claim, configuration, perplexity, pieces, train
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -30,8 +30,8 @@ def load(path: str, factor: float) -> Any:
     config.rope_parameters = {**rotary, "rope_type": "linear", "factor": factor}
     config.max_position_embeddings = int(config.max_position_embeddings * factor)
     model = AutoModelForCausalLM.from_pretrained(ROOT / path, config=config, dtype=torch.float32)
-    # An earlier rule does not hold any more.
-    model.config.sepllm = None
+    if hasattr(model.config, "sepllm"):  # an earlier rule does not hold any more
+        del model.config.sepllm
     return model
 
 
@@ -51,6 +51,7 @@ def main() -> None:
     if how not in known:
         raise SystemExit(f"method.attention={how!r}: must be one of {', '.join(known)}")
     folder = ROOT / options["output_dir"] / how
+    claim(folder, given)
     tokenizer = AutoTokenizer.from_pretrained(ROOT / given["model"]["path"])
     rows = pieces(tokenizer, data["texts"], data["length"])
     held_out = pieces(tokenizer, data["held_out"], data["length"], data["held_out_pieces"])
@@ -63,15 +64,14 @@ def main() -> None:
         attached = apply_sink_lora(model, data["length"] // 4, share, sinks)
     summary: dict[str, Any] = {"attention": how}
     if how != "interpolation":
-        trainer = train(model, rows, {**options, "output_dir": str(folder)})
+        options = {**options, "output_dir": str(folder)}
+        trainer = train(model, rows, options, callbacks=[TrainableWeights()])
         summary["log"] = trainer.state.log_history
     if how in GROUPS:
         assert attached is not None
         attached.remove()
     summary["perplexity of held-out text"] = perplexity(model, held_out)
     merged = model.merge_and_unload()
-    if how != "SepLLM":
-        del merged.config.sepllm
     merged.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     (folder / "summary.json").write_text(json.dumps(summary, indent=2))

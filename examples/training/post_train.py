@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import transformers
-from common import ROOT, configuration, perplexity, pieces, train
+from common import ROOT, claim, configuration, perplexity, pieces, train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vllm_sepllm.training import apply
@@ -35,6 +35,7 @@ class DistillationTrainer(transformers.Trainer):
     ) -> Any:
         ids = inputs["input_ids"]
         with torch.no_grad():
+            self.teacher.to(ids.device)
             wanted = self.teacher(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
         outputs = model(input_ids=ids, use_cache=False)
         found = outputs.logits.float().log_softmax(-1)
@@ -56,6 +57,7 @@ def main() -> None:
     given = configuration(__file__)
     data, options, method = given["data"], given["training"], given["method"]
     folder = ROOT / options["output_dir"]
+    claim(folder, given)
     options["output_dir"] = str(folder)
     tokenizer = AutoTokenizer.from_pretrained(ROOT / given["model"]["path"])
     rows = pieces(tokenizer, data["texts"], data["length"])

@@ -9,11 +9,10 @@ line that is printed at the end serves it as it was trained. Stopped and started
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
-from common import ROOT, configuration, perplexity, pieces, train
+from common import ROOT, claim, configuration, perplexity, pieces, train
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from vllm_sepllm.training import apply
@@ -39,6 +38,7 @@ def main() -> None:
     rows = pieces(tokenizer, data["texts"], data["length"])
     held_out = pieces(tokenizer, data["held_out"], data["length"], data["held_out_pieces"])
     root, summary = ROOT / options["output_dir"], {}
+    claim(root, given)
     for name in given["model"]["attention"]:
         model, num_pairs = new_model(given["model"]["sizes"]), float(causal_pairs(data["length"]))
         if name == "sepllm":
@@ -48,6 +48,7 @@ def main() -> None:
         trainer.save_model(str(folder / "model"))
         tokenizer.save_pretrained(folder / "model")
         steps, batch = trainer.state.global_step, trainer.args.train_batch_size
+        batch *= trainer.args.gradient_accumulation_steps
         size = ModelSize.of(model)
         operations = size.operations(data["length"], round(num_pairs)) * batch * steps
         summary[name] = {
@@ -58,8 +59,9 @@ def main() -> None:
         }
         print(f"{name}: {summary[name]['perplexity of held-out text']:.2f}", flush=True)
     (root / "summary.json").write_text(json.dumps(summary, indent=2))
-    path = Path(root / "sepllm/model")
-    print(f"\nServe it:\n.venv/bin/vllm serve {path} --attention-backend sepllm")
+    if "sepllm" in summary:
+        path = root / "sepllm/model"
+        print(f"\nServe it:\n.venv/bin/vllm serve {path} --attention-backend sepllm")
 
 
 if __name__ == "__main__":

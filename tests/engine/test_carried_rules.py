@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from helpers import MODEL
 
-from vllm_sepllm.carried import write_rule
+from vllm_sepllm.carried import with_rule, write_rule
 from vllm_sepllm.config import ConfigError, SepLLMConfig
 
 pytestmark = pytest.mark.engine
@@ -91,6 +91,36 @@ def test_options_beside_a_rule(trained, said):
     assert "the rule is that" not in said["info"][0]
 
 
+@pytest.mark.parametrize(
+    ("rule", "given", "found"),
+    [
+        (
+            {**RULE, "separator_token_ids": [1, 2]},
+            {"separators": ["."]},
+            {"separators": (".",), "separator_token_ids": None, "window_size": 48},
+        ),
+        (
+            {"policy": "fixed_interval", "interval": 5, "window_size": 48},
+            {"policy": "streaming"},
+            {"policy": "streaming", "interval": None, "window_size": 48},
+        ),
+        (
+            {**RULE, "keep": ["digits"], "keep_after": 3},
+            {"keep": ["names"]},
+            {"keep": ("names",), "keep_after": (), "max_separator_tokens": 30},
+        ),
+        (
+            {**RULE, "separator_token_ids": [1, 2]},
+            {"keep": ["digits"]},
+            {"keep": ("digits",), "separator_token_ids": None},
+        ),
+    ],
+)
+def test_what_is_given_takes_the_place_of_what_depends_on_it(rule, given, found):
+    config = with_rule(given, rule, "the model")
+    assert {name: getattr(config, name) for name in found} == found
+
+
 def test_a_preset_comes_before_the_rule(trained, said):
     found = options_of(configuration(trained(RULE), {"preset": "pythia"}))
     assert (found.window_size, found.num_sink_tokens, found.max_separator_tokens) == (128, 3, None)
@@ -159,8 +189,10 @@ def test_adapters(tmp_path, said):
     [warning] = load("other")
     assert "adapter 'other' was trained under another rule" in warning
     assert "window_size is 64 here and was 128" in warning
-    [warning] = load("broken")
-    assert "sepllm.json carries a rule that cannot be read" in warning
+    for content in (b"{", b"\xff\xfe{", b"[" * 200_000, b'{"window_size": 0}', b"null"):
+        (tmp_path / "broken/sepllm.json").write_bytes(content)
+        [warning] = load("broken")
+        assert "sepllm.json carries a rule that cannot be read" in warning
 
 
 def test_writing_and_reading(tmp_path):

@@ -251,6 +251,20 @@ def check_type(operation, plan, heads, dtype):
         assert float((ours.double() - wanted).abs().max()) <= allowed
 
 
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"value": torch.zeros(3, 2, 4)}, "keys and values must be alike"),
+        ({"query": torch.zeros(3, 2, 4)}, "all heads of one size"),
+        ({"value": torch.zeros(3, 2, 8).double()}, "must be of one type"),
+    ],
+)
+def test_tensors_that_do_not_fit(change, sentence):
+    given = {name: torch.zeros(3, 2, 8) for name in ("query", "key", "value")}
+    with pytest.raises(ValueError, match=sentence):
+        packed_attention(**{**given, **change}, plan=text_of(3, 2, 2), scale=1.0)
+
+
 def text_of(num_tokens: int, every: int, window: int) -> PackedPlan:
     """A text in which every so many tokens one is kept."""
     kept = torch.arange(0, num_tokens, every)

@@ -6,9 +6,10 @@ from contextlib import ExitStack
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, SEPARATORS, bias_of, make_ids, make_model
+from small_models import ARCHITECTURES, SEPARATORS, bias_of, make_ids, make_model
 
 from vllm_sepllm.config import ConfigError
+from vllm_sepllm.layers import LayerPlan
 from vllm_sepllm.oracle.dense_mask import KeptAfter, sepllm_mask
 from vllm_sepllm.training import apply
 from vllm_sepllm.training.attention import sepllm_attention
@@ -225,6 +226,57 @@ def test_a_prompt_in_pieces(plain, model):
     assert (torch.cat(found) - wanted).abs().max() < EQUAL
 
 
+def test_texts_in_a_cache_with_padding_between(plain, model):
+    """A second turn of a padded batch: padding stands in the middle of a row, wherever positions
+    come from. And a text that begins at the first token of a later piece sees nothing before it."""
+    apply(model, OPTIONS)
+    [first, second] = make_ids(60, 40)
+    text = [*first, *second]
+    row = torch.tensor([[*first, 0, 0, 0, *second]])
+    real = torch.ones_like(row)
+    real[0, 60:63] = 0
+    wanted = masked_logits(plain, text, mask_of(text))[60:]
+    for positions in (None, (real.cumsum(1) - 1).masked_fill(real == 0, 0)):
+        own = {} if positions is None else {"position_ids": positions}
+        whole = model(input_ids=row, attention_mask=real, **own).logits[0, 63:]
+        if positions is not None:  # otherwise they count the padding, and angles differ
+            assert (whole - wanted).abs().max() < EQUAL
+        given = {name: part[:, :63] for name, part in own.items()}
+        before = {"input_ids": row[:, :63], "attention_mask": real[:, :63], **given}
+        cache = model(**before, use_cache=True).past_key_values
+        given = {name: part[:, 63:] for name, part in own.items()}
+        rest = {"input_ids": row[:, 63:], "attention_mask": real, **given}
+        found = model(**rest, past_key_values=cache).logits[0]
+        assert (found - whole).abs().max() < EQUAL
+    cache = model(input_ids=torch.tensor([first]), use_cache=True).past_key_values
+    given = {"input_ids": torch.tensor([second]), "position_ids": torch.arange(40)[None]}
+    found = model(**given, past_key_values=cache).logits[0]
+    assert (found - masked_logits(plain, second, mask_of(second))).abs().max() < EQUAL
+
+
+def test_positional_arguments(plain, model):
+    apply(model, OPTIONS)
+    [ids] = make_ids(60)
+    given = torch.tensor([ids])
+    found = model.get_decoder()(given, torch.ones_like(given)).last_hidden_state
+    wanted = model(input_ids=given, output_hidden_states=True).hidden_states[-1]
+    assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_autocast(use_cache):
+    """Rotary embeddings leave queries in float32 where values are in bfloat16."""
+    model, other = make_model().float(), make_model().float()
+    apply(model, {**OPTIONS, "window_size": 500})
+    given = torch.tensor(make_ids(80, 80))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours, theirs = (m(input_ids=given, use_cache=use_cache).logits for m in (model, other))
+        ours.sum().backward()
+    exact = make_model()(input_ids=given).logits
+    allowed = 2 * (theirs.double() - exact).abs().mean()
+    assert (ours.double() - exact).abs().mean() <= allowed
+
+
 def test_beams():
     """Beams are reordered, and the ids with them."""
     plain, model = make_model(), make_model()
@@ -315,6 +367,11 @@ def test_refused_options(options, sentence):
 
 
 def test_refused_models():
+    with pytest.raises(ConfigError, match="attention code of its own"):
+        apply(make_model("GPTJ", n_embd=48, n_layer=2, n_head=6, rotary_dim=4), OPTIONS)
+    kinds = ["full_attention", "chunked_attention", "full_attention"]
+    with pytest.raises(ConfigError, match="layers of the types chunked_attention"):
+        apply(make_model("Qwen3", layer_types=kinds), OPTIONS)
     with pytest.raises(ConfigError, match="Linear is no causal language model"):
         apply(torch.nn.Linear(2, 2), OPTIONS)
     with pytest.raises(ConfigError, match="have a sliding window"):
@@ -337,6 +394,7 @@ def test_refused_inputs():
         ({"input_ids": given, "attention_mask": four}, "attention_mask is \\[1, 1, 40, 40\\]"),
         ({"input_ids": given, "attention_mask": 0 * given}, "nothing but padding"),
         ({"input_ids": given, "position_ids": given[:, :7]}, "position_ids are \\[1, 7\\]"),
+        ({"input_ids": given, "cu_seq_lens_q": torch.tensor([0, 40])}, "without position_ids"),
     ):
         with pytest.raises(ValueError, match=sentence):
             model(**inputs)
@@ -344,10 +402,14 @@ def test_refused_inputs():
         model.train()(input_ids=given)
     model.eval()
     cache = make_model()(input_ids=given, use_cache=True).past_key_values
-    with pytest.raises(ValueError, match="before SepLLM was applied"):
+    with pytest.raises(ValueError, match="the ids of 0 are known"):
         model(input_ids=given, past_key_values=cache)
     with pytest.raises(ValueError, match="fixed length"):
         model.generate(given, cache_implementation="static", max_new_tokens=3, pad_token_id=0)
+    step = Step.of(apply(make_model(), OPTIONS).pattern, LayerPlan(), 3, {"input_ids": given})
+    three = (torch.zeros(1, 6, 40, 8),) * 3
+    with pytest.raises(ValueError, match="a mask of its own"):
+        sepllm_attention(attentions(model)[0], *three, four, sepllm_step=step)
     with pytest.raises(ValueError, match="without the hook"):
         sepllm_attention(attentions(model)[0], *(embeddings[None],) * 3, None)
     assert torch.equal(model(input_ids=given).logits, wanted)

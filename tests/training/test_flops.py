@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import make_ids, make_model
+from small_models import make_ids, make_model
 
 from vllm_sepllm.config import SepLLMConfig
 from vllm_sepllm.policy import KeepRule

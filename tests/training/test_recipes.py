@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -42,8 +43,6 @@ def summary(folder):
 
 def test_pretrain(run, tmp_path):
     """Both models see the same; the one under the rule carries it, and costs fewer operations."""
-    with pytest.raises(SystemExit):
-        run("pretrain", "model.nothing")
     changes = ["sepllm.window_size=16", "training.max_steps=2"]
     said = run("pretrain", *changes)
     assert "--attention-backend sepllm" in said
@@ -79,6 +78,19 @@ def test_post_train_an_adapter(run, tmp_path):
     assert f"--lora-modules trained={tmp_path / 'model'}" in said
 
 
+def test_extend_context_goes_on_where_it_stopped(run, tmp_path):
+    """Embeddings and norms too, which are trained beside the adapter."""
+    changes = ['method.attention="SepLLM"', "training.logging_steps=1"]
+    run("extend_context", *changes, "training.max_steps=3")
+    once = summary(tmp_path / "SepLLM")
+    shutil.rmtree(tmp_path / "SepLLM")
+    run("extend_context", *changes, "training.max_steps=2")
+    run("extend_context", *changes, "training.max_steps=3")
+    again = summary(tmp_path / "SepLLM")
+    name = "perplexity of held-out text"
+    assert again[name] == pytest.approx(once[name], rel=1e-5)
+
+
 @pytest.mark.parametrize("attention", ["SF-Attn", "S2-Attn", "SepLLM", "interpolation"])
 def test_extend_context(run, tmp_path, attention):
     from transformers import AutoModelForCausalLM
@@ -95,6 +107,21 @@ def test_extend_context(run, tmp_path, attention):
     assert ("sepllm" in config) == (attention == "SepLLM") == ("attention-backend" in said)
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model(input_ids=torch.tensor([[5, 6, 7]])).logits.isfinite().all()
+
+
+def test_another_run_does_not_go_on_from_its_checkpoints(run, tmp_path):
+    run("post_train", *DEMO, "training.max_steps=1")
+    with pytest.raises(SystemExit, match="a run with other settings"):
+        run("post_train", *DEMO, "training.max_steps=2", "sepllm.window_size=32")
+
+
+@pytest.mark.parametrize(
+    "change", ["data.lenght=7", "model.size.hidden_size=3", "nothing", "data="]
+)
+def test_settings_that_are_not_there(run, change, capsys):
+    with pytest.raises(SystemExit):
+        run("pretrain", change)
+    assert f"--set {change}: pretrain.toml has no" in capsys.readouterr().err
 
 
 def test_a_wrong_name_is_said(run):

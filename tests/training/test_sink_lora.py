@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from conftest import bias_of, make_ids, make_model
+from small_models import bias_of, make_ids, make_model
 
 from vllm_sepllm.config import ConfigError
-from vllm_sepllm.training import apply_sink_lora
+from vllm_sepllm.training import apply, apply_sink_lora
 
 pytestmark = pytest.mark.training
 
@@ -120,7 +120,10 @@ def test_taken_out_it_is_full_attention_again():
         model.generate(given, max_new_tokens=3, pad_token_id=0)
     attached.remove()
     assert torch.equal(model(input_ids=given).logits, plain(input_ids=given).logits)
-    assert not hasattr(model.config, "sepllm")
+    apply(model, {"separator_token_ids": [3]})
+    assert model.config.sepllm
+    apply_sink_lora(model, 20, 0.5)
+    assert not hasattr(model.config, "sepllm"), "the rule of an earlier training"
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import SEPARATORS, VOCABULARY, make_ids, make_model
+from small_models import SEPARATORS, VOCABULARY, make_ids, make_model
 
 from vllm_sepllm.training import apply
 
@@ -57,6 +57,19 @@ def by_hand(model, batches):
         optimizer.zero_grad()
         found.append(float(loss.detach()))
     return found
+
+
+def test_trainer_in_bfloat16(tmp_path):
+    import transformers
+
+    model = make_model().float()
+    apply(model, OPTIONS)
+    trainer = transformers.Trainer(
+        model=model, args=arguments(tmp_path, bf16=True), train_dataset=rows()
+    )
+    trainer.train()
+    exact = by_hand(make_model(), [rows()[:2]])
+    assert losses(trainer)[0] == pytest.approx(exact[0], rel=0.2)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -127,6 +140,17 @@ def test_peft(tmp_path, first):
         assert (merged(input_ids=given).logits - loaded(input_ids=given).logits).abs().max() < 1e-5
     merged.save_pretrained(tmp_path / "merged")
     assert json.loads((tmp_path / "merged/config.json").read_text())["sepllm"] == carried
+
+
+def test_several_adapters_have_it_where_each_is_loaded_from(tmp_path):
+    import peft
+
+    model = peft.get_peft_model(make_model(), lora(), adapter_name="math")
+    apply(model, OPTIONS)
+    model.save_pretrained(tmp_path, is_main_process=False)
+    assert not list(tmp_path.rglob("sepllm.json"))
+    model.save_pretrained(tmp_path)
+    assert [path.parent.name for path in tmp_path.rglob("sepllm.json")] == ["math"]
 
 
 def test_an_adapter_without_a_rule_has_no_file(tmp_path):

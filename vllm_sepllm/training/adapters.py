@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from vllm_sepllm.carried import RULE_KEY, config_of, write_rule
@@ -31,8 +32,12 @@ def save_rules_with_adapters() -> None:
     def save_pretrained(self: Any, save_directory: str, *args: Any, **kwargs: Any) -> Any:
         result = saved(self, save_directory, *args, **kwargs)
         rule = getattr(getattr(self.get_base_model(), "config", None), RULE_KEY, None)
-        if rule is not None:
-            write_rule(save_directory, config_of(rule, "the model's config"))
+        if rule is not None and kwargs.get("is_main_process", True):
+            config = config_of(rule, "the model's config")
+            for name in kwargs.get("selected_adapters") or self.peft_config:
+                # As PEFT does: all adapters but the default one have folders of their own.
+                folder = Path(save_directory) / ("" if name == "default" else name)
+                write_rule(folder, config)
         return result
 
     setattr(save_pretrained, _WRAPPED, True)

@@ -8,13 +8,15 @@ from them to every layer as a keyword argument.
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from vllm_sepllm.carried import RULE_KEY, config_of, rule_of
 from vllm_sepllm.config import ConfigError, SepLLMConfig
-from vllm_sepllm.kept_ids import resolve_kept
+from vllm_sepllm.kept_ids import notes_of, resolve_kept
 from vllm_sepllm.layers import LayerPlan
 from vllm_sepllm.policy import KeepRule
 from vllm_sepllm.training.adapters import save_rules_with_adapters
@@ -45,20 +47,29 @@ class Attached:
         self.layers = layers
         self.config = config
         self._num_layers = num_layers
-        self._handle: Any = None
+        self._handles: list[Any] = []
         self._before: tuple[Any, str] | None = None
 
     def __call__(self, decoder: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Before the decoder runs: decide what each token sees."""
-        input_ids = kwargs.get("input_ids", args[0] if args else None)
-        if input_ids is None:
+        given = _by_name(decoder.forward, args, kwargs)
+        if given.get("input_ids") is None:
             raise ValueError(
                 "the model was given inputs_embeds: SepLLM decides by token ids, so give input_ids "
                 "(prompt tuning and other virtual tokens have none and cannot be used with it)"
             )
-        given = {**kwargs, "input_ids": input_ids, "past_key_values": cache_for(decoder, kwargs)}
+        given["past_key_values"] = cache_for(decoder, given)
         given[KEYWORD] = Step.of(self.pattern, self.layers, self._num_layers, given)
-        return args[1:], given
+        return (), given
+
+    @staticmethod
+    def after(decoder: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        """Behind the decoder: have its layers asked what they see?"""
+        if not kwargs[KEYWORD].is_used:
+            raise ValueError(
+                f"no layer of {type(decoder).__name__} used SepLLM attention, so the model was "
+                "computed without it: it cannot be trained under the rule"
+            )
 
     def attach(self, model: Any) -> None:
         """Into a model; what was there before is taken out."""
@@ -68,9 +79,19 @@ class Attached:
             earlier.remove()
         register()
         save_rules_with_adapters()
-        self._before = model, model.config._attn_implementation
+        before = model.config._attn_implementation
         model.set_attn_implementation(ATTENTION)
-        self._handle = decoder.register_forward_pre_hook(self, with_kwargs=True)
+        if decoder.config._attn_implementation != ATTENTION:
+            model.set_attn_implementation(before)
+            raise ConfigError(
+                f"{type(model).__name__} has attention code of its own, which transformers cannot "
+                "replace: it cannot be trained under the rule"
+            )
+        self._before = model, before
+        self._handles = [
+            decoder.register_forward_pre_hook(self, with_kwargs=True),
+            decoder.register_forward_hook(self.after, with_kwargs=True),
+        ]
         setattr(decoder, _HOOK, self)
 
     def remove(self) -> None:
@@ -78,7 +99,8 @@ class Attached:
         if self._before is None:
             return
         model, implementation = self._before
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
         delattr(model.get_decoder(), _HOOK)
         model.set_attn_implementation(implementation)
         self._before = None
@@ -114,12 +136,24 @@ def apply(
         )
     text = model.config.get_text_config(decoder=True)
     kept = resolve_kept(config, tokenizer).below(text.vocab_size)
+    for note in notes_of(config, kept):
+        warnings.warn(f"SepLLM: {note}", stacklevel=2)
     rule = KeepRule.of(kept.resolve(config), text.vocab_size)
     layers = LayerPlan.of(config.dense_layers, text.num_hidden_layers)
     attached = Attached(KeptPattern(rule), layers, text.num_hidden_layers, config)
     attached.attach(model)
     model.config.sepllm = rule_of(config)
     return attached
+
+
+def _by_name(function: Any, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a call, all of them by name."""
+    signature = inspect.signature(function)
+    given = dict(signature.bind_partial(*args, **kwargs).arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            given.update(given.pop(name, {}))
+    return given
 
 
 def base_of(model: Any) -> Any:
@@ -142,7 +176,8 @@ def _checked(options: Mapping[str, Any] | SepLLMConfig | None, model: Any) -> Se
         else:
             raise ConfigError(
                 "no options were given and the model's config carries none: give some, e.g. "
-                '{"num_sink_tokens": 4, "window_size": 64}'
+                '{"num_sink_tokens": 4, "window_size": 64} (an adapter\'s own are in sepllm.json '
+                "beside its weights)"
             )
     config = options if isinstance(options, SepLLMConfig) else SepLLMConfig.from_dict(options)
     if config.position_mode != "original":
@@ -151,6 +186,11 @@ def _checked(options: Mapping[str, Any] | SepLLMConfig | None, model: Any) -> Se
             "drop it here, and choose it when serving"
         )
     text = model.config.get_text_config(decoder=True)
+    if text is not model.config:
+        raise ConfigError(
+            f"{type(model).__name__} reads more than text: only models of text alone can be "
+            "trained under the rule"
+        )
     cap = getattr(text, "attn_logit_softcapping", None)
     if cap:
         raise ConfigError(
@@ -158,6 +198,12 @@ def _checked(options: Mapping[str, Any] | SepLLMConfig | None, model: Any) -> Se
             "under SepLLM has no soft cap; such models can be served, not trained"
         )
     kinds = list(getattr(text, "layer_types", None) or ())
+    others = sorted({*kinds} - {"full_attention", "sliding_attention"})
+    if others:
+        raise ConfigError(
+            f"{type(model).__name__} has layers of the types {', '.join(others)}: only full and "
+            "sliding attention can be trained under the rule"
+        )
     slides = bool(kinds) and all(kind == "sliding_attention" for kind in kinds)
     if slides or (not kinds and getattr(text, "sliding_window", None)):
         raise ConfigError(

@@ -56,12 +56,14 @@ def sepllm_attention(
         ValueError: the layer wants something that is not computed here.
     """
     step = kwargs.get(KEYWORD)
-    _check(module, step, dropout, kwargs)
+    _check(module, step, dropout, attention_mask, kwargs)
     assert isinstance(step, Step)
+    query, key, value = _of_one_type(query, key, value)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     kind = step.kind(module.layer_idx, sliding_window)
     if not step.is_whole:
-        mask = step.mask(kind)[..., -key.shape[2] :]  # a layer with a window caches no more than it
+        # A layer with a window of its own caches no more than that.
+        mask = step.mask(kind, query.device)[..., -key.shape[2] :]
         return _sdpa(query, key, value, scale, attn_mask=mask), None
     if kind == Layer.DENSE and step.texts.is_plain:
         return _sdpa(query, key, value, scale, is_causal=True), None
@@ -79,22 +81,23 @@ def _packed(
     num_rows, num_heads, num_tokens, head_size = query.shape
     num_kv_heads = key.shape[1]
     group = num_heads // num_kv_heads
+    rows = step.rows(query.device)
 
     def flat(tensor: torch.Tensor) -> torch.Tensor:
         tokens = tensor.transpose(1, 2).flatten(0, 1)
-        return tokens if step.rows is None else tokens.index_select(0, step.rows)
+        return tokens if rows is None else tokens.index_select(0, rows)
 
     queries, keys, values = flat(query), flat(key), flat(value)
-    alike = zip(step.heads(kind, num_kv_heads), step.plans(kind), strict=True)
+    alike = zip(step.heads(kind, num_kv_heads), step.plans(kind, query.device), strict=True)
     outputs = []
     for heads, plan in alike:
         first, stop, _ = heads.indices(num_kv_heads)
         own = queries[:, first * group : stop * group]
         outputs.append(packed_attention(own, keys[:, heads], values[:, heads], plan, scale))
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
-    if step.rows is not None:
+    if rows is not None:
         empty = output.new_zeros(num_rows * num_tokens, num_heads, head_size)
-        output = empty.index_copy(0, step.rows, output)
+        output = empty.index_copy(0, rows, output)
     return output.view(num_rows, num_tokens, num_heads, head_size)
 
 
@@ -105,7 +108,18 @@ def _sdpa(query: Any, key: Any, value: Any, scale: float, **options: Any) -> tor
     return attended.transpose(1, 2).contiguous()
 
 
-def _check(module: Any, step: Any, dropout: float, kwargs: dict[str, Any]) -> None:
+def _of_one_type(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Under autocast that one (float64 is left alone), else the query's. Rotary embeddings and norms
+    compute queries and keys in float32 where values are of a smaller type."""
+    device, dtype = tensors[0].device.type, tensors[0].dtype
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    return tuple(tensor.to(dtype) for tensor in tensors)
+
+
+def _check(
+    module: Any, step: Any, dropout: float, attention_mask: Any, kwargs: dict[str, Any]
+) -> None:
     name = type(module).__name__
     if step is None:
         raise ValueError(
@@ -114,8 +128,13 @@ def _check(module: Any, step: Any, dropout: float, kwargs: dict[str, Any]) -> No
         )
     if dropout:
         raise ValueError(
-            f"attention dropout is {dropout}: SepLLM attention has none; set it to 0 in the "
-            "model's config"
+            f"attention dropout is {dropout}: SepLLM attention has none; load the model without, "
+            "e.g. from_pretrained(..., attention_dropout=0.0)"
+        )
+    if attention_mask is not None:
+        raise ValueError(
+            f"{name} makes a mask of its own, which SepLLM would leave out: this model cannot be "
+            "trained under the rule"
         )
     for option in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(option) is not None:

@@ -136,28 +136,33 @@ class Texts:
 
     @staticmethod
     def of(
-        input_ids: torch.Tensor, is_token: BoolArray | None = None, begins: BoolArray | None = None
+        input_ids: torch.Tensor,
+        is_token: BoolArray | None = None,
+        positions: torch.Tensor | None = None,
     ) -> Texts:
         """Cut a batch into texts.
 
         Args:
             input_ids: ``[rows, tokens]``.
             is_token: the same, false for padding; ``None`` is none.
-            begins: the same, whether a text begins here; ``None`` is one text in each row.
+            positions: the same: where they do not rise from one token to the next, another text
+                begins. ``None`` is one text in each row.
 
         Raises:
             ValueError: a row is nothing but padding.
         """
         ids = input_ids.cpu().numpy()
         is_token = np.ones(ids.shape, dtype=np.bool_) if is_token is None else is_token
-        begins = np.zeros(ids.shape, dtype=np.bool_) if begins is None else begins
+        places = None if positions is None else positions.cpu().numpy()
         found: list[IdArray] = []
         for row, row_ids in enumerate(ids):
             of_row = row_ids[is_token[row]]
             if not of_row.size:
                 raise ValueError(f"row {row} of the batch is nothing but padding: leave it out")
-            cuts = np.flatnonzero(begins[row][is_token[row]])
-            found.extend(np.split(of_row, cuts[cuts > 0]))
+            cuts: IdArray = np.zeros(0, dtype=np.int64)
+            if places is not None:
+                cuts = np.flatnonzero(np.diff(places[row][is_token[row]]) <= 0) + 1
+            found.extend(np.split(of_row, cuts))
         return Texts(tuple(found), is_token)
 
     @property

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from vllm_sepllm.carried import RULE_KEY
 from vllm_sepllm.config import ConfigError
 from vllm_sepllm.layers import LayerPlan
 from vllm_sepllm.training.attach import Attached, base_of
@@ -111,6 +112,8 @@ def apply_sink_lora(
         pattern.heads(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    if hasattr(model.config, RULE_KEY):  # of an earlier training
+        delattr(model.config, RULE_KEY)
     attached = Attached(pattern, LayerPlan(), text.num_hidden_layers)
     attached.attach(model)
     return attached

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cache, cached_property
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ class IdLayer(DynamicLayer):  # type: ignore[misc]
     """Token ids in a cache of keys and values, as one more layer behind the model's.
 
     What is cut off, repeated or reordered in the cache is so for the ids too. Keys are ids, values
-    say where a text begins; both are ``[rows, 1, tokens, 1]`` int64.
+    positions; both are ``[rows, 1, tokens, 1]`` int64.
     """
 
     @staticmethod
@@ -31,33 +30,35 @@ class IdLayer(DynamicLayer):  # type: ignore[misc]
         """The one of a cache; it is put in if there is none.
 
         Raises:
-            ValueError: keys are there of which the ids are not known, or the cache has a fixed
-                length.
+            ValueError: the cache has tokens whose ids are not known, or a fixed length.
         """
-        for layer in cache.layers:
-            if isinstance(layer, IdLayer):
-                return layer
-        if cache.get_seq_length():
+        known = [layer for layer in cache.layers if isinstance(layer, IdLayer)]
+        length = known[0].get_seq_length() if known else 0
+        if cache.get_seq_length() != length:
             raise ValueError(
-                f"the cache has {cache.get_seq_length()} tokens that were computed before SepLLM "
-                "was applied: their ids are not known; start with an empty cache"
+                f"the cache has {cache.get_seq_length()} tokens, the ids of {length} are known: "
+                "the others were computed without SepLLM, or while the model was trained; start "
+                "with an empty cache"
             )
+        if known:
+            return known[0]
         if cache.is_compileable:
             raise ValueError(
                 f"{type(cache).__name__} has a fixed length, which SepLLM cannot be used with: "
                 "leave out cache_implementation"
             )
-        while len(cache.layers) < num_layers:
+        while cache.layer_class_to_replicate is not None and len(cache.layers) < num_layers:
             cache.layers.append(cache.layer_class_to_replicate())
         found = IdLayer()
         cache.layers.append(found)
         return found
 
-    def extend(self, input_ids: torch.Tensor, begins: BoolArray) -> tuple[torch.Tensor, BoolArray]:
-        """Add tokens; all ids and where texts begin, ``[rows, tokens]`` each."""
-        flags = torch.from_numpy(begins).to(input_ids)
-        ids, starts = self.update(input_ids[:, None, :, None], flags[:, None, :, None])
-        return ids[:, 0, :, 0], starts[:, 0, :, 0].cpu().numpy() != 0
+    def extend(
+        self, input_ids: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add tokens; all ids and positions, ``[rows, tokens]`` each."""
+        ids, places = self.update(input_ids[:, None, :, None], positions[:, None, :, None])
+        return ids[:, 0, :, 0], places[:, 0, :, 0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,14 +70,14 @@ class Step:
         layers: which are dense.
         texts: of all tokens, those of the cache included.
         num_queries: tokens of a row that this pass computes; the others are in the cache.
-        device: of the model.
+        found: what was worked out so far. It fills up.
     """
 
     pattern: Pattern
     layers: LayerPlan
     texts: Texts
     num_queries: int
-    device: torch.device
+    found: dict[Any, Any] = field(default_factory=dict)
 
     @staticmethod
     def of(pattern: Pattern, layers: LayerPlan, num_layers: int, inputs: Mapping[str, Any]) -> Step:
@@ -93,34 +94,54 @@ class Step:
         Raises:
             ValueError: one of them has another shape, or cannot be used.
         """
-        input_ids, cache = inputs["input_ids"], inputs.get("past_key_values")
-        begins = _begins(inputs.get("position_ids"), input_ids.shape)
-        num_queries, ids = input_ids.shape[1], input_ids
+        ids, cache = inputs["input_ids"], inputs.get("past_key_values")
+        num_queries = ids.shape[1]
+        done = 0 if cache is None else cache.get_seq_length()
+        positions = _positions(inputs, ids, done)
         if cache is not None:
-            ids, begins = IdLayer.of(cache, num_layers).extend(input_ids, begins)
+            ids, positions = IdLayer.of(cache, num_layers).extend(ids, positions)
         is_token = _is_token(inputs.get("attention_mask"), ids.shape)
-        return Step(pattern, layers, Texts.of(ids, is_token, begins), num_queries, input_ids.device)
+        return Step(pattern, layers, Texts.of(ids, is_token, positions), num_queries)
 
     @property
     def is_whole(self) -> bool:
         """Whether no token is in the cache."""
         return bool(self.num_queries == self.texts.is_token.shape[1])
 
-    @cached_property
-    def rows(self) -> torch.Tensor | None:
+    @property
+    def is_used(self) -> bool:
+        """Whether a layer has asked what it sees."""
+        return bool(self.found)
+
+    def rows(self, device: torch.device) -> torch.Tensor | None:
         """Places of all tokens but padding in a batch ``[rows * tokens]``; ``None`` if there is no
         padding."""
         if not self.texts.has_padding:
             return None
-        return torch.from_numpy(np.flatnonzero(self.texts.is_token)).to(self.device)
+        if ("rows", device) not in self.found:
+            places = torch.from_numpy(np.flatnonzero(self.texts.is_token))
+            self.found["rows", device] = places.to(device)
+        rows: torch.Tensor = self.found["rows", device]
+        return rows
 
     def kind(self, layer: int, sliding_window: int | None) -> Layer | int:
         """What a layer does: a layer with a window of its own keeps it."""
-        return self.layers[layer] if sliding_window is None else sliding_window
+        kind = self.layers[layer] if sliding_window is None else sliding_window
+        self.found.setdefault("kinds", set()).add(kind)
+        return kind
 
     def heads(self, kind: Layer | int, num_kv_heads: int) -> tuple[slice, ...]:
         """KV heads of a kind of layer that see alike."""
         return self.pattern.heads(num_kv_heads) if kind == Layer.KEPT else (slice(num_kv_heads),)
+
+    def plans(self, kind: Layer | int, device: torch.device | str = "cpu") -> list[PackedPlan]:
+        """From a kind of layer, the plans of a whole batch for :meth:`heads`."""
+        key = "plans", kind, device
+        if key not in self.found:
+            by_heads = zip(*self._text_plans(kind), strict=True)
+            self.found[key] = [pack(texts, device) for texts in by_heads]
+        plans: list[PackedPlan] = self.found[key]
+        return plans
 
     def _text_plans(self, kind: Layer | int) -> list[tuple[TextPlan, ...]]:
         """By text."""
@@ -129,46 +150,35 @@ class Step:
         window = kind if isinstance(kind, int) else None
         return [(TextPlan.causal(ids.size, window),) for ids in self.texts.token_ids]
 
-    @cached_property
-    def plans(self) -> Any:
-        """From a kind of layer, the plans of a whole batch for :meth:`heads`."""
-
-        @cache
-        def found(kind: Layer | int) -> list[PackedPlan]:
-            by_heads = zip(*self._text_plans(kind), strict=True)
-            return [pack(texts, self.device) for texts in by_heads]
-
-        return found
-
-    @cached_property
-    def mask(self) -> Any:
+    def mask(self, kind: Layer | int, device: torch.device) -> torch.Tensor:
         """From a kind of layer, what the queries see of all tokens: ``[rows, 1, num_queries, all
         tokens]`` bool. Padding sees itself."""
+        key = "mask", kind, device
+        if key not in self.found:
+            self.found[key] = self._mask(kind).to(device)
+        mask: torch.Tensor = self.found[key]
+        return mask
 
-        @cache
-        def found(kind: Layer | int) -> torch.Tensor:
-            plans = [pack(texts) for texts in zip(*self._text_plans(kind), strict=True)]
-            if len(plans) > 1:
-                raise ValueError(
-                    "heads that see different tokens are for training: take them out with remove() "
-                    "before you generate"
-                )
-            [plan] = plans
-            is_token = self.texts.is_token
-            num_rows, num_tokens = is_token.shape
-            mask = torch.zeros(num_rows, self.num_queries, num_tokens, dtype=torch.bool)
-            queries = torch.arange(self.num_queries)
-            mask[:, queries, queries + num_tokens - self.num_queries] = True
-            behind = np.cumsum([0, *is_token.sum(1)])
-            for row, flags in enumerate(is_token):
-                at = torch.from_numpy(np.flatnonzero(flags))
-                is_query = at >= num_tokens - self.num_queries
-                places = torch.arange(int(behind[row]), int(behind[row + 1]))
-                seen = plan.mask_of(places[is_query])[:, places]
-                mask[row, (at[is_query] - num_tokens + self.num_queries)[:, None], at] = seen
-            return mask[:, None].to(self.device)
-
-        return found
+    def _mask(self, kind: Layer | int) -> torch.Tensor:
+        plans = self.plans(kind)
+        if len(plans) > 1:
+            raise ValueError(
+                "heads that see different tokens are for training: take them out with remove() "
+                "before you generate"
+            )
+        [plan], is_token = plans, self.texts.is_token
+        num_rows, num_tokens = is_token.shape
+        mask = torch.zeros(num_rows, self.num_queries, num_tokens, dtype=torch.bool)
+        queries = torch.arange(self.num_queries)
+        mask[:, queries, queries + num_tokens - self.num_queries] = True
+        behind = np.cumsum([0, *is_token.sum(1)])
+        for row, flags in enumerate(is_token):
+            at = torch.from_numpy(np.flatnonzero(flags))
+            is_query = at >= num_tokens - self.num_queries
+            places = torch.arange(int(behind[row]), int(behind[row + 1]))
+            seen = plan.mask_of(places[is_query])[:, places]
+            mask[row, (at[is_query] - num_tokens + self.num_queries)[:, None], at] = seen
+        return mask[:, None]
 
 
 def cache_for(decoder: Any, inputs: Mapping[str, Any]) -> Cache | None:
@@ -192,15 +202,20 @@ def _is_token(mask: torch.Tensor | None, shape: torch.Size) -> BoolArray | None:
     return flags
 
 
-def _begins(position_ids: torch.Tensor | None, shape: torch.Size) -> BoolArray:
-    """Where positions do not go on from the token before, another text begins."""
-    begins = np.zeros(tuple(shape), dtype=np.bool_)
-    if position_ids is None:
-        return begins
-    if position_ids.dim() != 2 or position_ids.shape[1] != shape[1]:
+def _positions(inputs: Mapping[str, Any], input_ids: torch.Tensor, done: int) -> torch.Tensor:
+    """Of each token, ``[rows, tokens]`` int64."""
+    given: torch.Tensor | None = inputs.get("position_ids")
+    if given is None:
+        if inputs.get("cu_seq_lens_q") is not None:
+            raise ValueError(
+                "cu_seq_lens_q without position_ids: SepLLM tells packed texts apart by their "
+                "positions; have the data collator return position_ids"
+            )
+        places = torch.arange(done, done + input_ids.shape[1], device=input_ids.device)
+        return places.expand_as(input_ids)
+    if given.dim() != 2 or given.shape[1] != input_ids.shape[1]:
         raise ValueError(
-            f"position_ids are {list(position_ids.shape)}: they must be {list(shape)}, one for "
+            f"position_ids are {list(given.shape)}: they must be {list(input_ids.shape)}, one for "
             "each token"
         )
-    begins[:, 1:] = np.diff(position_ids.cpu().numpy()) != 1
-    return begins
+    return given.to(input_ids.device, torch.int64).expand_as(input_ids)

@@ -8,7 +8,7 @@ from vllm.logger import init_logger
 from vllm.lora.utils import get_adapter_absolute_path
 
 from vllm_sepllm.carried import differences, read_rule
-from vllm_sepllm.config import ConfigError, SepLLMConfig
+from vllm_sepllm.config import SepLLMConfig
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -40,7 +40,7 @@ def warning_of(name: str, path: str, served: SepLLMConfig) -> str | None:
     stop; ``None`` where nothing is known to be."""
     try:
         rule = read_rule(get_adapter_absolute_path(path))
-    except (ConfigError, OSError) as error:
+    except Exception as error:  # whatever is wrong with a file, the step goes on
         return f"adapter {name!r}: {str(error).rstrip('.')}"
     found = [] if rule is None else differences(served, rule)
     if not found:

@@ -23,7 +23,22 @@ def packed_attention(
 
     Arguments and result as :func:`packed_attention_reference`; what computes it follows from where
     the tensors are.
+
+    Raises:
+        ValueError: shapes or types do not fit together, or there is no kernel for the device.
     """
+    if key.shape != value.shape or query.shape[2] != key.shape[2]:
+        raise ValueError(
+            f"queries, keys and values are {list(query.shape)}, {list(key.shape)} and "
+            f"{list(value.shape)}: keys and values must be alike, and all heads of one size"
+        )
+    if not query.dtype == key.dtype == value.dtype:
+        raise ValueError(
+            f"queries, keys and values are of {query.dtype}, {key.dtype} and {value.dtype}: they "
+            "must be of one type"
+        )
+    if query.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"no kernel for {query.device.type}: use a CPU or a CUDA GPU")
     if query.is_cuda:
         from sepllm_kernels.sequence.packed.triton import packed_attention_triton
 

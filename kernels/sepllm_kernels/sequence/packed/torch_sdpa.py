@@ -155,8 +155,10 @@ class _Gradients:
 
     def __init__(self, plan: PackedPlan, all_: Any, kept: Any) -> None:
         self._plan = plan
-        self._all = [torch.zeros_like(each, memory_format=torch.contiguous_format) for each in all_]
-        self._kept = [torch.zeros_like(each) for each in kept]
+        self._dtype = kept[0].dtype
+        wide = torch.promote_types(self._dtype, torch.float32)  # many parts are added up
+        self._all = [torch.zeros(each.shape, dtype=wide) for each in all_]
+        self._kept = [torch.zeros(each.shape, dtype=wide) for each in kept]
 
     def add(self, part: Part, *grads: torch.Tensor) -> None:
         """Add what a part gives, in the order of :meth:`_Stream.seen`."""
@@ -173,4 +175,4 @@ class _Gradients:
         """``[tokens, KV heads, size]`` of keys and of values."""
         for every, kept in zip(self._all, self._kept, strict=True):
             every.index_add_(1, self._plan.kept, kept)
-        return tuple(every.transpose(0, 1) for every in self._all)
+        return tuple(every.transpose(0, 1).to(self._dtype) for every in self._all)

@@ -64,7 +64,8 @@ class _Call:
 
         def run(launch: Launch) -> None:
             options = {**self.constants, "ROWS": launch.rows, **launch.options}
-            kernel[grid(launch)](*arguments, **options)
+            with torch.cuda.device_of(self.query):  # of several GPUs, the tensors' own
+                kernel[grid(launch)](*arguments, **options)
 
         shapes = self.query.dtype, *self.constants.values(), self.plan.sinks is None
         launch_first_that_fits((name, self.query.device, *shapes), launches, run)
@@ -96,7 +97,7 @@ class _Call:
         """
         plan = self.plan
         keys, values = (self.key, self.value) if kept is None else kept
-        found = [torch.empty(keys.shape, device=keys.device) for _ in range(2)]
+        found = [torch.empty(keys.shape, dtype=torch.float32, device=keys.device) for _ in range(2)]
         if not len(keys):
             return found
         ranges: tuple[torch.Tensor | None, ...]

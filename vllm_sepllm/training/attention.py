@@ -109,7 +109,7 @@ def _sdpa(query: Any, key: Any, value: Any, scale: float, **options: Any) -> tor
 
 
 def _of_one_type(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Under autocast that one (float64 is left alone), else the query's. Rotary embeddings and norms
+    """Under autocast its type, but for float64; else the query's. Rotary embeddings and norms
     compute queries and keys in float32 where values are of a smaller type."""
     device, dtype = tensors[0].device.type, tensors[0].dtype
     if torch.is_autocast_enabled(device) and dtype != torch.float64:

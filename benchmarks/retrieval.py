@@ -185,12 +185,14 @@ def plot(found: dict[str, dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    for number, (name, result) in enumerate(found.items()):
+    figure, axes = pyplot.subplots(figsize=(10, 5), layout="constrained")
+    for number, (name, result) in enumerate(found.items(), 1):
         shown = summary(result["rows"])
         x, y = 100 * shown["held"], 100 * shown["right"] / shown["of"]
-        axes.plot(x, y, "s" if name.startswith(EQUAL) else "o", color=f"C{number % 10}")
-        axes.annotate(name, (x, y), xytext=(6, 4), textcoords="offset points", fontsize=8)
+        marker = "s" if name.startswith(EQUAL) else "o"
+        axes.plot(x, y, marker, color=f"C{number % 10}", label=f"{number}  {name}")
+        axes.annotate(str(number), (x, y), xytext=(5, 3), textcoords="offset points", fontsize=9)
+    figure.legend(loc="outside right center", fontsize=8)
     axes.set(xlabel="KV cache held, %", ylabel="right answers, %", xlim=(0, 130), ylim=(-5, 100))
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)

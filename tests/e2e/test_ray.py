@@ -152,7 +152,9 @@ def cluster(tmp_path_factory):
                     if attempt < 2 and "timed out during startup" in ray.output:
                         continue
                     raise
-                address = Path(name, "ray_current_cluster").read_text()
+                written = Path(name, "ray_current_cluster")  # a moment after the line
+                ray.wait_until(written.exists, "address of the cluster")
+                address = written.read_text()
                 assert address.startswith("127.0.0.1:")
                 yield {**env, "RAY_ADDRESS": address}
                 return

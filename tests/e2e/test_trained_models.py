@@ -13,10 +13,10 @@ pytestmark = pytest.mark.e2e
 PROMPTS = slice(0, 150), slice(900, 1290)
 
 
-def trained(model, book, steps=3):
+def trained(model, book, rate=3e-3, steps=3):
     """A few steps, large enough to be seen."""
     wanted = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(wanted, lr=3e-3)
+    optimizer = torch.optim.AdamW(wanted, lr=rate)
     model.train()
     for step in range(steps):
         ids = torch.tensor([book[3000 + 512 * step :][:512]])
@@ -55,7 +55,7 @@ def test_an_adapter(engines, book, separator_ids, tmp_path):
     options = {"task_type": "CAUSAL_LM", "r": 8, "target_modules": targets}
     model = get_peft_model(base, LoraConfig(**options))
     attached = apply(model, RULE, AutoTokenizer.from_pretrained(MODEL))
-    trained(model, book).save_pretrained(tmp_path)
+    trained(model, book, rate=3e-2).save_pretrained(tmp_path)
     attached.remove()
     engine = engines(sepllm=RULE, enable_lora=True, max_loras=2, max_lora_rank=8)
     lora = LoRARequest("trained", 1, str(tmp_path))

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from vllm.logger import init_logger
+from vllm.lora.request import LoRARequest
 from vllm.lora.utils import get_adapter_absolute_path
+from vllm.lora.worker_manager import WorkerLoRAManager
 
 from vllm_sepllm.carried import differences, read_rule
 from vllm_sepllm.config import SepLLMConfig
@@ -13,7 +15,7 @@ from vllm_sepllm.config import SepLLMConfig
 logger = init_logger(f"vllm.{__name__}")
 
 
-def check_adapters(manager: Any, served: SepLLMConfig) -> None:
+def check_adapters(manager: WorkerLoRAManager, served: SepLLMConfig) -> None:
     """Have a worker's manager of adapters look for the rule beside each one's weights.
 
     An adapter is loaded in the middle of a step, for the requests of it, so nothing is refused
@@ -25,7 +27,7 @@ def check_adapters(manager: Any, served: SepLLMConfig) -> None:
     """
     load = manager._load_adapter
 
-    def load_adapter(lora_request: Any) -> Any:
+    def load_adapter(lora_request: LoRARequest) -> Any:
         loaded = load(lora_request)
         sentence = warning_of(lora_request.lora_name, lora_request.lora_path, served)
         if sentence is not None:

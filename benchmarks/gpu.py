@@ -1,6 +1,7 @@
 """Each kernel on a GPU, beside dense attention and the memory's own speed, in one run.
 
-    PYTHONPATH=kernels:. python benchmarks/gpu.py [--contexts 4096 32768] [--output FILE]
+    PYTHONPATH=kernels:. python benchmarks/gpu.py [--contexts 4096 32768] [--batches 8 64]
+        [--shapes Llama-3-8B] [--others FlashAttention-3 "vLLM Triton"] [--output FILE]
 
 Needs torch, Triton and a tokenizer library; other attention kernels are compared if they are
 installed (vLLM's Triton and FlashAttention kernels, torch otherwise). What is kept follows from the
@@ -399,10 +400,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--contexts", type=int, nargs="+", default=[4096, 16384, 32768, 131072])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--shapes", nargs="+", choices=[shape.name for shape in SHAPES])
+    parser.add_argument("--others", nargs="+", choices=DENSE_KERNELS, default=DENSE_KERNELS)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/gpu.json")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, no times: a test")
     args = parser.parse_args()
     shapes, device, time = SHAPES, "cuda", time_ms
+    if args.shapes:
+        shapes = tuple(shape for shape in SHAPES if shape.name in args.shapes)
+    for name in DENSE_KERNELS.keys() - set(args.others):
+        del DENSE_KERNELS[name]
     if args.smoke:
         shapes, device, time = (SMOKE,), "cuda" if torch.cuda.is_available() else "cpu", call_once
         args.contexts, args.batches = [608], [2]

@@ -37,7 +37,6 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_sepllm.config import SepLLMConfig
-from vllm_sepllm.engine.in_process import answer, engine
 from vllm_sepllm.evaluation.facts import DISTANCES, WORDINGS, Document, hide_facts
 from vllm_sepllm.evaluation.share import num_attended, window_of_equal_share
 
@@ -127,6 +126,8 @@ def measure(
     options: dict[str, Any] | None, documents: list[Document], model: Path = MODEL
 ) -> dict[str, Any]:
     """Every answer, whether it is right, and what was held for it."""
+    from vllm_sepllm.engine.in_process import answer, engine  # vLLM is slow to import
+
     rows = []
     with engine(
         str(model),

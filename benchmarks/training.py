@@ -4,13 +4,15 @@
 
 Text is a book of the repository in GPT-NeoX-20B's tokens, separators are the paper's nine.
 
-* Attention, forward and backward: 4 heads of 64, window 256; beside causal SDPA, SDPA under the
-  mask (to 4,096 tokens), and on a GPU FlexAttention over the packed order and in the text's order.
+* Attention, forward and backward: 4 heads of 64 (12 on a GPU), window 256; beside causal SDPA, SDPA
+  under the mask (to 4,096 tokens), and on a GPU FlexAttention over the packed order and in the
+  text's order.
 * A whole step of a decoder (forward, loss, backward, without the optimizer): Llama of 5M
   parameters with a window of 64, and two layers of Pythia-160M's shape with one of 128.
 
-Ways take turns, and each one's fastest turn counts. Operations are counted beside it, against
-causal attention and in the paper's way.
+A CPU computes one text at a time, a GPU as many as have 65,536 tokens. Ways take turns, and each
+one's fastest turn counts. Operations are counted beside it, against causal attention and in the
+paper's way.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from record import ROOT, provenance, write
 from rich.console import Console
@@ -43,6 +46,8 @@ SEPARATORS = (2, 13, 15, 27, 28, 32, 186, 187, 209)  # as the authors list them 
 VOCABULARY = 50304
 MASKED_UP_TO = 4096  # a mask of 8,192 tokens takes gigabytes in its backward pass
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOKENS_OF_A_BATCH = 65536 if DEVICE == "cuda" else 1
+NUM_HEADS = 12 if DEVICE == "cuda" else 4
 DENSE, PACKED, MASKED = "dense, causal", "packed", "dense under the mask"
 FLEX, FLEX_IN_ORDER = "FlexAttention, packed", "FlexAttention, order of the text"
 
@@ -81,6 +86,13 @@ def book() -> list[int]:
     return ids[5000:]
 
 
+def texts_of(ids: Sequence[int], length: int) -> np.ndarray:
+    """``[texts, length]``: no text begins as another does."""
+    count = max(1, TOKENS_OF_A_BATCH // length)
+    longer = np.tile(ids, 2 + length // len(ids))
+    return np.stack([longer[at : at + length] for at in (997 * i for i in range(count))])
+
+
 def rule_of(window: int) -> KeepRule:
     options = {"window_size": window, "separator_token_ids": SEPARATORS}
     return KeepRule.of(SepLLMConfig.from_dict(options), VOCABULARY)
@@ -104,10 +116,12 @@ def fastest(ways: dict[str, Callable[[], None]], turns: int) -> dict[str, float]
     return found
 
 
-def attention_ways(plan: PackedPlan, num_heads: int, size: int) -> dict[str, Callable[[], None]]:
-    """Forward and backward passes."""
+def attention_ways(
+    plan: PackedPlan, num_texts: int, num_heads: int, size: int
+) -> dict[str, Callable[[], None]]:
+    """Forward and backward passes over texts of equal length."""
     dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-    shape, length = (plan.num_tokens, num_heads, size), plan.num_tokens
+    shape, length = (plan.num_tokens, num_heads, size), plan.num_tokens // num_texts
     torch.manual_seed(0)
     made = [torch.randn(shape, dtype=dtype, device=DEVICE) for _ in range(4)]
     tensors, grad = [tensor.requires_grad_() for tensor in made[:3]], made[3]
@@ -121,49 +135,56 @@ def attention_ways(plan: PackedPlan, num_heads: int, size: int) -> dict[str, Cal
 
         return run
 
-    def dense(*given: torch.Tensor, **options: Any) -> torch.Tensor:
-        heads = [tensor.transpose(0, 1)[None] for tensor in given]
-        return sdpa(*heads, scale=scale, **options)[0].transpose(0, 1)
+    def by_text(attend: Callable[..., torch.Tensor], **options: Any) -> Callable[[], None]:
+        """Of ``[texts, heads, length, size]``."""
+
+        def call(*given: torch.Tensor) -> torch.Tensor:
+            heads = [x.view(num_texts, length, num_heads, size).transpose(1, 2) for x in given]
+            return attend(*heads, scale=scale, **options).transpose(1, 2).reshape(shape)
+
+        return passes(call)
 
     ways = {
-        DENSE: passes(lambda *given: dense(*given, is_causal=True)),
+        DENSE: by_text(sdpa, is_causal=True),
         PACKED: passes(lambda *given: packed_attention(*given, plan, scale)),
     }
     if length <= MASKED_UP_TO:
-        mask = plan.mask()
-        ways[MASKED] = passes(lambda *given: dense(*given, attn_mask=mask))
+        ways[MASKED] = by_text(sdpa, attn_mask=masks_of(plan, num_texts))
     if DEVICE == "cuda":
         from sepllm_kernels.sequence.packed import flex
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-        blocks, compiled = flex.block_mask(plan), torch.compile(flex_attention)
+        blocks = flex.block_mask(plan)
         ways[FLEX] = passes(
             lambda *given: flex.packed_attention_flex(*given, plan, scale, blocks=blocks)
         )
-        flags = torch.zeros(length, dtype=torch.bool, device=DEVICE)
+        flags = torch.zeros(plan.num_tokens, dtype=torch.bool, device=DEVICE)
         flags[plan.kept] = True
-        first = plan.window_first
+        flags, first = flags.view(num_texts, length), plan.window_first.view(num_texts, length)
 
         def seen(b: Any, h: Any, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-            return (k <= q) & (flags[k] | (k >= first[q]))
+            return (k <= q) & (flags[b, k] | (b * length + k >= first[b, q]))
 
-        in_order = create_block_mask(seen, None, None, length, length, device=DEVICE)
-
-        def text_order(*given: torch.Tensor) -> torch.Tensor:
-            heads = [tensor.transpose(0, 1)[None] for tensor in given]
-            return compiled(*heads, block_mask=in_order, scale=scale)[0].transpose(0, 1)
-
-        ways[FLEX_IN_ORDER] = passes(text_order)
+        in_order = create_block_mask(seen, num_texts, None, length, length, device=DEVICE)
+        ways[FLEX_IN_ORDER] = by_text(torch.compile(flex_attention), block_mask=in_order)
     return ways
+
+
+def masks_of(plan: PackedPlan, num_texts: int) -> torch.Tensor:
+    """``[texts, 1, length, length]`` bool."""
+    places = torch.arange(plan.num_tokens, device=DEVICE).view(num_texts, -1)
+    return torch.stack([plan.mask_of(own)[:, own] for own in places])[:, None]
 
 
 def measure_attention(ids: Sequence[int], lengths: Sequence[int], turns: int) -> list[Any]:
     rows = []
     for length in lengths:
-        plan = pack([TextPlan.of(ids[:length], rule_of(256))], DEVICE)
-        found = fastest(attention_ways(plan, 4, 64), turns)
-        pairs = plan.num_pairs / (length * (length + 1) / 2)
-        rows.append({"tokens": length, "window": 256, "pairs": pairs, "seconds": found})
+        texts = texts_of(ids, length)
+        plan = pack([TextPlan.of(text, rule_of(256)) for text in texts], DEVICE)
+        found = fastest(attention_ways(plan, len(texts), NUM_HEADS, 64), turns)
+        pairs = plan.num_pairs / (len(texts) * length * (length + 1) / 2)
+        row = {"tokens": length, "texts": len(texts), "heads": NUM_HEADS, "window": 256}
+        rows.append({**row, "pairs": pairs, "seconds": found})
         print(f"attention, {length:,} tokens: {shown(found)}", flush=True)
     return rows
 
@@ -199,15 +220,15 @@ def measure_steps(ids: Sequence[int], lengths: Sequence[int], turns: int) -> lis
     for name, (make, window) in models.items():
         size, vocabulary = ModelSize.of(make()), make().config.vocab_size
         for length in lengths:
-            text = torch.tensor([ids[:length]], device=DEVICE)
+            text = torch.from_numpy(texts_of(ids, length)).to(DEVICE)
             # A small vocabulary: other tokens than separators become some that are none.
             is_separator = torch.isin(text, torch.tensor(SEPARATORS, device=DEVICE))
             others = text if vocabulary == VOCABULARY else 300 + text % (vocabulary - 300)
             text = torch.where(is_separator, text, others)
-            plan = TextPlan.of(text[0].cpu().numpy(), rule_of(window))
+            plans = [TextPlan.of(ids, rule_of(window)) for ids in text.cpu().numpy()]
             found = fastest(step_ways(make, window, text), turns)
-            counted = shares(size, length, pack([plan]).num_pairs)
-            row = {"model": name, "tokens": length, "window": window}
+            counted = shares(size, length, round(pack(plans).num_pairs / len(plans)))
+            row = {"model": name, "tokens": length, "texts": len(text), "window": window}
             rows.append({**row, "operations": counted, "seconds": found})
             print(f"{name}, {length:,} tokens: {shown(found)}", flush=True)
     return rows

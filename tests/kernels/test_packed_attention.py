@@ -96,7 +96,7 @@ def masked(query, key, value, mask, scale):
 def fused(query, key, value, mask, scale):
     """The same as torch computes it in one operation, which rounds as ours does."""
     group = query.shape[1] // key.shape[1]
-    bias = torch.zeros(mask.shape, dtype=query.dtype).masked_fill(~mask, -math.inf)
+    bias = query.new_zeros(mask.shape).masked_fill(~mask, -math.inf)
     heads = query, key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     given = [each.transpose(0, 1)[None] for each in heads]
     attend = torch.nn.functional.scaled_dot_product_attention
@@ -238,7 +238,8 @@ def test_kernels_take_tensors_as_models_have_them():
 
 
 def check_type(operation, plan, heads, dtype):
-    given = [tensor.detach().to(DEVICE, dtype) for tensor in inputs(plan, heads, 5)]
+    device = plan.window_first.device
+    given = [tensor.detach().to(device, dtype) for tensor in inputs(plan, heads, 5)]
     rounded = [tensor.double() for tensor in given]
     for tensor in (*given[:3], *rounded[:3]):
         tensor.requires_grad_()

@@ -40,10 +40,11 @@ INDEX |= {"token_ids": "*i32", "kept_prefix": "*i32", "token_codes": "*u8", "shi
 INDEX |= {"span_left": "*u8"}
 FLOATS = {"partial": "*fp32", "log_sums": "*fp32", "stream_cos_sin": "*fp32", "scale": "fp32"}
 FLOATS |= {"cos_sin": "*fp32", "factor": "fp32", "deltas": "*fp32"}
-FLOATS |= {"key_grads": "*fp32", "value_grads": "*fp32"}
+FLOATS |= {"stream_key_grads": "*fp32", "stream_value_grads": "*fp32"}
 INDEX |= dict.fromkeys(("window_first", "stream", "sinks", "ranges", "seen"), "*i32")
-INDEX |= {"sink_ranges": "*i32", "sink_seen": "*i32"}
+INDEX |= {"sink_ranges": "*i32", "sink_seen": "*i32", "stream_entry": "*i32"}
 PACKED = "queries", "keys", "values", "kept_keys", "kept_values", "output", "grads", "query_grads"
+PACKED += "outputs", "key_grads", "value_grads"
 FLOATS |= dict.fromkeys(("value_scale", "inverse_key_scale", "inverse_value_scale"), "fp32")
 SIZES = {"bf16": 2, "fp8e4nv": 1, "fp32": 4}  # bytes of an element
 TILES = re.compile(r"memdesc<(\d+)x\d+x\d+x\w+, #shared")  # of keys and values at a time
@@ -108,12 +109,22 @@ def training_cases() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], Sequ
         types = dict.fromkeys(PACKED, f"*{kind}")
         group = num_heads // num_kv_heads
         constants = {"GROUP": group, "NUM_HEADS": num_heads, "HEAD_SIZE": head_size}
-        constants |= {"TILE": packed.TILE, "IS_STREAM": True}
         if not has_sinks:
             constants |= {"sinks": None, "sink_ranges": None, "sink_seen": None}
         yield packed._packed_forward, types, constants, packed.FORWARD, capability
-        for kernel in (packed._packed_query_gradient, packed._packed_key_gradient):
-            yield kernel, types, constants, packed.BACKWARD, capability
+        gradients = packed.QUERY_GRADIENT, packed.KEY_GRADIENT
+        if head_size > 64:
+            gradients = packed.WIDE_GRADIENT, packed.WIDE_GRADIENT
+        yield packed._packed_query_gradient, types, constants, gradients[0], capability
+        if has_sinks:  # the stream's pass, whose results the windows' adds
+            constants |= {"IS_STREAM": True, "stream_entry": None}
+            constants |= {"stream_key_grads": None, "stream_value_grads": None}
+            types = {**types, "key_grads": "*fp32", "value_grads": "*fp32"}
+        else:
+            constants |= {"IS_STREAM": False}
+        yield packed._packed_key_gradient, types, constants, gradients[1], capability
+    deltas = {"NUM_HEADS": 12, "HEAD_SIZE": 64, "ROWS": packed.DELTA_ROWS}
+    yield packed._packed_deltas, dict.fromkeys(PACKED, "*bf16"), deltas, (), H200
 
 
 def compile_first_that_fits(
@@ -127,8 +138,10 @@ def compile_first_that_fits(
     if not launches:
         return {**compile_one(kernel, types, constants, {}, capability), "launch": 0}
     for index, launch in enumerate(launches):
-        chosen = {**constants, "ROWS": launch.rows}
-        found = compile_one(kernel, types, chosen, launch.options, capability)
+        options = {"ROWS": launch.rows, **launch.options}
+        chosen = {**constants, **{key: x for key, x in options.items() if key.isupper()}}
+        options = {key: x for key, x in options.items() if key.islower()}
+        found = compile_one(kernel, types, chosen, options, capability)
         found["launch"] = index
         if found["shared"] <= SHARED_MEMORY[capability]:
             break

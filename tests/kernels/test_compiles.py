@@ -44,6 +44,7 @@ def test_all_kernels_compile(compiled):
         "_packed_forward",
         "_packed_query_gradient",
         "_packed_key_gradient",
+        "_packed_deltas",
     }
     for kernel in compiled:
         assert kernel["shared"] <= SHARED_MEMORY[kernel["capability"]], kernel

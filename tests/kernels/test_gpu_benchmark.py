@@ -68,12 +68,13 @@ def test_tuning(monkeypatch, capsys, tmp_path):
     import gpu_tune
 
     few = {"TILES": (64, 32), "WARPS": (4, 8), "STAGES": (5,), "PROGRAMS": (4,), "ROWS": (128,)}
+    few["PACKED_STAGES"] = (2,)
     for name, values in few.items():
         monkeypatch.setattr(gpu_tune, name, values)
     gpu_tune.main()
     lines = capsys.readouterr().out.splitlines()
-    for operation in ("decode", "decode, FP8 pages", "prefill", "prefill, FP8 pages"):
-        found = [line for line in lines if line.startswith(f"{operation:18} TILE")]
+    for operation in ("decode", "decode, FP8 pages", "prefill", "prefill, FP8 pages", "packed"):
+        found = [line for line in lines if line.startswith(f"{operation:18} ")]
         assert found
         assert all(line.endswith(" 1.0000 ms") for line in found), found  # right, that is
     assert len(json.loads(file.read_text())["results"]) == len(lines) - 1

@@ -139,14 +139,19 @@ def _tile_gradients(
     deltas,
     lows,
     highs,  # of each token; None: of the window, whose last place is the token's own
-    first_token,
-    stop_token,  # those that see any of the tile
+    seen,  # of each entry
+    num_entries,
+    first,
+    last,  # entries of the tile
     factor,
     NUM_HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """Add what the tokens of one head give to the gradients of a tile, keys' but for the scale."""
+    # Those that see any of the tile, and those that see all of it.
+    first_token, full_first = tl.load(seen + first), tl.load(seen + last)
+    full_stop, stop_token = tl.load(seen + num_entries + first), tl.load(seen + num_entries + last)
     for start in range(first_token, stop_token, ROWS):
         token = start + tl.arange(0, ROWS)
         present = token < stop_token
@@ -155,13 +160,14 @@ def _tile_gradients(
         at = token.to(tl.int64) * NUM_HEADS
         log_sum = tl.load(log_sums + at, mask=present, other=0.0)
         delta = tl.load(deltas + at, mask=present, other=0.0)
-        low = tl.load(lows + token, mask=present, other=0)
-        if highs is None:
-            high = tl.where(present, token + 1, 0)
-        else:
-            high = tl.load(highs + token, mask=present, other=0)
         logits = tl.dot(query, tl.trans(key), input_precision="ieee") * factor
-        logits = tl.where(visible(low, high, entry), logits, float("-inf"))
+        if (start < full_first) | (start + ROWS > full_stop):
+            low = tl.load(lows + token, mask=present, other=0)
+            if highs is None:
+                high = tl.where(present, token + 1, 0)
+            else:
+                high = tl.load(highs + token, mask=present, other=0)
+            logits = tl.where(visible(low, high, entry), logits, float("-inf"))
         weights = tl.exp2(logits - log_sum[:, None])
         value_acc += tl.dot(tl.trans(weights.to(grad.dtype)), grad, input_precision="ieee")
         products = tl.dot(grad, tl.trans(value), input_precision="ieee")
@@ -180,6 +186,9 @@ def _packed_key_gradient(
     deltas,
     key_grads,
     value_grads,
+    stream_key_grads,  # of the window's pass: what the stream's has found; None: nothing
+    stream_value_grads,
+    stream_entry,  # of each token, -1 where it is not kept
     ranges,  # of the stream; of all tokens: first places of windows
     seen,  # [2, num_entries]: the run of tokens that see each entry
     sink_ranges,  # or None
@@ -209,8 +218,6 @@ def _packed_key_gradient(
     size: tl.constexpr = triton.next_power_of_2(HEAD_SIZE)
     key_acc = tl.zeros([TILE, size], tl.float32)
     value_acc = tl.zeros([TILE, size], tl.float32)
-    first_token = tl.load(seen + first)
-    stop_token = tl.load(seen + num_entries + last)
     for shared in range(GROUP):
         head = kv_head * GROUP + shared
         own_queries, own_grads = queries + head * query_head_stride, grads + head * HEAD_SIZE
@@ -220,17 +227,40 @@ def _packed_key_gradient(
             highs = None
         key_acc, value_acc = _tile_gradients(
             key_acc, value_acc, key, value, entry, own_queries, query_stride, own_grads,
-            log_sums + head, deltas + head, ranges, highs, first_token, stop_token,
+            log_sums + head, deltas + head, ranges, highs, seen, num_entries, first, last,
             factor, NUM_HEADS, HEAD_SIZE, ROWS,
         )  # fmt: skip
         if sink_ranges is not None:
             key_acc, value_acc = _tile_gradients(
                 key_acc, value_acc, key, value, entry, own_queries, query_stride, own_grads,
                 log_sums + head, deltas + head, sink_ranges, sink_ranges + num_tokens,
-                tl.load(sink_seen + first), tl.load(sink_seen + num_entries + last),
-                factor, NUM_HEADS, HEAD_SIZE, ROWS,
+                sink_seen, num_entries, first, last, factor, NUM_HEADS, HEAD_SIZE, ROWS,
             )  # fmt: skip
     row_stride: tl.constexpr = NUM_HEADS // GROUP * HEAD_SIZE
     at = kv_head * HEAD_SIZE
-    store_rows(key_grads + at, row_stride, entry, present, key_acc * scale, HEAD_SIZE)
+    key_acc *= scale
+    if stream_entry is not None:
+        other = tl.load(stream_entry + entry, mask=present, other=-1)
+        kept = other >= 0
+        key_acc += load_rows(stream_key_grads + at, row_stride, other, kept, HEAD_SIZE)
+        value_acc += load_rows(stream_value_grads + at, row_stride, other, kept, HEAD_SIZE)
+    store_rows(key_grads + at, row_stride, entry, present, key_acc, HEAD_SIZE)
     store_rows(value_grads + at, row_stride, entry, present, value_acc, HEAD_SIZE)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _packed_deltas(
+    outputs,
+    grads,
+    deltas,
+    num_tokens,
+    NUM_HEADS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Products of result and gradient, of each token and head; ROWS of them in a program."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    present = row < num_tokens.to(tl.int64) * NUM_HEADS
+    result = load_rows(outputs, HEAD_SIZE, row, present, HEAD_SIZE).to(tl.float32)
+    grad = load_rows(grads, HEAD_SIZE, row, present, HEAD_SIZE).to(tl.float32)
+    tl.store(deltas + row, tl.sum(result * grad, 1), mask=present)

@@ -67,6 +67,13 @@ class PackedPlan:
         return _seen_by(self.num_tokens, self.window_first, place.to(self.window_first.dtype))
 
     @cached_property
+    def stream_entry(self) -> torch.Tensor:
+        """``[num_tokens]`` int32: entry of the stream that each token is, -1 where it is none."""
+        found = torch.full_like(self.window_first, -1)
+        entries = torch.arange(self.kept.shape[0], dtype=found.dtype, device=found.device)
+        return found.index_copy_(0, self.kept, entries)
+
+    @cached_property
     def _on_host(self) -> tuple[list[int], list[tuple[list[int], list[int]]]]:
         ranges = [(first.tolist(), limit.tolist()) for first, limit in self.ranges]
         return self.window_first.tolist(), ranges

@@ -34,7 +34,7 @@ H200, A100, L40 = 90, 80, 89
 SHARED_MEMORY = {H200: 227 << 10, A100: 163 << 10, L40: 99 << 10}  # bytes of a program
 INDEX = {"query_start": "*i32", "seq_lens": "*i32", "window_table": "*i32", "kept_table": "*i32"}
 INDEX |= {"stream_ranges": "*i32", "stream_slots": "*i64", "window_slots": "*i64", "rows": "*i64"}
-INDEX |= dict.fromkeys(("most", "starts", "slots", "requests"), "*i32")
+INDEX |= dict.fromkeys(("sizes", "starts", "slots", "requests"), "*i32")
 INDEX["plan"] = "*i32"
 INDEX |= {"token_ids": "*i32", "kept_prefix": "*i32", "token_codes": "*u8", "shifts": "*i32"}
 INDEX |= {"span_left": "*u8"}
@@ -111,10 +111,10 @@ def training_cases() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], Sequ
         constants = {"GROUP": group, "NUM_HEADS": num_heads, "HEAD_SIZE": head_size}
         if not has_sinks:
             constants |= {"sinks": None, "sink_ranges": None, "sink_seen": None}
-        yield packed._packed_forward, types, constants, packed.FORWARD, capability
-        gradients = packed.QUERY_GRADIENT, packed.KEY_GRADIENT
+        forward, gradients = packed.FORWARD, (packed.QUERY_GRADIENT, packed.KEY_GRADIENT)
         if head_size > 64:
-            gradients = packed.WIDE_GRADIENT, packed.WIDE_GRADIENT
+            forward, gradients = packed.WIDE_FORWARD, (packed.WIDE_GRADIENT, packed.WIDE_GRADIENT)
+        yield packed._packed_forward, types, constants, forward, capability
         yield packed._packed_query_gradient, types, constants, gradients[0], capability
         if has_sinks:  # the stream's pass, whose results the windows' adds
             constants |= {"IS_STREAM": True, "stream_entry": None}

@@ -33,11 +33,12 @@ def run(batch, tile, extra_pieces, max_num_reqs=None):
     """The plan as its reference returns it."""
     num_reqs = len(batch[1])
     largest = DecodePlan.allocate(max_num_reqs or num_reqs, extra_pieces, tile, DEVICE)
-    for tensor in (largest.most, largest.starts, largest.slots, largest.requests):
+    for tensor in (largest.sizes, largest.starts, largest.slots, largest.requests):
         tensor.fill_(-7)  # of another step
     plan = largest.part(num_reqs)
     decode_plan(*batch, plan, MIN_TILES)
-    found = int(plan.most), *(x.tolist() for x in (plan.starts, plan.slots, plan.requests))
+    tensors = plan.sizes, plan.starts, plan.slots, plan.requests
+    found = tuple(x.tolist() for x in tensors)
     expected = decode_plan_reference(*batch, tile, extra_pieces, MIN_TILES)
     assert found == expected
     return found
@@ -59,25 +60,28 @@ def test_equals_the_reference(requests, window_size, num_sinks, tile, extra_piec
 
 
 def test_nobody_has_tokens():
-    most, starts, slots, requests = run(make_batch([(0, 9, 0.5)] * 3, 64, 0), 16, 5)
-    assert (most, starts, slots, requests) == (MIN_TILES, [0] * 4, [0] * 3, [-1] * 8)
+    sizes, starts, slots, requests = run(make_batch([(0, 9, 0.5)] * 3, 64, 0), 16, 5)
+    assert (sizes, starts, slots, requests) == ([0] * 3, [0] * 4, [0] * 3, [-1] * 8)
 
 
 def test_one_long_request_among_short_ones():
     """It is cut, so that no program has more than a share of it; the short ones stay whole."""
     requests = [(1, 500, 0.2)] * 20 + [(1, 100_000, 0.2)] + [(1, 500, 0.2)] * 10
-    most, starts, slots, _ = run(make_batch(requests, 256, 0), 64, 40)
+    sizes, starts, slots, _ = run(make_batch(requests, 256, 0), 64, 40)
     pieces = [stop - start for start, stop in itertools.pairwise(starts)]
     # 312 tiles and 4 of its window, 30 times 1 and 5: half of a fortieth of all
-    assert most == 13
+    assert sizes[20] == 13
     assert pieces == [1] * 20 + [25] + [1] * 10
     assert slots[20:22] == [0, 25]
 
 
 @pytest.mark.parametrize("num_reqs", [1, 64, 400])
 def test_pieces_of_equal_requests(num_reqs):
-    most, starts, _, requests = run(make_batch([(1, 20_000, 0.2)] * num_reqs, 256, 0), 64, 99)
+    sizes, starts, _, requests = run(make_batch([(1, 20_000, 0.2)] * num_reqs, 256, 0), 64, 99)
     tiles = 20_000 // 5 // 64 + 5
     assert starts[-1] <= num_reqs + 99
     assert sum(request >= 0 for request in requests) == starts[-1]
-    assert most <= max(MIN_TILES, tiles * num_reqs // 99 + 1)
+    assert max(sizes) <= max(MIN_TILES, tiles * num_reqs // 99 + 1)
+    pieces = starts[1]
+    assert (pieces - 1) * sizes[0] < tiles <= pieces * sizes[0]
+    assert pieces * sizes[0] - tiles < pieces, "equal, but for what does not divide"

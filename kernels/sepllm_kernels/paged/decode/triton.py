@@ -66,7 +66,7 @@ def _decode(
     PAIRED: tl.constexpr = key_pages.dtype.element_ty.primitive_bitwidth == 8
     piece, kv_head = tl.program_id(0), tl.program_id(1)
     num_heads = tl.num_programs(1) * GROUP
-    plan_most, plan_starts, plan_slots, plan_requests = plan_parts(plan, MAX_REQS)
+    plan_sizes, plan_starts, plan_slots, plan_requests = plan_parts(plan, MAX_REQS)
     head_start = kv_head.to(tl.int64) * head_stride
     req = tl.load(plan_requests + piece).to(tl.int64)
     if req < 0:
@@ -75,7 +75,7 @@ def _decode(
     num_tokens = tl.load(query_start + req + 1) - first
     first_piece = tl.load(plan_starts + req)
     num_pieces = tl.load(plan_starts + req + 1) - first_piece
-    most = tl.load(plan_most)
+    size = tl.load(plan_sizes + req)
     seq_len = tl.load(seq_lens + req)
     piece -= first_piece
     row = tl.arange(0, ROWS)
@@ -101,8 +101,8 @@ def _decode(
         stream_ranges,
         window_size,
         num_sinks,
-        piece * most,
-        piece * most + most,
+        piece * size,
+        piece * size + size,
         scale,
         SOFT_CAP,
         HEAD_SIZE,

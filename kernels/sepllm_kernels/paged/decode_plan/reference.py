@@ -19,9 +19,10 @@ def decode_plan_reference(
     tile: int,
     extra_pieces: int,
     min_tiles: int,
-) -> tuple[int, list[int], list[int], list[int]]:
-    """Cut the tiles of each request into pieces of at most so many that there are no more than
-    ``extra_pieces`` of them beside one for each request.
+) -> tuple[list[int], list[int], list[int], list[int]]:
+    """Cut the tiles of each request into as few pieces as keep each below a size with which there
+    are no more than ``extra_pieces`` of them beside one for each request. Pieces of a request are
+    of equal size.
 
     Args:
         query_start, seq_lens, stream_ranges, window_size, num_sinks: of the batch, as in
@@ -31,7 +32,8 @@ def decode_plan_reference(
         min_tiles: of a piece, where there are as many.
 
     Returns:
-        Tiles of a piece at most; ``[num_reqs + 1]``, pieces of the requests before each;
+        ``[num_reqs]``, tiles of a request's pieces, of which the last may have fewer;
+        ``[num_reqs + 1]``, pieces of the requests before each;
         ``[num_reqs]``, of them those of requests with several; ``[num_reqs + extra_pieces]``,
         request of each piece, -1 behind the last.
     """
@@ -52,13 +54,14 @@ def decode_plan_reference(
     num_reqs = len(seq_lens)
     tiles = [count_tiles(request) for request in range(num_reqs)]
     most = max(ceil_div(sum(tiles), extra_pieces), min_tiles)
-    starts, slots, requests = [0], [], []
+    sizes, starts, slots, requests = [], [0], [], []
     taken = 0
     for request, count in enumerate(tiles):
         pieces = ceil_div(count, most)
+        sizes.append(ceil_div(count, max(pieces, 1)))
         starts.append(starts[-1] + pieces)
         slots.append(taken)
         taken += pieces if pieces > 1 else 0
         requests += [request] * pieces
     requests += [-1] * (num_reqs + extra_pieces - len(requests))
-    return most, starts, slots, requests
+    return sizes, starts, slots, requests

@@ -20,7 +20,7 @@ class DecodePlan:
         tile: entries of a tile.
         max_num_reqs: what there is room for; kernels are compiled for it.
         whole: int32, what follows, one after the other: see :func:`plan_parts`.
-        most: ``[1]`` int32, tiles of a piece at most.
+        sizes: ``[num_reqs]`` int32, tiles of a request's pieces; its last may have fewer.
         starts: ``[num_reqs + 1]`` int32, pieces of the requests before each.
         slots: ``[num_reqs]`` int32, of them those of requests with several pieces, whose results
             are merged.
@@ -30,7 +30,7 @@ class DecodePlan:
     tile: int
     max_num_reqs: int
     whole: torch.Tensor
-    most: torch.Tensor
+    sizes: torch.Tensor
     starts: torch.Tensor
     slots: torch.Tensor
     requests: torch.Tensor
@@ -44,9 +44,9 @@ class DecodePlan:
         There is room for a power of two of them, so that kernels are compiled for few sizes.
         """
         room = max(16, triton.next_power_of_2(max_num_reqs))
-        sizes = (1, room + 1, room, room + extra_pieces)
-        whole = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
-        return DecodePlan(tile, room, whole, *whole.split(sizes)).part(max_num_reqs)
+        lengths = (room, room + 1, room, room + extra_pieces)
+        whole = torch.zeros(sum(lengths), dtype=torch.int32, device=device)
+        return DecodePlan(tile, room, whole, *whole.split(lengths)).part(max_num_reqs)
 
     @property
     def extra_pieces(self) -> int:
@@ -60,7 +60,7 @@ class DecodePlan:
             self.tile,
             self.max_num_reqs,
             self.whole,
-            self.most,
+            self.sizes[:num_reqs],
             self.starts[: num_reqs + 1],
             self.slots[:num_reqs],
             self.requests[:pieces],
@@ -69,8 +69,8 @@ class DecodePlan:
 
 @triton.jit
 def plan_parts(whole, MAX_REQS: tl.constexpr):
-    """Where ``most``, ``starts``, ``slots`` and ``requests`` of a :class:`DecodePlan` begin."""
-    starts = whole + 1
+    """Where ``sizes``, ``starts``, ``slots`` and ``requests`` of a :class:`DecodePlan` begin."""
+    starts = whole + MAX_REQS
     slots = starts + MAX_REQS + 1
     return whole, starts, slots, slots + MAX_REQS
 
@@ -80,7 +80,7 @@ def _decode_plan(
     query_start,
     seq_lens,
     stream_ranges,
-    most,
+    sizes,
     starts,
     slots,
     requests,
@@ -105,8 +105,9 @@ def _decode_plan(
     )
     tiles = tl.where(is_req, sinks + stream + window, 0)
     limit = tl.maximum(tl.cdiv(tl.sum(tiles, 0), extra_pieces), MIN_TILES)
-    tl.store(most, limit)
     pieces = tl.cdiv(tiles, limit)
+    # Pieces of equal size: programs that run side by side then end together.
+    tl.store(sizes + req, tl.cdiv(tiles, tl.maximum(pieces, 1)), mask=req < num_reqs)
     ends = tl.cumsum(pieces, 0)
     merged = tl.where(pieces > 1, pieces, 0)
     slot = tl.cumsum(merged, 0) - merged
@@ -137,7 +138,7 @@ def decode_plan(
         query_start,
         seq_lens,
         stream_ranges,
-        plan.most,
+        plan.sizes,
         plan.starts,
         plan.slots,
         plan.requests,

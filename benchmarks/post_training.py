@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from record import ROOT, provenance, write
@@ -62,6 +63,7 @@ RULES: dict[str, dict[str, Any]] = {
 }
 WITH_ADAPTER = ", adapter"
 ON_GPU = torch.cuda.is_available()
+AT_ONCE = 4 if ON_GPU else 1  # texts
 
 
 @dataclass(frozen=True)
@@ -97,10 +99,11 @@ def likeliest(model: Any, rows: Rows) -> tuple[float, list[torch.Tensor]]:
     """Perplexity of the second halves, and the likeliest tokens there."""
     was_training, nats, found = model.training, 0.0, []
     model.eval()
+    forward = getattr(model, "_original_forward", model)  # without the Trainer's autocast
     for row in rows:
         ids = torch.tensor([row["input_ids"]], device=model.device)
         half = ids.shape[1] // 2
-        logits = model(input_ids=ids, use_cache=False).logits[0, half - 1 : -1].float()
+        logits = forward(input_ids=ids, use_cache=False).logits[0, half - 1 : -1].float()
         nats += float(torch.nn.functional.cross_entropy(logits, ids[0, half:], reduction="sum"))
         found.append(logits.argmax(-1).cpu())
     model.train(was_training)
@@ -174,7 +177,7 @@ def run(
         apply(model, way.options, tokenizer)
     folder = FOLDER / name.replace(", ", "-").replace(" ", "_")
     curve.note(0, model)
-    at_once = given.batch if ON_GPU else 1
+    at_once = min(given.batch, AT_ONCE)
     arguments: dict[str, Any] = {
         "output_dir": str(folder),
         "max_steps": given.steps,
@@ -196,7 +199,7 @@ def run(
     trainer = train(model, rows, arguments, kind, callbacks=[curve])
     trainer.save_model(str(folder / "model"))
     tokenizer.save_pretrained(folder / "model")
-    return model
+    return trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
@@ -230,6 +233,20 @@ def show(result: dict[str, Any]) -> None:
             cells.append(f"{sum(found['right'].values())} of {12 * result['documents']}")
         table.add_row(name, *cells)
     Console(width=150).print(table)
+
+
+def training_rows(tokenizer: Any, given: argparse.Namespace) -> Rows:
+    """Pieces of all texts, which are cut into tokens once."""
+    texts = TRAINED_ON + [str(path) for path in sorted(given.texts.glob("*.txt"))]
+    parts = given.length, TRAINED_ON, about(given)["texts"]
+    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+    file = FOLDER / f"rows-{key}.npy"
+    if not file.exists():
+        rows = pieces(tokenizer, texts, given.length)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        np.save(file, np.array([row["input_ids"] for row in rows], dtype=np.int32))
+    found: list[list[int]] = np.load(file).tolist()
+    return [{"input_ids": ids, "labels": ids} for ids in found]
 
 
 def about(given: argparse.Namespace) -> dict[str, Any]:
@@ -281,13 +298,12 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
         earlier = json.loads(given.output.read_text(encoding="utf8"))
         if all(earlier.get(key) == result[key] for key in about(given)):
             result = earlier
-    texts = TRAINED_ON + [str(path) for path in sorted(given.texts.glob("*.txt"))]
-    rows = pieces(tokenizer, texts, given.length)
+    rows = training_rows(tokenizer, given)
     untrained = load()
     result["full attention, untrained"], wanted = likeliest(untrained, held_out)
     curve = Curve(result, given.output, held_out, given.every)
     every = ways(tokenizer, held_out)
-    for name in given.ways.split(";") if given.ways else every:
+    for name in every if given.ways is None else filter(None, given.ways.split(";")):
         if "seconds" in result["ways"].get(name, ()):
             continue
         way, began = every[name], time.monotonic()

@@ -34,7 +34,8 @@ class DistillationTrainer(transformers.Trainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any
     ) -> Any:
         ids = inputs["input_ids"]
-        with torch.no_grad():
+        kind = ids.device.type
+        with torch.no_grad(), torch.autocast(kind, torch.bfloat16, enabled=self.args.bf16):
             self.teacher.to(ids.device)
             wanted = self.teacher(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
         outputs = model(input_ids=ids, use_cache=False)

@@ -140,10 +140,11 @@ def perplexity(model: Any, rows: Rows) -> float:
     """Of the second half of each text, where the first has left the window."""
     was_training, nats, counted = model.training, 0.0, 0
     model.eval()
+    forward = getattr(model, "_original_forward", model)  # without the Trainer's autocast
     for row in rows:
         ids = torch.tensor([row["input_ids"]], device=model.device)
         half = ids.shape[1] // 2
-        logits = model(input_ids=ids, use_cache=False).logits[0, half - 1 : -1].float()
+        logits = forward(input_ids=ids, use_cache=False).logits[0, half - 1 : -1].float()
         nats += float(torch.nn.functional.cross_entropy(logits, ids[0, half:], reduction="sum"))
         counted += ids.shape[1] - half
     model.train(was_training)

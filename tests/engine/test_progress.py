@@ -106,8 +106,7 @@ class Run:
         assert simulation.num_held == 0
 
 
-@pytest.mark.parametrize("drafts", [False, True])
-@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize(("asynchronous", "drafts"), [(False, False), (True, True)])
 def test_what_an_empty_pool_serves_is_served(asynchronous, drafts):
     seen = Counter()
 

@@ -24,7 +24,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
     interpreter.mend()
 
-# See `tests/e2e/test_v2_runner.py`, and `test_gpu_path.py` beside it.
+# See `tests/e2e/test_gpu_path.py`.
 if os.environ.get("SEPLLM_TEST_GPU_PATH") == "1":
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # with Triton, vLLM would choose V2
     v2_runner.interpret_vllms_kernels()

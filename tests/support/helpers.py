@@ -120,7 +120,7 @@ class Engine:
         self.managers = self.scheduler.kv_cache_manager.coordinator.single_type_managers
 
     def _check_runner(self) -> None:
-        """It runs what the environment selects (``e2e/test_v2_runner.py``)."""
+        """It runs what the environment selects (``e2e/test_gpu_path.py``)."""
         from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
         runner = type(self.core.model_executor.driver_worker.worker.model_runner)

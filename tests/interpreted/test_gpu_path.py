@@ -245,7 +245,7 @@ def test_prompts_with_xformers(engines, book, make_reference, xformers_calls, po
         prompts, reference = [book[:80], book[100:102]], make_reference(CacheReference)
     for output in run(engine, prompts, max_tokens=8):
         reference.check_output(output)
-    assert xformers_calls, "xformers was not called"
+    assert max(xformers_calls) > 1, "xformers was only asked, at start-up, whether it can"
     engine.check_empty()
 
 

@@ -20,6 +20,8 @@ kept_prefill_xformers = xformers_window.kept_prefill_xformers
 pytestmark = pytest.mark.kernels
 
 BF16, F16, F32, FP8 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn
+if DEVICE == "cuda" and not xformers_window.has_kernel(2, 2, 64, BF16, torch.device(DEVICE)):
+    pytest.skip("xformers was built for another CUDA than torch", allow_module_level=True)
 # xformers has no kernel for float32 that gives a log-sum-exp.
 DTYPES = [BF16, F16] if DEVICE == "cuda" else [BF16, F16, F32]
 
@@ -137,3 +139,16 @@ def test_stream_alone(share):
         expected_sums = logits.logsumexp(-1).T
         torch.testing.assert_close(sums[rows].cpu().double(), expected_sums, atol=5e-6, rtol=1e-5)
         start += request.num_tokens
+
+
+def test_whether_there_is_a_kernel(monkeypatch):
+    """A build for another CUDA raises when it is first called, which is when nobody serves yet."""
+    device = torch.device(DEVICE)
+
+    def refuse(*args, **kwargs):
+        raise NotImplementedError("No operator found")
+
+    monkeypatch.setattr(xformers_window, "memory_efficient_attention_partial", attend_under_bias)
+    assert xformers_window.has_kernel(8, 2, 64, BF16, device)
+    monkeypatch.setattr(xformers_window, "memory_efficient_attention_partial", refuse)
+    assert not xformers_window.has_kernel(8, 2, 64, BF16, device)

@@ -147,7 +147,8 @@ class SepLLMGPUImpl(SepLLMImpl):
             sizes = self.num_heads, self.num_kv_heads, self.head_size
             self._buffers = shared_buffers(longest, *sizes, layer._k_scale.device)
         if Settings.of(vllm_config).config.prefill_kernel == "xformers":
-            problem = self._xformers_refusal(vllm_config.model_config.dtype, longest - 1)
+            dtype, device = vllm_config.model_config.dtype, layer._k_scale.device
+            problem = self._xformers_refusal(dtype, longest - 1, device)
             if problem:
                 raise ConfigError(f"prefill_kernel='xformers' has {problem}: leave it out")
             self._uses_xformers = True
@@ -185,7 +186,9 @@ class SepLLMGPUImpl(SepLLMImpl):
             batch = kept.part(window, first, kept.num_reqs, kept.max_query_len)
             self._prefill(query, pages, batch, output[:num_tokens], kept)
 
-    def _xformers_refusal(self, dtype: torch.dtype, num_drafts: int) -> str | None:
+    def _xformers_refusal(
+        self, dtype: torch.dtype, num_drafts: int, device: torch.device
+    ) -> str | None:
         if self.logits_soft_cap:
             return f"no soft cap of logits, and this model's is {self.logits_soft_cap}"
         if dtype == torch.float32 and current_platform.is_cuda():
@@ -194,6 +197,14 @@ class SepLLMGPUImpl(SepLLMImpl):
             group = self.num_heads // self.num_kv_heads
             most = MAX_ROWS // group - 1
             return f"no way to verify {num_drafts} draft tokens, at most {most} with this model"
+        from sepllm_kernels.paged.prefill import xformers_window
+
+        heads = self.num_heads, self.num_kv_heads, self.head_size
+        if not xformers_window.has_kernel(*heads, dtype, device):
+            return (
+                f"no kernel for {dtype} on this GPU (`python -m xformers.info` says which CUDA it "
+                f"was built for, torch's is {torch.version.cuda})"
+            )
         return None
 
     def _prefill(

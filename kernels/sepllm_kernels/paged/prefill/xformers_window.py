@@ -58,6 +58,25 @@ def window_spans(batch: KeptBatch, page_size: int) -> WindowSpans | None:
     return WindowSpans(slice(starts[0], starts[-1]), bias, page, position % page_size)
 
 
+def has_kernel(
+    num_heads: int, num_kv_heads: int, head_size: int, dtype: torch.dtype, device: torch.device
+) -> bool:
+    """Whether xformers can attend such heads here: one token is tried.
+
+    A wheel that was built for another CUDA than torch's imports, and has no kernel.
+    """
+    heads = torch.zeros(
+        1, 1, num_kv_heads, num_heads // num_kv_heads, head_size, dtype=dtype, device=device
+    )
+    bias = BlockDiagonalCausalFromBottomRightMask.from_seqlens([1], [1], device=device)
+    bias = bias.make_local_attention_from_bottomright(1)
+    try:
+        memory_efficient_attention_partial(heads, heads, heads, attn_bias=bias, scale=1.0)
+    except NotImplementedError:
+        return False
+    return True
+
+
 def read_pages(pages: torch.Tensor, spans: WindowSpans, scale: float, dtype: torch.dtype) -> Any:
     """``[num_positions, num_kv_heads, head_size]``."""
     found = pages[spans.page, :, spans.entry].to(dtype)

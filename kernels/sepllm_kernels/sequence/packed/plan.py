@@ -84,7 +84,9 @@ class PackedPlan:
         for first in range(0, self.num_tokens, tokens_of_a_part):
             stop = min(first + tokens_of_a_part, self.num_tokens)
             seen = [(firsts[first], limits[stop - 1]) for firsts, limits in ranges]
-            yield Part(first, stop, window_first[first], _united(seen))
+            by_all = [(firsts[stop - 1], limits[first]) for firsts, limits in ranges]
+            in_window = window_first[stop - 1], first + 1
+            yield Part(first, stop, window_first[first], _united(seen), tuple(by_all), in_window)
 
     def mask(self) -> torch.Tensor:
         """``[num_tokens, num_tokens]`` bool, rows are queries. For comparison: it is quadratic."""
@@ -132,12 +134,16 @@ class Part:
         first, stop: places.
         window_first: first place of their windows.
         entries: ranges of the stream, rising, apart from each other.
+        entries_of_all: what of it each of the tokens sees, rising; a range may be empty.
+        window_of_all: the same of the places, a range.
     """
 
     first: int
     stop: int
     window_first: int
     entries: tuple[tuple[int, int], ...]
+    entries_of_all: tuple[tuple[int, int], ...]
+    window_of_all: tuple[int, int]
 
 
 def _seen_by(num_entries: int, first: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:

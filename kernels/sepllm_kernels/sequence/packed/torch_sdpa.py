@@ -12,7 +12,8 @@ once more.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -76,7 +77,7 @@ class PackedAttention(torch.autograd.Function):
                 scale=ctx.scale,
             )
             grad_queries[:, :, own] = found[0]
-            sums.add(part, found[1].sum(0), found[2].sum(0))
+            sums.add(part, *(_of_group(each) for each in found[1:]))
         return grad_query, *sums.total(), None, None
 
 
@@ -105,26 +106,48 @@ def _by_head(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     return query.reshape(shape).permute(2, 1, 0, 3)
 
 
+def _of_group(grad: torch.Tensor) -> torch.Tensor:
+    """What all heads of a KV head give, of ``[heads of a KV head, ...]``."""
+    return grad[0] if grad.shape[0] == 1 else grad.sum(0)
+
+
 def part_bias(plan: PackedPlan, part: Part, dtype: torch.dtype) -> torch.Tensor:
     """What is added to the logits of a part: 0 where a token sees, minus infinity elsewhere.
 
     Returns:
         ``[1, 1, tokens of the part, entries and places that it sees]``.
     """
-    own = slice(part.first, part.stop)
-    place = torch.arange(part.window_first, part.stop)[None]
+    own, window = slice(part.first, part.stop), slice(part.window_first, part.stop)
     token = torch.arange(part.first, part.stop)[:, None]
-    seen = []
+    width = sum(stop - first for first, stop in part.entries) + window.stop - window.start
+    bias = torch.zeros(part.stop - part.first, width, dtype=dtype)
+    at = 0
     for first, stop in part.entries:
-        entry = torch.arange(first, stop)[None]
-        in_range = torch.zeros(part.stop - part.first, stop - first, dtype=torch.bool)
-        for firsts, limits in plan.ranges:
-            in_range |= (entry >= firsts[own, None]) & (entry < limits[own, None])
-        seen.append(in_range)
-    seen.append((place <= token) & (place >= plan.window_first[own, None]))
-    mask = torch.cat(seen, 1)
-    bias = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, float("-inf"))
+        for low, high in _outside(first, stop, part.entries_of_all):
+            entry = torch.arange(low, high)[None]
+            hidden = torch.ones(len(token), high - low, dtype=torch.bool)
+            for firsts, limits in plan.ranges:
+                hidden &= (entry < firsts[own, None]) | (entry >= limits[own, None])
+            bias[:, at + low - first : at + high - first].masked_fill_(hidden, -math.inf)
+        at += stop - first
+    at -= window.start
+    for low, high in _outside(window.start, window.stop, (part.window_of_all,)):
+        place = torch.arange(low, high)[None]
+        hidden = (place > token) | (place < plan.window_first[own, None])
+        bias[:, at + low : at + high].masked_fill_(hidden, -math.inf)
     return bias[None, None]
+
+
+def _outside(first: int, stop: int, ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """What none of the ranges, which rise, holds of ``[first, stop)``."""
+    for low, high in ranges:
+        low, high = max(low, first), min(high, stop)
+        if low < high:
+            if first < low:
+                yield first, low
+            first = high
+    if first < stop:
+        yield first, stop
 
 
 class _Stream:

@@ -8,7 +8,7 @@
 the explicit mask, in float32. `measure` runs one engine in its own process: weights are random,
 prompts are a PG19 book, and what models of that size generate from random weights holds next to no
 separators. It notes each workload when it is done, and leaves out those that are. With `--engines 3
---kv-gib 20`, three that a shell starts at once wait for each other and then take turns, which saves
+--kv-gib 20`, three that are started at once wait for each other and then take turns, which saves
 the time of two starts. `table` puts what is there side by side.
 """
 
@@ -257,17 +257,31 @@ def own_turn(results: Path, engines: int) -> Iterator[None]:
     Raises:
         RuntimeError: the others did not start within five minutes.
     """
-    siblings = f"started-{os.getppid()}-"
-    (results / f"{siblings}{os.getpid()}").touch()
-    for _ in range(3000):
-        if len(list(results.glob(f"{siblings}*"))) >= engines:
-            break
-        time.sleep(0.1)
-    else:
-        raise RuntimeError(f"not all of {engines} engines have started")
-    with (results / "turn").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    started = results / "started"
+    started.mkdir(exist_ok=True)
+    own = started / str(os.getpid())
+    own.touch()
+    try:
+        for _ in range(3000):
+            if sum(is_alive(int(path.name)) for path in started.iterdir()) >= engines:
+                break
+            time.sleep(0.1)
+        else:
+            raise RuntimeError(f"not all of {engines} engines have started")
+        with (results / "turn").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+    finally:
+        own.unlink()
+
+
+def is_alive(process: int) -> bool:
+    """Whether a process runs: what a killed one left behind does not count."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -314,7 +328,8 @@ def measure(args: argparse.Namespace) -> None:
         run_workload(llm, watch, warm_up, book[::-1])
         for load in left:
             found["workloads"].append({**about, **run_workload(llm, watch, load, book)})
-            found["is_complete"] = load is left[-1]
+            measured = {load["name"] for load in found["workloads"]}
+            found["is_complete"] = all(load.name in measured for load in model.workloads)
             write(path, found)
 
 

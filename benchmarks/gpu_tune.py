@@ -8,7 +8,7 @@ result is right, and the one the kernel chooses by itself is marked. A better on
 ``decode_launches``, or ``LAUNCHES`` of ``paged.prefill.triton``, or ``sequence.packed.triton``.
 
 Compiling takes most of the time. Several processes with ``--share 0/8``, ``1/8`` and so on compile
-a part each, on small batches, and time nothing; what they compiled is found again afterwards.
+a part each, at a short context, and time nothing; what they compiled is found again afterwards.
 """
 
 from __future__ import annotations

@@ -15,8 +15,9 @@ Before and after, and perplexity while training goes on, on held-out pieces of 2
 * agreement: where the likeliest token is that of the untrained model with full attention,
 * questions about facts in long texts (:mod:`retrieval`), the window being the way's own.
 
-Training goes on where it stopped, and what is finished is not done again. Ways can be shared out
-among processes, each with an ``--output`` of its own; ``--join`` puts their files together.
+What is finished is not done again. On a CPU training goes on where it stopped; on a GPU, where it
+takes a minute, a way begins anew. Ways can be shared out among processes, each with an ``--output``
+of its own; ``--join`` puts their files together.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ RULES: dict[str, dict[str, Any]] = {
     "SepLLM 256": {"num_sink_tokens": 4, "window_size": 256},
     "facts": {"preset": "facts"},
 }
+UNTRAINED = "full attention, untrained"
 WITH_ADAPTER = ", adapter"
 ON_GPU = torch.cuda.is_available()
 AT_ONCE = 4 if ON_GPU else 1  # texts
@@ -73,6 +75,10 @@ class Way:
     options: dict[str, Any] | None
     loss: str
     is_adapter: bool = False
+
+    def learning_rate(self, of_all_weights: float) -> float:
+        """An adapter's few weights take larger steps."""
+        return of_all_weights * (5 if self.is_adapter else 1)
 
 
 def ways(tokenizer: Any, held_out: Rows) -> dict[str, Way]:
@@ -183,7 +189,7 @@ def run(
         "max_steps": given.steps,
         "per_device_train_batch_size": at_once,
         "gradient_accumulation_steps": given.batch // at_once,
-        "learning_rate": given.learning_rate * (5 if way.is_adapter else 1),
+        "learning_rate": way.learning_rate(given.learning_rate),
         "lr_scheduler_type": "cosine",
         "warmup_steps": 10,
         "save_strategy": "no" if ON_GPU else "steps",
@@ -265,6 +271,11 @@ def about(given: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def about_of(result: dict[str, Any]) -> dict[str, Any]:
+    """Of a file, what :func:`about` wrote."""
+    return {key: x for key, x in result.items() if key not in ("ways", UNTRAINED, "note")}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=400)
@@ -278,8 +289,13 @@ def main() -> None:
     parser.add_argument("--join", type=Path, nargs="+", help="files of several processes")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     given = parser.parse_args()
+    if given.batch > AT_ONCE and given.batch % AT_ONCE:
+        parser.error(f"--batch {given.batch}: must be a multiple of {AT_ONCE} here")
     if given.join:
         parts = [json.loads(path.read_text(encoding="utf8")) for path in given.join]
+        alike = [about_of(part) for part in parts]
+        if any(each != alike[0] for each in alike):
+            parser.error("the files to join are of runs with different settings")
         result = {**parts[0], "ways": {k: v for part in parts for k, v in part["ways"].items()}}
     else:
         result = measure(given)
@@ -300,7 +316,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
             result = earlier
     rows = training_rows(tokenizer, given)
     untrained = load()
-    result["full attention, untrained"], wanted = likeliest(untrained, held_out)
+    result[UNTRAINED], wanted = likeliest(untrained, held_out)
     curve = Curve(result, given.output, held_out, given.every)
     every = ways(tokenizer, held_out)
     for name in every if given.ways is None else filter(None, given.ways.split(";")):
@@ -312,8 +328,11 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
             config = SepLLMConfig.from_dict(way.options)
             seen = [num_attended(config, tokenizer, row["input_ids"]) for row in held_out]
             attached = apply(untrained, way.options, tokenizer)
+        if ON_GPU:
+            result["ways"].pop(name, None)
         of_way = result["ways"].setdefault(name, {"curve": []})
         of_way |= {**provenance("torch", "transformers"), "options": way.options, "loss": way.loss}
+        of_way["learning_rate"] = way.learning_rate(given.learning_rate)
         of_way["share_attended"] = sum(seen) / len(seen) / HELD_OUT_LENGTH
         before = agreement(likeliest(untrained, held_out)[1], wanted)
         if way.options is not None:

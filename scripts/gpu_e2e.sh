@@ -20,6 +20,7 @@ read -ra MODES <<<"${MODES:-compiled graphs eager}"
 FULL=( # model, backend, type of the KV cache: what matters most first
   "llama-3-8b SEPLLM auto" "llama-3-8b FLASH_ATTN auto" "llama-3-8b SEPLLM fp8"
   "llama-3-8b-crowded SEPLLM auto" "llama-3-8b-crowded FLASH_ATTN auto"
+  "llama-3-8b-crowded SEPLLM fp8" "llama-3-8b-crowded FLASH_ATTN fp8"
   "llama-3-8b TRITON_ATTN auto" "llama-3-8b FLASH_ATTN fp8" "llama-3-8b TRITON_ATTN fp8"
   "pythia-6.9b SEPLLM auto" "pythia-6.9b TRITON_ATTN auto" "pythia-6.9b FLASH_ATTN auto"
   "pythia-6.9b SEPLLM fp8" "pythia-6.9b FLASH_ATTN fp8" "pythia-6.9b TRITON_ATTN fp8"

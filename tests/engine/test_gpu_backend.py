@@ -10,6 +10,8 @@ from vllm_sepllm.engine.gpu import backend as gpu_backend
 
 pytestmark = pytest.mark.engine
 
+BF16 = torch.bfloat16
+
 
 def test_layout_of_pages():
     """Beside dense layers too, which run vLLM's Triton backend; others can be asked for."""
@@ -24,15 +26,26 @@ def test_layout_of_pages():
 
 
 @pytest.mark.parametrize(
-    ("soft_cap", "dtype", "num_drafts", "said"),
+    ("soft_cap", "dtype", "num_drafts", "built_for", "said"),
     [
-        (30.0, torch.bfloat16, 0, "no soft cap of logits, and this model's is 30.0"),
-        (0.0, torch.float32, 0, "no kernel for float32"),
-        (0.0, torch.bfloat16, 16, "no way to verify 16 draft tokens, at most 15 with this model"),
-        (0.0, torch.bfloat16, 15, None),
+        (30.0, BF16, 0, True, "no soft cap of logits, and this model's is 30.0"),
+        (0.0, torch.float32, 0, True, "no kernel for float32"),
+        (0.0, BF16, 16, True, "no way to verify 16 draft tokens, at most 15 with this model"),
+        (0.0, BF16, 15, False, "no kernel for torch.bfloat16 on this GPU .*torch's is None\\)"),
+        (0.0, BF16, 15, True, None),
     ],
 )
-def test_layers_xformers_does_not_take(monkeypatch, soft_cap, dtype, num_drafts, said):
+def test_layers_xformers_does_not_take(monkeypatch, soft_cap, dtype, num_drafts, built_for, said):
+    xformers_window = pytest.importorskip(
+        "sepllm_kernels.paged.prefill.xformers_window", reason="xformers is not installed"
+    )
+    asked = []
+
+    def has_kernel(*about):
+        asked.append(about)
+        return built_for
+
+    monkeypatch.setattr(xformers_window, "has_kernel", has_kernel)
     cuda = SimpleNamespace(is_cuda=lambda: True)
     monkeypatch.setattr(gpu_backend, "current_platform", cuda)
     monkeypatch.setattr(gpu_backend, "max_decode_query_len", lambda config: num_drafts + 1)
@@ -49,3 +62,4 @@ def test_layers_xformers_does_not_take(monkeypatch, soft_cap, dtype, num_drafts,
     else:
         impl.prepare(config, layer)
         assert impl._uses_xformers
+        assert asked == [(32, 8, 128, BF16, torch.device("cpu"))]

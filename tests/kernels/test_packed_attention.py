@@ -13,7 +13,7 @@ from sepllm_kernels.sequence.packed import (
     packed_attention_torch,
 )
 from sepllm_kernels.sequence.packed.torch_sdpa import PART
-from sepllm_kernels.sequence.packed.triton import packed_attention_triton
+from sepllm_kernels.sequence.packed.triton import KEY_GRADIENT, packed_attention_triton
 
 pytestmark = pytest.mark.kernels
 
@@ -221,6 +221,34 @@ def test_kernels(seed, heads, dtype):
     """No further from float64 than twice what torch is in the same type under the mask."""
     plan = random_plan(torch.Generator().manual_seed(seed)).to(DEVICE)
     check_type(packed_attention_triton, plan, heads, dtype)
+
+
+@pytest.mark.parametrize("num_sinks", [0, 4])
+def test_kernels_where_all_tokens_see_a_tile(num_sinks):
+    """No mask is made there: with a bound, and without."""
+    plan = text_of(400, 1, 150)
+    if num_sinks:  # apart, and of the rest the newest 200
+        limit = plan.stream[1]
+        sinks = torch.stack([torch.zeros_like(limit), limit.clamp(max=num_sinks)])
+        first = (limit - 200).clamp(min=0).maximum(sinks[1])
+        plan = PackedPlan(plan.kept, plan.window_first, torch.stack([first, limit]), sinks)
+    plan.check()
+    for seen in (plan.seen_in_stream, plan.seen_in_window):
+        assert steps_without_a_mask(seen, KEY_GRADIENT[0]) > 0
+    check_type(packed_attention_triton, plan.to(DEVICE), (2, 1, 16), torch.float32)
+
+
+def steps_without_a_mask(seen, launch) -> int:
+    """Of the loops over the tokens that see a tile, steps of which all see all of it."""
+    found = 0
+    for tile in seen.split(launch.tile, 1):
+        (first, stop), (full_first, full_stop) = (
+            (tile[0, 0], tile[1, -1]),
+            (tile[0, -1], tile[1, 0]),
+        )
+        starts = range(int(first), int(stop), launch.rows)
+        found += sum(bool(full_first <= at and at + launch.rows <= full_stop) for at in starts)
+    return found
 
 
 def test_kernels_take_tensors_as_models_have_them():

@@ -13,7 +13,6 @@ FOLDERS = ("docs", "examples", "kernels", "tests", "vllm_sepllm", "benchmarks")
 PAGES = sorted(
     [*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in (ROOT / folder).rglob("*.md"))]
 )
-NOT_YET = {"benchmarks/results/gpu.json"}  # what `make gpu-bench` writes
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 
 
@@ -50,7 +49,7 @@ def test_files_that_are_named(page):
     """Paths in backquotes that begin with a folder of the repository."""
     folders = "|".join((*FOLDERS, "scripts", "tools"))
     for path in re.findall(rf"`((?:{folders})/[\w./-]+)`", prose(page)):
-        assert (ROOT / path).exists() or path in NOT_YET, f"{path} in {page.name}"
+        assert (ROOT / path).exists(), f"{path} in {page.name}"
 
 
 def test_readme_is_short():

@@ -20,7 +20,7 @@ def decode_plan_reference(
     extra_pieces: int,
     min_tiles: int,
 ) -> tuple[list[int], list[int], list[int], list[int]]:
-    """Cut the tiles of each request into as few pieces as keep each below a size with which there
+    """Cut the tiles of each request into as few pieces as are at most of a size with which there
     are no more than ``extra_pieces`` of them beside one for each request. Pieces of a request are
     of equal size.
 

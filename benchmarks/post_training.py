@@ -25,7 +25,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import math
 import os
 import sys
 import time
@@ -46,7 +45,7 @@ from vllm_sepllm.evaluation.share import num_attended, window_of_equal_share
 from vllm_sepllm.training import apply
 
 sys.path.insert(0, str(ROOT / "examples/training"))
-from common import Rows, pieces, train
+from common import Rows, likeliest, perplexity, pieces, train
 from post_train import DistillationTrainer, with_adapter
 
 MODEL = ROOT / "build/models/SmolLM2-135M-Instruct"
@@ -100,22 +99,6 @@ def load() -> Any:
     return model.to("cuda") if ON_GPU else model
 
 
-@torch.no_grad()
-def likeliest(model: Any, rows: Rows) -> tuple[float, list[torch.Tensor]]:
-    """Perplexity of the second halves, and the likeliest tokens there."""
-    was_training, nats, found = model.training, 0.0, []
-    model.eval()
-    forward = getattr(model, "_original_forward", model)  # without the Trainer's autocast
-    for row in rows:
-        ids = torch.tensor([row["input_ids"]], device=model.device)
-        half = ids.shape[1] // 2
-        logits = forward(input_ids=ids, use_cache=False).logits[0, half - 1 : -1].float()
-        nats += float(torch.nn.functional.cross_entropy(logits, ids[0, half:], reduction="sum"))
-        found.append(logits.argmax(-1).cpu())
-    model.train(was_training)
-    return math.exp(nats / sum(len(tokens) for tokens in found)), found
-
-
 def agreement(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
     """Share of the places where two models' likeliest tokens are the same."""
     same = torch.cat(found) == torch.cat(wanted)
@@ -162,8 +145,7 @@ class Curve(transformers.TrainerCallback):  # type: ignore[misc]
         """Measure now."""
         curve = self._of_way["curve"]
         if all(point["step"] != step for point in curve):
-            perplexity, _ = likeliest(model, self._rows)
-            curve.append({"step": step, "perplexity": perplexity})
+            curve.append({"step": step, "perplexity": perplexity(model, self._rows)})
             write(self._output, self._result)
 
     def begin(self, of_way: dict[str, Any]) -> None:
@@ -219,8 +201,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
     for number, (name, found) in enumerate(result["ways"].items()):
         tokens = [point["step"] * result["tokens_of_a_step"] / 1e6 for point in found["curve"]]
         line = "--" if name.startswith("StreamingLLM") else "-"
-        perplexity = [point["perplexity"] for point in found["curve"]]
-        axes.plot(tokens, perplexity, line, color=f"C{number % 10}", label=name)
+        points = [point["perplexity"] for point in found["curve"]]
+        axes.plot(tokens, points, line, color=f"C{number % 10}", label=name)
     axes.set(xlabel="training tokens, millions", ylabel="perplexity of held-out books")
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)

@@ -136,9 +136,10 @@ def train(
 
 
 @torch.no_grad()
-def perplexity(model: Any, rows: Rows) -> float:
-    """Of the second half of each text, where the first has left the window."""
-    was_training, nats, counted = model.training, 0.0, 0
+def likeliest(model: Any, rows: Rows) -> tuple[float, list[torch.Tensor]]:
+    """Of the second half of each text, where the first has left the window: perplexity, and the
+    likeliest token at each place."""
+    was_training, nats, found = model.training, 0.0, []
     model.eval()
     forward = getattr(model, "_original_forward", model)  # without the Trainer's autocast
     for row in rows:
@@ -146,6 +147,11 @@ def perplexity(model: Any, rows: Rows) -> float:
         half = ids.shape[1] // 2
         logits = forward(input_ids=ids, use_cache=False).logits[0, half - 1 : -1].float()
         nats += float(torch.nn.functional.cross_entropy(logits, ids[0, half:], reduction="sum"))
-        counted += ids.shape[1] - half
+        found.append(logits.argmax(-1).cpu())
     model.train(was_training)
-    return math.exp(nats / counted)
+    return math.exp(nats / sum(len(tokens) for tokens in found)), found
+
+
+def perplexity(model: Any, rows: Rows) -> float:
+    """Of the second half of each text."""
+    return likeliest(model, rows)[0]

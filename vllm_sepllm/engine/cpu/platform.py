@@ -49,6 +49,7 @@ class SepLLMCpuPlatform(CpuPlatform):
     # Ray workers read it before they load general plugins, so it cannot depend on the backend;
     # `_keep_refusal_of_ray` is why it changes nothing for others.
     ray_device_key = "GPU"
+    _has_kernels = False
 
     @classmethod
     def check_and_update_config(cls, vllm_config: VllmConfig) -> None:
@@ -99,12 +100,18 @@ class SepLLMCpuPlatform(CpuPlatform):
         It looks into every attribute of every loaded module. One object of llvmlite, which
         numba loads, answers to any attribute name and ends that scan with an error, so a
         process could not start a second engine. Not needed once vLLM's scan skips it.
+
+        Once for a process: a second engine would find its kernels replaced already, replace the
+        replacements, and look at every attribute again, which is most of the time it takes to start.
         """
+        if SepLLMCpuPlatform._has_kernels:
+            return
         hidden = {name: m for name, m in sys.modules.items() if name.split(".")[0] == "llvmlite"}
         for name in hidden:
             del sys.modules[name]
         try:
             super().register_triton_kernel_overrides()
+            SepLLMCpuPlatform._has_kernels = True
         finally:
             sys.modules.update(hidden)
 

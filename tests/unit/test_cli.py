@@ -29,7 +29,7 @@ def plain_terminal(monkeypatch):
 @pytest.fixture
 def invoke(tokenizer, monkeypatch):
     """Run a command, without loading the tokenizer each time."""
-    monkeypatch.setattr(cli, "_load_tokenizer", lambda model: tokenizer)
+    monkeypatch.setattr(cli, "load_tokenizer", lambda model: tokenizer)
 
     def run(*arguments, stdin=None):
         command = ["inspect", "--model", str(MODEL), *map(str, arguments)]

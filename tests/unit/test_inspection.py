@@ -13,6 +13,7 @@ import pytest
 from rich.cells import chop_cells
 from typer.testing import CliRunner
 
+from vllm_sepllm.cli import common
 from vllm_sepllm.cli import main as cli
 
 pytestmark = pytest.mark.unit
@@ -34,7 +35,7 @@ def plain_terminal(monkeypatch):
 @pytest.fixture
 def page(tokenizer, pythia, monkeypatch, tmp_path):
     """Run the command on a text; returns what it prints and the HTML page."""
-    monkeypatch.setattr(cli, "_load_tokenizer", {"pythia": pythia, str(MODEL): tokenizer}.get)
+    monkeypatch.setattr(cli, "load_tokenizer", {"pythia": pythia, str(MODEL): tokenizer}.get)
     target = tmp_path / "page.html"
 
     def run(text, *options, flags=(), model=MODEL):
@@ -267,7 +268,7 @@ class Terminal(io.StringIO):
 @pytest.fixture
 def in_terminal(tokenizer, monkeypatch):
     """Run the command on a text in a terminal; returns the lines it shows and the raw output."""
-    monkeypatch.setattr(cli, "_load_tokenizer", lambda model: tokenizer)
+    monkeypatch.setattr(cli, "load_tokenizer", lambda model: tokenizer)
     monkeypatch.setenv("PAGER", "")
 
     def run(text, *flags, rows=24, columns=80):
@@ -441,7 +442,7 @@ def test_a_whole_book_is_a_page_in_parts(page):
 
 
 def test_a_page_never_replaces_the_text(tokenizer, monkeypatch, tmp_path):
-    monkeypatch.setattr(cli, "_load_tokenizer", lambda model: tokenizer)
+    monkeypatch.setattr(cli, "load_tokenizer", lambda model: tokenizer)
     file = tmp_path / "text"
     file.write_text(BOOK)
     link = tmp_path / "link"
@@ -454,8 +455,8 @@ def test_a_page_never_replaces_the_text(tokenizer, monkeypatch, tmp_path):
 
 
 def test_a_file_without_end(monkeypatch):
-    monkeypatch.setattr(cli, "MAX_TEXT", 1000)
-    monkeypatch.setattr(cli, "_load_tokenizer", lambda model: pytest.fail("came too far"))
+    monkeypatch.setattr(common, "MAX_TEXT", 1000)
+    monkeypatch.setattr(cli, "load_tokenizer", lambda model: pytest.fail("came too far"))
     result = CliRunner().invoke(cli.app, ["inspect", "--model", "m", "--text", "/dev/zero"])
     assert result.exit_code == 2
     assert "more than 1,000 bytes" in result.stderr
@@ -465,7 +466,7 @@ def test_a_file_without_end(monkeypatch):
 @pytest.fixture
 def status_into(tokenizer, monkeypatch):
     """Run the command with a file as standard output; returns the exit status."""
-    monkeypatch.setattr(cli, "_load_tokenizer", lambda model: tokenizer)
+    monkeypatch.setattr(cli, "load_tokenizer", lambda model: tokenizer)
 
     def run(path, encoding="utf-8"):
         file = open(path, "w", encoding=encoding)  # noqa: SIM115 - closing /dev/full fails

@@ -101,8 +101,8 @@ class SepLLMCpuPlatform(CpuPlatform):
         numba loads, answers to any attribute name and ends that scan with an error, so a
         process could not start a second engine. Not needed once vLLM's scan skips it.
 
-        Once for a process: a second engine would find its kernels replaced already, replace the
-        replacements, and look at every attribute again, which is most of the time it takes to start.
+        Once for a process: a second engine would replace the replacements, and the scan is most
+        of the time that its start takes.
         """
         if SepLLMCpuPlatform._has_kernels:
             return

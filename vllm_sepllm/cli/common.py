@@ -1,0 +1,150 @@
+"""What the commands share: errors of one sentence, and what is read from files and printed."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.status import Status
+
+from vllm_sepllm.cli.inspection import visible_text
+
+MAX_TEXT = 2**23  # bytes; more takes minutes and gigabytes to cut into tokens
+
+
+class InputError(ValueError):
+    """Something given on the command line cannot be used; one sentence says what and why."""
+
+
+def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
+    """``["window_size=64"]`` to ``{"window_size": 64}``.
+
+    A value is JSON; what is not JSON is taken as a text, so ``separator_match=composed`` works.
+
+    Raises:
+        InputError: no ``=``, or a key given twice.
+    """
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise InputError(f"option {pair!r}: must be KEY=VALUE, e.g. window_size=64")
+        if key in options:
+            raise InputError(f"option {key!r} is given twice: keep one of them")
+        try:
+            options[key] = json.loads(value)
+        except (ValueError, RecursionError):
+            options[key] = value
+    return options
+
+
+def check_least(name: str, value: int, least: int, remedy: str) -> None:
+    """Refuse a number below ``least`` with an :class:`InputError`."""
+    if value < least:
+        raise InputError(f"{name} {value}: must be at least {least}; {remedy}")
+
+
+def read_text(name: str) -> str:
+    """A file, or with "-" standard input.
+
+    Raises:
+        InputError: it cannot be read, is no UTF-8, is empty or larger than :data:`MAX_TEXT`.
+    """
+    where = "standard input" if name == "-" else f"text file {name!r}"
+    try:
+        data = _read_bytes(name)
+        if len(data) > MAX_TEXT:
+            raise InputError(f"{where} has more than {MAX_TEXT:,} bytes: give a part of it")
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{where} is not UTF-8 at byte {error.start}: convert it, e.g. with iconv"
+        ) from error
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise InputError(f"{where} cannot be read ({reason}): give a readable file") from error
+    if not text:
+        raise InputError(f"{where} is empty: give a text of at least one character")
+    return text
+
+
+def _read_bytes(name: str) -> bytes:
+    """At most one byte too many; some files have no end."""
+    if name == "-":
+        return sys.stdin.buffer.read(MAX_TEXT + 1)
+    with Path(name).open("rb") as file:
+        return file.read(MAX_TEXT + 1)
+
+
+def status(what: str) -> Status:
+    """Shown while something takes long; silent without a terminal."""
+    return Console(stderr=True).status(what)
+
+
+def load_tokenizer(model: str) -> Any:
+    """The tokenizer of a folder or of a name on the Hub.
+
+    Raises:
+        InputError: there is none.
+    """
+    remedy = "give a folder that holds tokenizer.json, or a name on the Hugging Face Hub"
+    if Path(model).is_file():
+        raise InputError(f"model {model!r} is a file: give the folder that holds it")
+    is_path = model.startswith((".", "/", "~")) or model.count("/") > 1
+    if not model or (is_path and not Path(model).is_dir()):
+        raise InputError(f"model {model!r} is no folder: {remedy}")
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # it reports every retry
+    try:
+        with status("loading the tokenizer"):
+            return transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    except Exception as error:  # what transformers raises differs by version and by file
+        reason = first_line(error)
+        raise InputError(
+            f"model {model!r} has no tokenizer to load ({reason}): {remedy}"
+        ) from error
+
+
+@contextmanager
+def output() -> Iterator[Console]:
+    """Standard output; what its encoding lacks is replaced, and a write that fails is reported."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    try:
+        yield Console()
+        if sys.stdout:
+            sys.stdout.flush()
+    except BrokenPipeError:  # typer leaves quietly
+        raise
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        raise exit_with(
+            f"standard output cannot be written ({reason}): give it a place with room", 2
+        ) from None
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, as a part of a sentence."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".: ")
+
+
+def exit_with(message: str, code: int) -> typer.Exit:
+    """Say ``message`` on standard error; the caller raises what it gets."""
+    if isinstance(sys.stderr, io.TextIOWrapper):
+        sys.stderr.reconfigure(errors="backslashreplace")
+    line = visible_text(" ".join(message.splitlines()))
+    with suppress(OSError):  # the status still says it
+        typer.echo(f"vllm-sepllm: {line}", err=True)
+    return typer.Exit(code)

@@ -1,4 +1,5 @@
-"""The command ``vllm-sepllm``: ``inspect`` shows what is attended, ``doctor`` what is installed.
+"""The command ``vllm-sepllm``: ``inspect`` shows what is attended, ``doctor`` what is installed,
+``eval`` what it costs.
 
 torch, transformers and vLLM are imported where they are needed, so that ``--help`` is quick.
 """
@@ -24,6 +25,7 @@ from vllm_sepllm.cli.common import (
     read_text,
     status,
 )
+from vllm_sepllm.cli.evaluate import evaluate
 from vllm_sepllm.cli.inspection import inspect_text, visible_text
 from vllm_sepllm.cli.inspection_html import html_page
 from vllm_sepllm.cli.inspection_terminal import print_inspection
@@ -94,6 +96,9 @@ def inspect(
     extra = [] if html is None else [visible_text(f"wrote {html}")]
     with output() as console:
         print_inspection(console, inspection, limit, extra)
+
+
+app.command("eval")(evaluate)
 
 
 @app.command()

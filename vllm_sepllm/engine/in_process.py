@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -73,19 +73,80 @@ def slots_held(llm: Any) -> dict[str, int]:
     return _held(llm, lambda manager: manager.block_size)
 
 
+def bytes_held(llm: Any) -> dict[str, int]:
+    """The same in bytes. Groups of the cache differ in the layers that a page has room for.
+
+    Raises:
+        RuntimeError: see :func:`slots_held`.
+    """
+    config = _scheduler(llm).kv_cache_config
+    page = sum(tensor.size for tensor in config.kv_cache_tensors) // config.num_blocks
+    return {name: page * pages for name, pages in pages_held(llm).items()}
+
+
+def output_lengths(llm: Any) -> dict[str, int]:
+    """New tokens of each live request.
+
+    Raises:
+        RuntimeError: see :func:`slots_held`.
+    """
+    return {name: r.num_output_tokens for name, r in _scheduler(llm).requests.items()}
+
+
 def _held(llm: Any, size: Callable[[Any], int]) -> dict[str, int]:
     """Sum of ``size`` over the pages of each request."""
+    held: Counter[str] = Counter()
+    for manager in _scheduler(llm).kv_cache_manager.coordinator.single_type_managers:
+        for request_id, blocks in manager.req_to_blocks.items():
+            held[request_id] += size(manager) * sum(not block.is_null for block in blocks)
+    return held
+
+
+def _scheduler(llm: Any) -> Any:
     core = getattr(llm.llm_engine.engine_core, "engine_core", None)
     if core is None:
         raise RuntimeError(
             "the scheduler is in another process: set VLLM_ENABLE_V1_MULTIPROCESSING=0 before vLLM "
             "is imported"
         )
-    held: Counter[str] = Counter()
-    for manager in core.scheduler.kv_cache_manager.coordinator.single_type_managers:
-        for request_id, blocks in manager.req_to_blocks.items():
-            held[request_id] += size(manager) * sum(not block.is_null for block in blocks)
-    return held
+    return core.scheduler
+
+
+def run_together(
+    llm: Any,
+    prompts: Mapping[str, Sequence[int]],
+    after_step: Callable[[Any], None],
+    **params: Any,
+) -> list[Any]:
+    """Greedy requests that run together, to their full length.
+
+    Args:
+        llm: of :func:`engine`.
+        prompts: token ids by name.
+        after_step: called with ``llm`` after each step of the engine.
+        params: more of vLLM's ``SamplingParams``; ``max_tokens`` is each request's length.
+
+    Returns:
+        A ``RequestOutput`` for each prompt, in their order.
+
+    Raises:
+        RuntimeError: a request ended before it should.
+    """
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(**{"temperature": 0, "ignore_eos": True, **params})
+    outputs = {}
+    for name, ids in prompts.items():
+        llm.llm_engine.add_request(name, {"prompt_token_ids": list(ids)}, sampling.clone())
+    while llm.llm_engine.has_unfinished_requests():
+        for output in llm.llm_engine.step():
+            outputs[output.request_id] = output
+        after_step(llm)
+    for name, output in outputs.items():
+        [found] = output.outputs
+        if found.finish_reason != "length":
+            raise RuntimeError(f"{name} ended early: {found.stop_reason or found.finish_reason}")
+    return [outputs[name] for name in prompts]
 
 
 def answer(llm: Any, token_ids: list[int], max_tokens: int) -> Answer:

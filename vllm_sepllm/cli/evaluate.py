@@ -139,10 +139,29 @@ def prepare(given: Given) -> Evaluation:
     if model.num_layers < 3 and SEPLLM in options:
         options = {name: of for name, of in options.items() if "dense_layers" not in of}
     with status("finding windows of equal KV"):
+        options = _possible(options, tokenizer)
         ways = make_ways(options, material, tokenizer, model.num_layers)
         ideal = {way.name: way.ideal(material, tokenizer, model.num_layers) for way in ways}
     arguments = engine_arguments(model, suite.longest, given.dtype, given.engine)
     return Evaluation(model, material, ways, arguments, given.folder, ideal)
+
+
+def _possible(options: dict[str, dict[str, Any]], tokenizer: Any) -> dict[str, dict[str, Any]]:
+    """Without what a tokenizer lacks the tokens of; the user's own options are refused then."""
+    from vllm_sepllm.evaluation.ways import YOURS
+    from vllm_sepllm.kept_ids import resolve_kept
+
+    found = {}
+    for name, of_way in options.items():
+        try:
+            resolve_kept(SepLLMConfig.from_dict(of_way), tokenizer)
+        except ConfigError as error:
+            if name == YOURS:
+                raise
+            Console(stderr=True).print(f"{name} is left out: {error}", markup=False, soft_wrap=True)
+        else:
+            found[name] = of_way
+    return found
 
 
 def read_model(name: str) -> Model:

@@ -80,7 +80,8 @@ def bytes_held(llm: Any) -> dict[str, int]:
         RuntimeError: see :func:`slots_held`.
     """
     config = _scheduler(llm).kv_cache_config
-    page = sum(tensor.size for tensor in config.kv_cache_tensors) // config.num_blocks
+    # Each tensor names the size of the one allocation that all groups share.
+    page = max(tensor.size for tensor in config.kv_cache_tensors) // config.num_blocks
     return {name: page * pages for name, pages in pages_held(llm).items()}
 
 

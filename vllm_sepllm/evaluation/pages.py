@@ -36,8 +36,8 @@ def markdown(
 
 
 LEGEND = (
-    "KV held: bytes in the pages that the engine held for a request while it decoded, as a share of "
-    "what full attention held for the same requests. Peak: at most, which is while a prompt is "
+    "KV held: bytes in the pages that the engine held for a request while it decoded, as a share "
+    "of what full attention held for the same requests. Peak: at most, which is while a prompt is "
     "computed. Ideal: share of the tokens that the last one attends to. Perplexity: of the second "
     "halves of the texts. Agreement: where the likeliest token is full attention's."
 )

@@ -214,14 +214,6 @@ def test_an_interval(engines, book, make_reference):
     engine.check_empty()
 
 
-def test_a_policy_of_ones_own(engines, added_policy, book, reference_model, make_reference):
-    """CONTRIBUTING's example, without a line of the GPU path that knows it."""
-    engine = engines(**options_with(policy=added_policy))
-    reference = make_reference(separators=range(0, reference_model.config.vocab_size, 2))
-    reference.check_output(run(engine, [book[:90]], max_tokens=8)[0])
-    engine.check_empty()
-
-
 @pytest.fixture
 def xformers_calls(monkeypatch):
     """Tokens of each call of xformers' attention."""
@@ -376,13 +368,10 @@ def replay_graphs(monkeypatch):
 
 
 @NEEDS_V2
-@pytest.mark.parametrize("sepllm", [{}, BOUNDED_SPANS])
-def test_replayed_graphs(engines, book, make_reference, replay_graphs, sepllm):
+def test_replayed_graphs(engines, book, make_reference, replay_graphs):
     """Requests decode in graphs that were captured for more of them, beside prompts without."""
-    engine = engines(**options_with(**sepllm))
-    reference = make_reference()
-    if sepllm:
-        reference = make_reference(CacheReference, bound=5, after=usual_spans()[1])
+    engine = engines(**options_with(**BOUNDED_SPANS))
+    reference = make_reference(CacheReference, bound=5, after=usual_spans()[1])
     replayed = replay_graphs(engine, sizes=[2, 4])
     prompts = [book[:70], book[100:102], book[300:318]]
     for output in run(engine, prompts, max_tokens=7):

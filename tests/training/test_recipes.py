@@ -33,7 +33,7 @@ def run(monkeypatch, tmp_path, capsys):
         return capsys.readouterr().out
 
     yield run
-    for name in ("common", "pretrain", "post_train", "extend_context"):
+    for name in ("common", "pretrain", "post_train", "extend_context", "adapt_pod"):
         sys.modules.pop(name, None)
 
 
@@ -128,3 +128,17 @@ def test_settings_that_are_not_there(run, change, capsys):
 def test_a_wrong_name_is_said(run):
     with pytest.raises(SystemExit, match="must be one of interpolation"):
         run("extend_context", 'method.attention="SFAttn"')
+
+
+def test_adapt_pod(run, tmp_path):
+    """By blocks of layers that attend alike. What training wins back shows in more steps."""
+    method = ["method.layers_of_a_block=0", "method.least_similarity=0.3", "method.recent=16"]
+    said = run("adapt_pod", *method, "training.max_steps=2")
+    found = summary(tmp_path)
+    assert [at for at, *_ in found["blocks"]] != list(range(6)), "nothing was shared"
+    own, shared = found["ways"]["own keys"], found["ways"]["PoD"]
+    assert own["saved"] == 0 < shared["saved"]
+    assert own["before"] < shared["before"]
+    assert own["tokens"] == shared["tokens"] == 2 * 192
+    assert shared["after"] != shared["before"]
+    assert "of a distant token's KV cache would be saved" in said

@@ -46,7 +46,7 @@ def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
     return options
 
 
-def check_least(name: str, value: int, least: int, remedy: str) -> None:
+def check_least(name: str, value: float, least: int, remedy: str) -> None:
     """Refuse a number below ``least`` with an :class:`InputError`."""
     if value < least:
         raise InputError(f"{name} {value}: must be at least {least}; {remedy}")
@@ -114,6 +114,21 @@ def load_tokenizer(model: str) -> Any:
         reason = first_line(error)
         raise InputError(
             f"model {model!r} has no tokenizer to load ({reason}): {remedy}"
+        ) from error
+
+
+def make_folder(folder: Path) -> None:
+    """For what a command writes.
+
+    Raises:
+        InputError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"--output {str(folder)!r} cannot be made ({error.strerror}): give a folder that can "
+            "be written to"
         ) from error
 
 

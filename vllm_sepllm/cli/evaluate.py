@@ -18,6 +18,7 @@ from vllm_sepllm.cli.common import (
     exit_with,
     first_line,
     load_tokenizer,
+    make_folder,
     output,
     parse_options,
     read_text,
@@ -196,13 +197,7 @@ def run(evaluation: Evaluation) -> tuple[dict[str, Figures], list[str]]:
     from vllm_sepllm.evaluation.run import EvaluationError
     from vllm_sepllm.evaluation.ways import FULL
 
-    try:
-        evaluation.folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"--output {str(evaluation.folder)!r} cannot be made ({error.strerror}): give a folder "
-            "that can be written to"
-        ) from error
+    make_folder(evaluation.folder)
     columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn()
     failed, found = [], {}
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from importlib.resources import files
 from typing import Any
 
@@ -116,7 +117,11 @@ class Material:
             first.setdefault(question.document, question.token_ids)
         return list(first.values())
 
-    @property
+    def about(self, document: int) -> list[Question]:
+        """The questions about one document."""
+        return [question for question in self.questions if question.document == document]
+
+    @cached_property
     def fingerprint(self) -> str:
         """Equal for equal material."""
         return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:16]

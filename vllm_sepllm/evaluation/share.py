@@ -22,10 +22,15 @@ def num_attended(config: SepLLMConfig, tokenizer: Tokenizer, token_ids: Sequence
     Raises:
         ConfigError: a token that is to be kept is not in the tokenizer.
     """
-    return _num_attended(_rule(config, tokenizer), token_ids)
+    return _num_attended(rule_of(config, tokenizer), token_ids)
 
 
-def _rule(config: SepLLMConfig, tokenizer: Tokenizer) -> KeepRule:
+def rule_of(config: SepLLMConfig, tokenizer: Tokenizer) -> KeepRule:
+    """The rule of options as given.
+
+    Raises:
+        ConfigError: a token that is to be kept is not in the tokenizer.
+    """
     found = resolve_kept(config, tokenizer)
     return KeepRule.of(found.resolve(config), num_token_ids(tokenizer))
 
@@ -75,6 +80,6 @@ def mean_attended(
     if config is None:
         return everything
     dense = len(LayerPlan.of(config.dense_layers, num_layers).dense) / num_layers
-    rule = _rule(config, tokenizer)
+    rule = rule_of(config, tokenizer)
     kept = sum(_num_attended(rule, text) for text in texts) / len(texts)
     return dense * everything + (1 - dense) * kept

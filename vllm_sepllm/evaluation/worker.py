@@ -50,11 +50,16 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def main() -> None:
-    """Run the job of a file."""
+def set_environment() -> None:
+    """What vLLM must find before it is imported."""
     os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+
+
+def main() -> None:
+    """Run the job of a file."""
+    set_environment()
     path = Path(sys.argv[1])
     job = json.loads(path.read_text(encoding="utf8"))
     write_json(Path(job["result"]), {"key": job["key"], **run(job)})

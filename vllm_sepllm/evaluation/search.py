@@ -1,0 +1,203 @@
+"""Options that hold a given share of the KV cache, and a search for the best among them.
+
+A rule says which tokens stay behind the window. For each rule the window is made as wide as the
+share allows, so candidates differ in what they spend it on. They are then measured by successive
+halving (Jamieson and Talwalkar, arXiv 1502.07943): all on little text, the better half on more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from vllm_sepllm.config import SepLLMConfig
+from vllm_sepllm.evaluation.share import rule_of
+from vllm_sepllm.layers import LayerPlan
+from vllm_sepllm.separators import Tokenizer
+
+CLASSES = ["special", "digits", "capitalized"]
+RULES: dict[str, dict[str, Any]] = {
+    "nothing (StreamingLLM)": {"policy": "streaming"},
+    "separators": {},
+    "digits and capitals": {"keep": CLASSES},
+    "digits and capitals, 2 behind each": {
+        "keep": CLASSES,
+        "keep_after": dict.fromkeys(CLASSES[1:], 2),
+    },
+    "digits and capitals, 4 behind each": {
+        "keep": CLASSES,
+        "keep_after": dict.fromkeys(CLASSES[1:], 4),
+    },
+    "digits and names": {"keep": ["special", "digits", "names"]},
+    "facts": {"preset": "facts"},
+    "separators, digits and capitals": {"keep": ["separators", *CLASSES]},
+}
+BOUNDS = None, 256, 64
+FINEST = 16  # tokens: windows are multiples of it
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Options to be measured.
+
+    Attributes:
+        name: the rule, its bound and its dense layers.
+        options: of SepLLM; ``None`` is full attention.
+        share: of the KV cache, mean over texts and layers.
+    """
+
+    name: str
+    options: dict[str, Any] | None = field(hash=False)
+    share: float
+
+
+class Shares:
+    """The share of the KV cache that a rule holds, by its window."""
+
+    def __init__(
+        self, options: dict[str, Any], tokenizer: Tokenizer, texts: Sequence[Sequence[int]]
+    ) -> None:
+        rule = rule_of(SepLLMConfig.from_dict(options), tokenizer)
+        self._seen = rule.seen
+        # Kept tokens before each place: what is kept does not depend on the window.
+        self._kept = [np.concatenate([[0], rule.kept_flags(text).cumsum()]) for text in texts]
+
+    def of(self, window: int) -> float:
+        """Mean over texts of the share of tokens that the last one attends to."""
+        total = 0.0
+        for kept in self._kept:
+            length = len(kept) - 1
+            start = max(0, length - window)
+            limit = int(kept[start])
+            sinks, first = self._seen.parts(limit)
+            total += (sinks + limit - first + length - start) / length
+        return total / len(self._kept)
+
+    def widest(self, share: float) -> int | None:
+        """The widest window that holds no more than a share; ``None`` if the narrowest does."""
+        low, high = 0, max(len(kept) for kept in self._kept) // FINEST
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.of(middle * FINEST) <= share else (low, middle - 1)
+        return low * FINEST or None
+
+
+def candidates(
+    rules: dict[str, dict[str, Any]],
+    dense: Iterable[tuple[int, ...]],
+    share: float,
+    tokenizer: Tokenizer,
+    texts: Sequence[Sequence[int]],
+    num_layers: int,
+) -> list[Candidate]:
+    """Options that hold at most a share, each with the widest window that it can have.
+
+    Args:
+        rules: options by name; one with a bound of its own is not bounded further.
+        dense: layers with full attention, each tried with every rule.
+        share: of the KV cache, over all layers.
+        tokenizer: finds the tokens that are kept.
+        texts: like those to be served, token ids.
+        num_layers: of the model.
+    """
+    found = []
+    choices = list(dense)
+    for name, options in rules.items():
+        keeps = options.get("policy") != "streaming"
+        bounds = BOUNDS if keeps and "max_separator_tokens" not in options else (None,)
+        for bound in bounds:
+            bounded = options if bound is None else {**options, "max_separator_tokens": bound}
+            shares = Shares(bounded, tokenizer, texts)
+            for layers in choices:
+                part = len(LayerPlan.of(layers, num_layers).dense) / num_layers
+                if part >= share:
+                    continue
+                window = shares.widest((share - part) / (1 - part))
+                if window is None:
+                    continue
+                of_all = part + (1 - part) * shares.of(window)
+                more = [f"newest {bound}"] if bound else []
+                more += [f"layers {', '.join(map(str, layers))} dense"] if layers else []
+                shown = "; ".join([f"{name}, window {window}", *more])
+                given = {**bounded, "window_size": window}
+                if layers:
+                    given["dense_layers"] = list(layers)
+                found.append(Candidate(shown, given, of_all))
+    return _distinct(found, shares_bound=0.005)
+
+
+def _distinct(found: list[Candidate], shares_bound: float) -> list[Candidate]:
+    """Without bounds that change nothing: their window and share are those of the rule without."""
+    kept: list[Candidate] = []
+    for one in found:
+        plain = {k: v for k, v in (one.options or {}).items() if k != "max_separator_tokens"}
+        same = any(
+            plain == other.options and abs(one.share - other.share) < shares_bound for other in kept
+        )
+        if not same:
+            kept.append(one)
+    return kept
+
+
+@dataclass(frozen=True)
+class Score:
+    """What was measured of a candidate.
+
+    Attributes:
+        nats: per token, of the second halves of texts.
+        right: questions answered.
+        of: questions asked.
+    """
+
+    nats: float
+    right: int = 0
+    of: int = 0
+
+    @property
+    def perplexity(self) -> float:
+        """Of the same tokens."""
+        return math.exp(self.nats)
+
+    def order(self, by_questions: bool) -> tuple[float, float]:
+        """Smaller is better."""
+        return (-self.right / self.of if by_questions and self.of else 0.0, self.nats)
+
+
+@dataclass(frozen=True)
+class Rung:
+    """How much is measured: numbers of texts and of documents."""
+
+    texts: tuple[int, ...]
+    documents: tuple[int, ...] = ()
+
+
+Measure = Callable[[Candidate, Rung], Score | None]
+
+
+def halve(
+    found: Sequence[Candidate], rungs: Sequence[Rung], measure: Measure, by_questions: bool
+) -> list[tuple[Candidate, Score]]:
+    """The better half of a rung goes on to the next.
+
+    Args:
+        found: at least one.
+        rungs: ever more.
+        measure: of a candidate; ``None`` if there was no time, or it cannot be served.
+        by_questions: questions come first, and likelihood decides between equals.
+
+    Returns:
+        Those of the last rung that was measured, the best first.
+    """
+    left, best = list(found), []
+    for number, rung in enumerate(rungs):
+        scored = [(one, score) for one in left if (score := measure(one, rung)) is not None]
+        if not scored:
+            break
+        best = sorted(scored, key=lambda pair: pair[1].order(by_questions))
+        if number + 1 < len(rungs):
+            left = [one for one, _ in best[: max(2, math.ceil(len(best) / 2))]]
+    return best

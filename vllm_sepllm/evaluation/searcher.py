@@ -1,0 +1,153 @@
+"""Asks a search worker, and remembers what it answered, so that a search goes on."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from types import TracebackType
+from typing import Any
+
+from vllm_sepllm.evaluation.report import marks
+from vllm_sepllm.evaluation.run import Evaluation, EvaluationError, reason_in
+from vllm_sepllm.evaluation.search import Candidate, Rung, Score
+from vllm_sepllm.evaluation.search_worker import ANSWER
+from vllm_sepllm.evaluation.worker import write_json
+
+
+class Searcher:
+    """Measures candidates on the material of an evaluation.
+
+    Attributes:
+        failed: a sentence for each candidate that could not be served.
+        num_late: candidates that were left out for lack of time.
+    """
+
+    def __init__(self, evaluation: Evaluation, seconds: float) -> None:
+        self._evaluation = evaluation
+        self._deadline = time.monotonic() + seconds
+        self._file = evaluation.folder / "search.jsonl"
+        self._log = evaluation.folder / "search.log"
+        self._process: subprocess.Popen[str] | None = None
+        self._known: dict[str, Any] = {}
+        self.failed: dict[str, str] = {}
+        self.num_late = 0
+        if self._file.exists():
+            for line in self._file.read_text(encoding="utf8").splitlines():
+                try:
+                    key, value = json.loads(line)
+                except ValueError:  # the last line of a process that was killed
+                    continue
+                self._known[key] = value
+
+    def __enter__(self) -> Searcher:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._process is not None and self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+
+    @property
+    def is_late(self) -> bool:
+        """The time is over."""
+        return time.monotonic() > self._deadline
+
+    def score(self, candidate: Candidate, rung: Rung) -> Score | None:
+        """Of a candidate; ``None`` if it cannot be served, or the time is over."""
+        if candidate.name in self.failed:
+            return None
+        wanted = self._missing(candidate.options, rung)
+        if any(wanted):
+            if self.is_late:
+                self.num_late += 1
+                return None
+            self._ask(candidate, *wanted)
+            if candidate.name in self.failed:
+                return None
+        return self._score(candidate.options, rung)
+
+    def report(self, candidate: Candidate, rung: Rung) -> Score | None:
+        """The same, whatever the time is."""
+        deadline, self._deadline = self._deadline, math.inf
+        try:
+            return self.score(candidate, rung)
+        finally:
+            self._deadline = deadline
+
+    def _key(self, options: dict[str, Any] | None, kind: str, number: int) -> str:
+        return json.dumps([self._evaluation.mark, options, kind, number], sort_keys=True)
+
+    def _missing(self, options: dict[str, Any] | None, rung: Rung) -> tuple[list[int], list[int]]:
+        def missing(kind: str, numbers: Sequence[int]) -> list[int]:
+            return [n for n in numbers if self._key(options, kind, n) not in self._known]
+
+        return missing("text", rung.texts), missing("document", rung.documents)
+
+    def _score(self, options: dict[str, Any] | None, rung: Rung) -> Score:
+        nats = [x for n in rung.texts for x in self._known[self._key(options, "text", n)]]
+        right: list[bool] = []
+        for number in rung.documents:
+            replies = self._known[self._key(options, "document", number)]
+            right += marks(self._evaluation.material.about(number), replies)
+        return Score(sum(nats) / max(1, len(nats)), sum(right), len(right))
+
+    def _ask(self, candidate: Candidate, texts: list[int], documents: list[int]) -> None:
+        process = self._started()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        asked = {"options": candidate.options, "texts": texts, "documents": documents}
+        try:
+            process.stdin.write(json.dumps(asked) + "\n")
+            process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it has ended, as the next lines find
+        for line in process.stdout:
+            if line.startswith(ANSWER):
+                break
+        else:
+            process.wait()
+            raise EvaluationError(
+                f"the search ended: {reason_in(self._log)}; all it said is in {self._log}"
+            )
+        answer = json.loads(line.removeprefix(ANSWER))
+        if "error" in answer:
+            self.failed[candidate.name] = answer["error"]
+            return
+        with self._file.open("a", encoding="utf8") as file:
+            for kind, found in (("text", answer["texts"]), ("document", answer["documents"])):
+                for number, value in found.items():
+                    key = self._key(candidate.options, kind, int(number))
+                    self._known[key] = value
+                    file.write(json.dumps([key, value]) + "\n")
+
+    def _started(self) -> subprocess.Popen[str]:
+        if self._process is None or self._process.poll() is not None:
+            evaluation = self._evaluation
+            material = evaluation.folder / "search-material.json"
+            write_json(material, asdict(evaluation.material))
+            job = evaluation.folder / "search.job"
+            model, arguments = evaluation.model.name, evaluation.arguments
+            write_json(
+                job, {"model": model, "engine": arguments, "material": str(material.resolve())}
+            )
+            command = [sys.executable, "-m", "vllm_sepllm.evaluation.search_worker", str(job)]
+            with self._log.open("w", encoding="utf8") as errors:
+                self._process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                    text=True,
+                    errors="replace",
+                )
+        return self._process

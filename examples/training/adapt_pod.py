@@ -15,6 +15,7 @@ import torch
 from common import ROOT, claim, configuration, perplexity, pieces, train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from vllm_sepllm.baselines.common import num_kv_heads
 from vllm_sepllm.baselines.pod import apply_pod, make_blocks, own_keys, similarities
 
 
@@ -32,7 +33,7 @@ def main() -> None:
     root = ROOT / options["output_dir"]
     claim(root, given)
     model = load(path)
-    num_layers, num_heads = model.config.num_hidden_layers, model.config.num_key_value_heads
+    num_layers, num_heads = model.config.num_hidden_layers, num_kv_heads(model)
     if method["layers_of_a_block"]:
         size = method["layers_of_a_block"]
         shared: Any = [(layer // size * size,) * num_heads for layer in range(num_layers)]

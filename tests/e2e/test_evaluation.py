@@ -16,7 +16,7 @@ from vllm_sepllm.oracle.dense_mask import masked_logits, sepllm_mask
 
 pytestmark = pytest.mark.e2e
 
-SMALL = Suite(2, 400, (300,), 1, 1)
+SMALL = Suite(2, 400, (500,), 1, 1)
 # Of sums of some hundred float32 logits; vLLM and Transformers differ by less.
 NATS = 1e-4
 
@@ -52,7 +52,10 @@ def test_answers_do_not_depend_on_what_runs_beside_them(engine, material):
     assert engine.llm.reset_prefix_cache()
     for question, reply in zip(material.questions[::5], found["replies"][::5], strict=True):
         [alone] = engine.generate([list(question.token_ids)], max_tokens=NEW_TOKENS)
-        assert reply == alone.outputs[0].text
+        ids = list(alone.outputs[0].token_ids)
+        end = tokenizer().eos_token_id
+        ids = ids[: ids.index(end)] if end in ids else ids
+        assert reply == tokenizer().decode(ids, skip_special_tokens=True)
 
 
 @pytest.mark.parametrize("window", [None, 64])
@@ -63,7 +66,7 @@ def test_bytes_held(engines, material, window):
     held = score_texts(engine.llm, material.texts[:1], lambda: None)["held"]
     page = 32 * 2 * 6 * 4 * 32 * 4  # tokens, keys and values, layers, heads of 32, float32
     if window is None:  # 400 tokens and the first new one take 13 pages
-        assert held == {"mean": 13 * page, "peak": 13 * page}
+        assert held == {"requests": 1, "mean": 13 * page, "peak": 13 * page}
     else:
         # One of sinks. Positions 338 to 401 stand in three pages of the window.
         assert held["mean"] == 4 * page
@@ -83,7 +86,7 @@ def test_a_run_is_resumed_and_repeated(monkeypatch, tmp_path):
     def first_fails(command, **options):
         began.append(command[-1])
         if len(began) == 2:  # as if the machine had no memory left
-            command = ["sh", "-c", "echo 'MemoryError: 3 GiB are missing.' >&2; exit 1"]
+            command = ["sh", "-c", "echo 'reason: 3 GiB are missing.' >&2; exit 1"]
         return start(command, **options)
 
     monkeypatch.setattr(run.subprocess, "Popen", first_fails)
@@ -107,15 +110,9 @@ def test_a_run_is_resumed_and_repeated(monkeypatch, tmp_path):
     assert (tmp_path / "one/report.png").stat().st_size > 10_000
     assert not list((tmp_path / "one/ways").glob("*.log"))
 
-    # Full attention again, from nothing.
-    (tmp_path / "two/ways").mkdir(parents=True)
-    for name in ("facts", "streamingllm-kv-of-facts"):
-        (tmp_path / f"two/ways/{name}.json").write_bytes(
-            (tmp_path / f"one/ways/{name}.json").read_bytes()
-        )
+    # The same again, from nothing.
     assert evaluate(tmp_path / "two").exit_code == 0
     assert (tmp_path / "two/report.json").read_bytes() == report
-    first, second = (
-        (tmp_path / name / "ways/full-attention.json").read_bytes() for name in ("one", "two")
-    )
-    assert first == second
+    for name in ("full-attention", "facts", "streamingllm-kv-of-facts"):
+        first, second = (tmp_path / run / f"ways/{name}.json" for run in ("one", "two"))
+        assert first.read_bytes() == second.read_bytes()

@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from made_tokenizers import ListedWords
 from typer.testing import CliRunner
@@ -10,11 +11,12 @@ from typer.testing import CliRunner
 from vllm_sepllm.cli import evaluate as cli
 from vllm_sepllm.cli import main
 from vllm_sepllm.config import ConfigError, SepLLMConfig
-from vllm_sepllm.evaluation.facts import WORDINGS
+from vllm_sepllm.evaluation.facts import SPREAD, WORDINGS
 from vllm_sepllm.evaluation.material import (
     CHAT,
     DEPTHS,
     DOCUMENT,
+    NEW_TOKENS,
     SUITES,
     Suite,
     make_material,
@@ -35,10 +37,11 @@ from vllm_sepllm.evaluation.ways import (
     usual_options,
 )
 from vllm_sepllm.kept_ids import resolve_kept
+from vllm_sepllm.oracle.dense_mask import KeptAfter, sepllm_mask
 
 pytestmark = pytest.mark.unit
 
-SMALL = Suite(2, 300, (300,), 2, 1)
+SMALL = Suite(2, 300, (500, 800), 1, 1)
 LAYERS = 6
 
 
@@ -56,10 +59,15 @@ def test_material(smollm2, material):
     assert material == make_material(smollm2, [package_text()], SMALL)
     assert [len(text) for text in material.texts] == [300, 300]
     of_a_document = len(DEPTHS) * len(WORDINGS)
-    assert [q.setting for q in material.questions] == (
-        [DOCUMENT] * 2 * of_a_document + [CHAT] * of_a_document
-    )
+    groups = f"{DOCUMENT} 500", f"{DOCUMENT} 800", f"{CHAT} 800"
+    assert [q.group for q in material.questions] == [
+        g for g in groups for _ in range(of_a_document)
+    ]
+    assert list(material.groups) == [*groups]
     assert len(material.documents) == 3
+    for group, [ids] in material.groups.items():  # with chat marks and a question
+        length = int(group.split()[1])
+        assert length - 100 < len(ids) < length + 200
     for question in material.questions:
         shown = smollm2.decode(question.token_ids)
         assert question.answer in shown
@@ -89,11 +97,29 @@ def test_a_model_without_a_chat_template(tokenizer):
 def test_suites_fit_into_a_context():
     for suite in SUITES.values():
         assert suite.within(100_000) == suite
-        small = suite.within(2048)
-        assert small.longest <= 2048 + 200
-        assert small.text_length <= 2048
-    with pytest.raises(ValueError, match=r"context of 512 tokens is too short.* takes 1068"):
+        for length in range(1400, 9000, 100):
+            assert suite.within(length).longest <= length
+    with pytest.raises(ValueError, match=r"context of 512 tokens is too short.* takes 1228"):
         SUITES["quick"].within(512)
+
+
+def test_requests_are_no_longer_than_said(smollm2):
+    suite = Suite(1, 50, (900, 1800), 1, 1)
+    material = make_material(smollm2, [package_text()], suite)
+    longest = max(len(question.token_ids) for question in material.questions)
+    assert longest + NEW_TOKENS <= suite.longest < 1.2 * longest
+
+
+@pytest.mark.parametrize("text", ["他折好报纸放在窗台上。", "x = {'a': [1, 2], 'b': 3}; "])
+def test_facts_stand_where_they_should(smollm2, text):
+    """In texts that have no sentences of English."""
+    material = make_material(smollm2, [text * 2000], Suite(1, 50, (900,), 1, 0))
+    for question in material.questions:
+        shown = smollm2.decode(question.token_ids)
+        behind = shown[shown.index(question.answer) :].partition("Question:")[0]
+        found = len(smollm2.encode(behind))
+        # Other facts stand behind it too, of some 15 tokens each.
+        assert question.distance - 40 < found < question.distance + SPREAD + 200
 
 
 def test_texts_that_are_too_short(smollm2):
@@ -111,16 +137,47 @@ def test_ways_have_equals(ways):
     assert [name for name, way in ways.items() if way.is_control] == [RANDOM]
 
 
+def masked_share(options, tokenizer, ids, last):
+    """Share of tokens that the mask lets the last query see, or those that predict the second
+    half."""
+    config = SepLLMConfig.from_dict(options)
+    found = resolve_kept(config, tokenizer)
+    bounds = {"max_separators": config.max_separator_tokens, "interval": config.interval}
+    after = None
+    if config.keep_after:
+        behind: dict[int, int] = {}
+        for number, of in found.keep_after:
+            behind.update({token: max(number, behind.get(token, 0)) for token in of})
+        after = KeptAfter(behind, set(found.segment_ends))
+    sizes = config.num_sink_tokens, config.window_size
+    mask = np.asarray(sepllm_mask(list(ids), found.token_ids, *sizes, after=after, **bounds))
+    queries = [-1] if last else range(len(ids) // 2 - 1, len(ids) - 1)
+    full = np.tril(np.ones_like(mask))
+    kept, everything = (m[list(queries)].sum() for m in (mask, full))
+    dense = len(set(config.dense_layers)) / LAYERS
+    return dense + (1 - dense) * kept / everything
+
+
 def test_equal_means_equal_kv(ways, material, smollm2):
-    """Counted at the end of every text, over all layers."""
+    """By the explicit mask, over all layers: at the end of each document, and over the second
+    halves of texts."""
     for way in ways.values():
         if way.equal is None:
             continue
-        mine = way.ideal(material, smollm2, LAYERS)
-        other = ways[way.equal].ideal(material, smollm2, LAYERS)
-        for task, share in mine.items():
+        equal = ways[way.equal]
+        for group, ids in material.groups.items():
+            mine, other = (
+                masked_share(of.of_groups[group], smollm2, ids[0], last=True) for of in (way, equal)
+            )
             # Windows within 2 % are one way, and they are whole tokens.
-            assert other[task] == pytest.approx(share, rel=0.02, abs=1 / 250), way.name
+            assert other == pytest.approx(mine, rel=0.02, abs=1 / 250), (way.name, group)
+        mine, other = (
+            sum(masked_share(of.of_texts, smollm2, ids, last=False) for ids in material.texts)
+            for of in (way, equal)
+        )
+        assert other == pytest.approx(mine, rel=0.02, abs=1 / 75), way.name
+        shown, ideal = (of.ideal(material, smollm2, LAYERS) for of in (way, equal))
+        assert ideal["texts"] == pytest.approx(shown["texts"], rel=0.02, abs=1 / 150)
 
 
 def test_random_ids_are_as_many(ways, material, smollm2):
@@ -130,6 +187,7 @@ def test_random_ids_are_as_many(ways, material, smollm2):
     ids = [token for text in (*material.texts, *material.documents) for token in text]
     wanted, found = (sum(token in some for token in ids) for some in (kept, drawn))
     assert 0 <= wanted - found <= 2
+    assert not drawn & {*kept, *smollm2.all_special_ids}
 
 
 def test_mean_attended_counts_dense_layers(smollm2, material):
@@ -173,20 +231,30 @@ def test_front():
     assert front(points) == [(1, 1), (2, 3), (5, 4)]
 
 
-def result(material, nats, right):
-    """Of a way that predicts so well, and answers the first ``right`` questions."""
+def result(material, nats, right, same=1.0, held=1.0):
+    """Of a way that predicts so well, answers the first ``right`` questions, has the likeliest
+    token of full attention at a share of all places, and holds a share of its memory."""
     replies = [f" {q.answer}." if n < right else " no" for n, q in enumerate(material.questions)]
     halves = [len(text) // 2 for text in material.texts]
-    held = {"mean": 100.0, "peak": 200.0}
-    texts = {"nats": [[nats] * half for half in halves], "likeliest": [[1] * h for h in halves]}
-    return {"texts": {**texts, "held": held}, "questions": {"replies": replies, "held": held}}
+    likeliest = [[1] * round(same * half) + [2] * round((1 - same) * half) for half in halves]
+    texts = {"nats": [[nats] * half for half in halves], "likeliest": likeliest}
+    of_texts = {"mean": 100.0 * held, "peak": 200.0}
+    of_questions = {"mean": 300.0 * held, "peak": 900.0 * held}
+    return {
+        "texts": {**texts, "held": of_texts},
+        "questions": {"replies": replies, "held": of_questions},
+    }
 
 
 @pytest.fixture
 def found(ways, material, smollm2):
     """Figures of made-up results: random ids predict worse than separators."""
     full = {**result(material, 3.0, 18), "without": {"replies": [" no"] * len(material.without)}}
-    results = {FULL: full, SEPLLM: result(material, 3.2, 0), RANDOM: result(material, 3.3, 0)}
+    results = {
+        FULL: full,
+        SEPLLM: result(material, 3.2, 0, 0.8, 0.3),
+        RANDOM: result(material, 3.3, 0),
+    }
     equal = ways[SEPLLM].equal
     results[equal] = result(material, 3.1, 9)
     ideal = {name: ways[name].ideal(material, smollm2, LAYERS) for name in results}
@@ -201,6 +269,10 @@ def test_figures(found):
     assert sum(found[FULL].right) == 18
     assert found[FULL].held["texts"] == {"mean": 1.0, "peak": 1.0}
     assert found[FULL].agreement == 1.0
+    sepllm = found[SEPLLM]
+    assert sepllm.agreement == 0.8
+    assert sepllm.held["texts"] == {"mean": pytest.approx(0.3), "peak": 1.0}
+    assert sepllm.held["questions"] == {"mean": pytest.approx(0.3), "peak": pytest.approx(0.3)}
 
 
 def test_controls_that_move(found, material):
@@ -211,8 +283,8 @@ def test_controls_that_move(found, material):
     ]
     shown = markdown("title", "about", found, material.questions, material.without)
     assert "blind" not in shown
-    losing = "**SepLLM** predicts text worse (24.53 beside 22.20) and answers fewer questions (0"
-    assert losing in shown
+    assert "**SepLLM**: worse at predicting text (24.53 and 22.20, +0.1000 nats per token" in shown
+    assert "fewer questions answered (0 and 9 of 27, chance 0.00)" in shown
 
 
 def test_controls_that_do_not_move(found, material):
@@ -225,6 +297,13 @@ def test_controls_that_do_not_move(found, material):
     assert [sees for _, sees, _ in checks] == [False, False]
     shown = markdown("title", "about", found, material.questions, material.without)
     assert shown.count("The measurement is blind to this") == 2
+    assert "not shown to be better than any other tokens" in shown
+
+
+def test_a_control_that_is_not_run_is_named(found, material):
+    del found[RANDOM]
+    shown = markdown("title", "about", found, material.questions, material.without)
+    assert "random ids for separators: Not run" in shown
 
 
 def test_each_equal_stands_behind_its_way(found, ways):
@@ -236,6 +315,8 @@ def test_each_equal_stands_behind_its_way(found, ways):
     [
         (["--suite", "long"], "--suite 'long': must be one of quick, full"),
         (["--window", "0"], "--window 0: must be at least 1"),
+        (["--window", "600"], "--window 600: must be at most half of the shortest document, 450"),
+        (["--engine", "attention_backend=CPU_ATTN"], "--engine attention_backend: is set by this"),
         (["--only", "H2O"], f"--only 'H2O': must be one of {SEPLLM}, "),
         (["-o", "window_size=0"], "window_size=0: must be at least 1"),
         (["-o", "heavy_ratio=0.1"], "heavy_ratio"),

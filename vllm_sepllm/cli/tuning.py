@@ -13,11 +13,11 @@ from rich.table import Table
 from vllm_sepllm.cli.common import (
     InputError,
     check_least,
+    engine_options,
     exit_with,
     load_tokenizer,
     make_folder,
     output,
-    parse_options,
     read_text,
     status,
 )
@@ -57,7 +57,7 @@ def tune(
         if not 0 < kv < 1:
             raise InputError(f"--kv {kv:g}: must be above 0 and below 1, e.g. 0.3")
         check_least("--minutes", minutes, 0, "15 is enough for a small model on a CPU")
-        arguments = parse_options(engine or [])
+        arguments = engine_options(engine)
         evaluation, tokenizer = _prepare(model, tuple(text or ()), dtype, arguments, folder)
         tuned, failed, num_late = _search(evaluation, tokenizer, kv, keep_retrieval, 60 * minutes)
     except (InputError, ConfigError) as error:

@@ -18,6 +18,7 @@ from vllm_sepllm.engine.compat import (
     summary,
     vllm_version,
 )
+from vllm_sepllm.engine.in_process import sentence_of
 from vllm_sepllm.planning import NEXT_TO_NOTHING, Plan
 
 PLUGIN_GROUPS = ("vllm.general_plugins", "vllm.platform_plugins")
@@ -132,7 +133,7 @@ def _model(diagnosis: Diagnosis, model: str, options: dict[str, Any], dtype: str
         args = EngineArgs(**arguments, additional_config={OPTIONS_KEY: options})
         config = args.create_engine_config()
     except Exception as error:
-        diagnosis.note("model", model, f"{model}: {_sentence(error)}")
+        diagnosis.note("model", model, f"{model}: {sentence_of(error)}")
         return
     settings = Settings.of(config)
     resolved = settings.config
@@ -151,11 +152,3 @@ def _planned(plan: Plan) -> tuple[str, str, bool]:
     if plan.scarce:
         found += f"; under {NEXT_TO_NOTHING:.0%} of {', '.join(plan.scarce)}"
     return "planned kept share", found, plan.covers_samples
-
-
-def _sentence(error: Exception) -> str:
-    """The message without pydantic's frame around it."""
-    errors = getattr(error, "errors", None)
-    if callable(errors):
-        return "; ".join(str(e["msg"]).removeprefix("Value error, ") for e in errors())
-    return str(error) or type(error).__name__

@@ -150,6 +150,14 @@ def run_together(
     return [outputs[name] for name in prompts]
 
 
+def sentence_of(error: Exception) -> str:
+    """What vLLM's start-up says, without pydantic's frame around it."""
+    errors = getattr(error, "errors", None)
+    if callable(errors):
+        return "; ".join(str(e["msg"]).removeprefix("Value error, ") for e in errors())
+    return str(error) or type(error).__name__
+
+
 def answer(llm: Any, token_ids: list[int], max_tokens: int) -> Answer:
     """The model's greedy answer to one prompt, with nothing else running."""
     from vllm import SamplingParams

@@ -14,6 +14,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from itertools import pairwise
 from typing import Any
 
@@ -21,10 +22,12 @@ NAMES = (
     *("Alice", "Boris", "Clara", "David", "Elena", "Felix", "Greta", "Henry", "Irene", "Jonas"),
     *("Karin", "Louis", "Maria", "Nadia", "Oscar", "Paula", "Robin", "Sofia", "Tomas", "Vera"),
 )
-SENTENCE_END = re.compile(r"[.?!][\"'\u201d\u2019]?\s")
+SENTENCE_END = re.compile(r"[.?!][\"'\u201d\u2019]?\s|[\u3002\uff01\uff1f\u061f\u0964]")
 READ_ON = "I have read this. Please go on."
 DISTANCES = 300, 1000, 2000, 3500  # tokens of the book behind a fact, give or take a sentence
 SPREAD = 60  # facts of one distance stand this many tokens apart at most
+_LONGEST_SENTENCE = 1000  # characters; a book has such
+_SOME_DAY = datetime(2024, 7, 26)
 _BEFORE = 120  # tokens of the book before the first fact
 
 
@@ -162,7 +165,7 @@ class Document:
         """The same, the text having come in pieces over several turns of a conversation."""
         ends = [0, *(match.end() for match in SENTENCE_END.finditer(self.text))]
         wanted = [len(self.text) * turn // num_turns for turn in range(num_turns)]
-        cuts = [ends[bisect_right(ends, at) - 1] for at in wanted] + [len(self.text)]
+        cuts = [_place(self.text, ends, at) for at in wanted] + [len(self.text)]
         messages = []
         for start, stop in pairwise(cuts):
             messages += [self.text[start:stop].strip(), READ_ON]
@@ -199,10 +202,22 @@ def hide_facts(
     for behind, distance, kind in sorted(places, reverse=True):
         facts.append(_make_fact(rng, kind, distance, wordings[kind].pop(), people.pop()))
         before = len(tokenizer.decode(book_ids[start : stop - behind]))
-        cut = ends[bisect_right(ends, before) - 1]
+        cut = max(done, _place(book, ends, before))
         text += f"{book[done:cut]}{facts[-1].sentence} "
         done = cut
     return Document(text + book[done:], tuple(facts))
+
+
+def _place(text: str, ends: Sequence[int], wanted: int) -> int:
+    """Where a sentence can stand: the last end of one before a place, if it is near.
+
+    In code, tables and the like there may be none; then the last white space, or the place itself.
+    """
+    end = ends[bisect_right(ends, wanted) - 1]
+    if end and wanted - end <= _LONGEST_SENTENCE:
+        return end
+    space = max(text.rfind(" ", 0, wanted), text.rfind("\n", 0, wanted)) + 1
+    return space if wanted - space <= _LONGEST_SENTENCE else wanted
 
 
 def _make_fact(rng: random.Random, kind: str, distance: int, wording: Wording, who: str) -> Fact:
@@ -235,6 +250,11 @@ def chat_ids(tokenizer: Any, *messages: str) -> list[int]:
     chat = [
         {"role": role, "content": content} for role, content in zip(roles, messages, strict=False)
     ]
-    text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    text = tokenizer.apply_chat_template(
+        chat,
+        add_generation_prompt=True,
+        tokenize=False,
+        strftime_now=lambda form: _SOME_DAY.strftime(form),  # templates put the date of today in
+    )
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
     return ids

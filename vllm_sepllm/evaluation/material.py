@@ -9,18 +9,20 @@ import gzip
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.resources import files
 from typing import Any
 
 from vllm_sepllm.evaluation.facts import SPREAD, WORDINGS, Document, hide_facts
 
-DEPTHS = 0.15, 0.5, 0.85  # of a document's length, from its end
+DEPTHS = 0.3, 0.65, 1.0  # of the distance that the first fact can have from a document's end
 DOCUMENT, CHAT = "document", "chat"
 NEW_TOKENS = 8  # of an answer
-_ROOM = 260  # tokens of a document beside those behind its first fact: facts, question, chat marks
+_BESIDE = 380  # tokens of a document that are not behind its first fact: those before it, and facts
+_ROOM = 200  # tokens of a request beside its document: chat marks, the question, the answer begun
 _LONGEST_TURN = 400  # tokens of a document in one turn of a conversation
+_MARKS = 30  # tokens of a turn beside its text
 
 
 @dataclass(frozen=True)
@@ -49,25 +51,29 @@ class Suite:
         Raises:
             ValueError: nothing is left.
         """
-        usable = max_length - NEW_TOKENS
-        lengths = tuple(length for length in self.lengths if length + _ROOM <= usable)
+        lengths = tuple(n for n in self.lengths if self._request(n) <= max_length)
         if not lengths:
+            least = self._request(min(self.lengths))
             raise ValueError(
-                f"the model's context of {max_length} tokens is too short: the shortest document "
-                f"takes {min(self.lengths) + _ROOM + NEW_TOKENS}"
+                f"the model's context of {max_length} tokens is too short: the shortest request "
+                f"takes {least}"
             )
-        found = {**asdict(self), "lengths": lengths}
-        return Suite(**{**found, "text_length": min(self.text_length, usable)})
+        text_length = min(self.text_length, max_length - NEW_TOKENS)
+        return replace(self, lengths=lengths, text_length=text_length)
+
+    def _request(self, length: int) -> int:
+        """Tokens of a question about a document, at most."""
+        turns = length // _LONGEST_TURN + 2 if self.num_chats else 0
+        return length + _ROOM + turns * _MARKS + NEW_TOKENS
 
     @property
     def longest(self) -> int:
         """Tokens of the longest request."""
-        chat_marks = 30 * (self.lengths[-1] // _LONGEST_TURN + 2)
-        return max(self.text_length, max(self.lengths) + _ROOM + chat_marks) + NEW_TOKENS
+        return max(self.text_length + NEW_TOKENS, *map(self._request, self.lengths))
 
 
 SUITES = {
-    "quick": Suite(4, 1024, (800, 1600), 2, 2),
+    "quick": Suite(4, 1024, (900, 1800), 2, 1),
     "full": Suite(12, 4096, (1000, 2000, 4000, 7000), 5, 8, more_ways=True),
 }
 
@@ -79,8 +85,8 @@ class Question:
     Attributes:
         setting: ``DOCUMENT`` or ``CHAT``.
         document: number of its document; questions about one share most of their tokens.
-        length: of the document, tokens.
-        depth: of the fact, a share of the length from the end.
+        length: of the document, about so many tokens.
+        distance: of the fact from the document's end, tokens, give or take a sentence.
         kind: of the fact.
         answer: the right one.
         token_ids: document and question, the answer begun.
@@ -89,10 +95,15 @@ class Question:
     setting: str
     document: int
     length: int
-    depth: float
+    distance: int
     kind: str
     answer: str
     token_ids: tuple[int, ...]
+
+    @property
+    def group(self) -> str:
+        """Of questions that are as long."""
+        return f"{self.setting} {self.length}"
 
 
 @dataclass(frozen=True)
@@ -112,10 +123,18 @@ class Material:
     @property
     def documents(self) -> list[tuple[int, ...]]:
         """Token ids of the first question about each document."""
-        first: dict[int, tuple[int, ...]] = {}
+        return [ids for group in self.groups.values() for ids in group]
+
+    @cached_property
+    def groups(self) -> dict[str, list[tuple[int, ...]]]:
+        """The same by the group of the questions."""
+        first: dict[int, Question] = {}
         for question in self.questions:
-            first.setdefault(question.document, question.token_ids)
-        return list(first.values())
+            first.setdefault(question.document, question)
+        found: dict[str, list[tuple[int, ...]]] = {}
+        for question in first.values():
+            found.setdefault(question.group, []).append(question.token_ids)
+        return found
 
     def about(self, document: int) -> list[Question]:
         """The questions about one document."""
@@ -153,7 +172,7 @@ def make_material(tokenizer: Any, texts: Sequence[str], suite: Suite) -> Materia
     plan = [(length, DOCUMENT) for length in suite.lengths for _ in range(suite.num_documents)]
     plan += [(suite.lengths[-1], CHAT)] * suite.num_chats
     for number, (length, setting) in enumerate(plan):
-        distances = [max(SPREAD, round(depth * length)) for depth in DEPTHS]
+        distances = [max(SPREAD, round(depth * (length - _BESIDE))) for depth in DEPTHS]
         document = hide_facts(ids[number % len(ids)], tokenizer, number, distances)
         asked = _ask(tokenizer, document, setting, number, length, distances)
         questions += asked
@@ -191,8 +210,7 @@ def _ask(
             ids = document.chat(tokenizer, fact, length // _LONGEST_TURN + 1)
         else:
             ids = document.prompt(tokenizer, fact)
-        depth = DEPTHS[distances.index(fact.distance)]
-        about = setting, number, length, depth, fact.kind, fact.answer
+        about = setting, number, length, fact.distance, fact.kind, fact.answer
         found.append(Question(*about, tuple(ids)))
     assert len(found) == len(distances) * len(WORDINGS)
     return found

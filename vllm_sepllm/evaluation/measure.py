@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from itertools import groupby
+from itertools import groupby, takewhile
 from typing import Any
 
 from vllm_sepllm.engine.in_process import bytes_held, output_lengths, run_together
@@ -31,7 +31,8 @@ class Held:
                 self._decoding[name].append(held)
 
     def summary(self) -> dict[str, float]:
-        """Means over requests: of what each held in the mean of its steps, and at most.
+        """Of how many requests, and means over them: of what each held in the mean of its steps,
+        and at most.
 
         Raises:
             RuntimeError: a request was too short to be seen.
@@ -40,7 +41,8 @@ class Held:
             raise RuntimeError("a request was not seen while it decoded: it needs three new tokens")
         count = max(1, len(self._peaks))
         means = sum(sum(held) / len(held) for held in self._decoding.values())
-        return {"mean": means / count, "peak": sum(self._peaks.values()) / count}
+        peaks = sum(self._peaks.values())
+        return {"requests": len(self._peaks), "mean": means / count, "peak": peaks / count}
 
 
 def score_texts(
@@ -79,8 +81,9 @@ def answer_questions(
 ) -> dict[str, Any]:
     """The beginning of a greedy answer to each question.
 
-    The first question about a document is asked alone; the others are asked together and find the
-    document in the prefix cache.
+    The first question about a document is asked alone, and what is held is looked at then. The
+    others are asked together; they find the document in the prefix cache, and share its pages. A
+    reply ends where the model ends it.
 
     Args:
         llm: a proxy of a vLLM ``LLM``.
@@ -91,12 +94,18 @@ def answer_questions(
         ``replies``, and ``held`` (:meth:`Held.summary`).
     """
     held, replies, number = Held(), [], 0
+    tokenizer = llm.get_tokenizer()
     for _, asked in groupby(questions, key=lambda q: (q.setting, q.document)):
         first, *others = (question.token_ids for question in asked)
-        for batch in ([first], others):
+        for batch, look in (([first], held.look), (others, _look_away)):
             named = {f"question {number + i}": ids for i, ids in enumerate(batch)}
             number += len(batch)
-            for output in run_together(llm, named, held.look, max_tokens=NEW_TOKENS):
-                replies.append(output.outputs[0].text)
+            for output in run_together(llm, named, look, max_tokens=NEW_TOKENS):
+                ids = takewhile(lambda i: i != tokenizer.eos_token_id, output.outputs[0].token_ids)
+                replies.append(tokenizer.decode(list(ids), skip_special_tokens=True))
                 done()
     return {"replies": replies, "held": held.summary()}
+
+
+def _look_away(llm: Any) -> None:
+    pass

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_sepllm.evaluation.material import CHAT, DEPTHS, DOCUMENT, Question
+from vllm_sepllm.evaluation.material import CHAT, DOCUMENT, Question
 from vllm_sepllm.evaluation.report import Figures, controls, grid, sentence
 from vllm_sepllm.evaluation.ways import FULL
 
@@ -26,20 +26,20 @@ def markdown(
     checks = controls(found, questions, without)
     parts += ["## Does the measurement see anything?"]
     for name, sees, text in checks:
-        blind = "" if sees else " **The measurement is blind to this: it should have cost more.**"
-        parts.append(f"* {name}: {text}{blind}")
+        parts.append(f"* {name}: {text}{'' if sees else ' **The measurement is blind to this.**'}")
     told = "\n".join(f"* {text}" for text in sentences(found))
     parts += ["## Beside StreamingLLM with as much KV", told]
-    parts += ["## Questions by length of the document and depth of the fact"]
+    parts += ["## Questions by length of the document, and how far the fact is from its end"]
     parts += [_table(_grids(found, questions))]
     return "\n\n".join(parts) + "\n"
 
 
 LEGEND = (
-    "KV held: bytes in the pages that the engine held for a request while it decoded, as a share "
-    "of what full attention held for the same requests. Peak: at most, which is while a prompt is "
-    "computed. Ideal: share of the tokens that the last one attends to. Perplexity: of the second "
-    "halves of the texts. Agreement: where the likeliest token is full attention's."
+    "KV held: bytes in the pages that the engine held for a text and for a question while it "
+    "decoded, as a share of what full attention held for the same. Peak: the most, which is while "
+    "a prompt is computed. Attended: share of tokens attended to, mean over the predicted tokens "
+    "of texts, and by the end of questions; StreamingLLM is equal in these. Perplexity: of the "
+    "second halves of the texts. Agreement: where the likeliest token is full attention's."
 )
 
 
@@ -50,13 +50,17 @@ def sentences(found: dict[str, Figures]) -> list[str]:
 
 def summary(found: dict[str, Figures], questions: Sequence[Question]) -> list[list[str]]:
     """Rows; StreamingLLM stands below what it equals."""
-    head = ["", "KV held", "peak", "ideal", "perplexity", "agreement", "facts in documents"]
-    rows = [[*head, "facts in a conversation"]]
+    head = ["", "KV held, texts", "peak", "attended", "perplexity", "agreement"]
+    head += ["KV held, questions", "peak", "attended", "facts in documents"]
+    rows = [[*head, "facts in conversations"]]
     for name in ordered(found):
         one = found[name]
-        cells = [f"{_mean(one.held[t][kind] for t in one.held):.1%}" for kind in ("mean", "peak")]
-        cells += [f"{_mean(one.ideal.values()):.1%}", f"{one.perplexity:.2f}"]
-        cells.append(f"{one.agreement:.1%}")
+        memory = {
+            task: [f"{share:.1%}" for share in (*one.held[task].values(), one.ideal[task])]
+            for task in ("texts", "questions")
+        }
+        cells = [*memory["texts"], f"{one.perplexity:.2f}"]
+        cells += [f"{one.agreement:.1%}", *memory["questions"]]
         for setting in (DOCUMENT, CHAT):
             marked = one.of_setting(questions, setting)
             cells.append(f"{sum(marked)} of {len(marked)}")
@@ -77,12 +81,11 @@ def ordered(found: dict[str, Figures]) -> list[str]:
 
 
 def _grids(found: dict[str, Figures], questions: Sequence[Question]) -> list[list[str]]:
-    lengths = grid(found[FULL], questions)
-    head = [f"{int(length):,}, {depth:.0%} back" for length in lengths for depth in DEPTHS]
-    rows = [["", *head]]
+    groups = grid(found[FULL], questions)
+    rows = [["", *(f"{group}, {back:,} back" for group, row in groups.items() for back in row)]]
     for name in ordered(found):
-        cells = [f"{r} of {of}" for row in grid(found[name], questions).values() for r, of in row]
-        rows.append([name, *cells])
+        by_group = grid(found[name], questions).values()
+        rows.append([name, *(f"{r} of {of}" for row in by_group for r, of in row.values())])
     return rows
 
 
@@ -90,11 +93,6 @@ def _table(rows: list[list[str]]) -> str:
     head, *body = (f"| {' | '.join(row)} |" for row in rows)
     rule = f"|---|{'---:|' * (len(rows[0]) - 1)}"
     return "\n".join([head, rule, *body])
-
-
-def _mean(values: Iterable[float]) -> float:
-    found = list(values)
-    return sum(found) / len(found)
 
 
 def front(points: Points) -> Points:

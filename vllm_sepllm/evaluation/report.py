@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from vllm_sepllm.evaluation.facts import is_right
-from vllm_sepllm.evaluation.material import CHAT, DEPTHS, DOCUMENT, Question
+from vllm_sepllm.evaluation.material import CHAT, DOCUMENT, Question
 from vllm_sepllm.evaluation.statistics import Difference, Pairs, nats_difference
 from vllm_sepllm.evaluation.ways import FULL, RANDOM, SEPLLM, Way
 
@@ -31,7 +31,8 @@ class Figures:
         right: by question.
         held: share of the bytes that full attention holds for the same requests: ``texts`` and
             ``questions``, each ``mean`` over the steps of a request and ``peak``.
-        ideal: share of tokens that the last one attends to, for ``texts`` and ``questions``.
+        ideal: share of tokens attended to, where ``texts`` are predicted and by the end of
+            ``questions``.
     """
 
     way: Way
@@ -78,7 +79,6 @@ def controls(
     found: dict[str, Figures], questions: Sequence[Question], without: Sequence[Question]
 ) -> list[tuple[str, bool, str]]:
     """Name, whether the measurement sees what it should, and a sentence, of each control."""
-    rows = []
     full = found[FULL]
     right = full.of_setting(questions, DOCUMENT)
     guessed = marks(without, full.result["without"]["replies"])
@@ -86,19 +86,23 @@ def controls(
     sees = pairs.is_clear and pairs.first > pairs.second
     text = (
         f"Full attention answers {sum(right)} of {len(right)} questions about documents, and "
-        f"{sum(guessed)} when the facts are taken out of them"
+        f"{sum(guessed)} when the facts are taken out of them."
     )
-    rows.append(("facts taken out", sees, f"{text}."))
+    if not sees:
+        text += " So right answers say nothing here."
+    rows = [("facts taken out", sees, text)]
     if RANDOM in found and SEPLLM in found:
         change = nats_difference(*(found[n].result["texts"]["nats"] for n in (RANDOM, SEPLLM)))
         sees = change.is_clear and change.mean > 0
-        verb = "costs" if change.mean > 0 else "saves"
         text = (
-            f"As many random ids in the place of separators: {verb} {abs(change.mean):.4f} nats "
-            f"per token (standard error {change.error:.4f})"
+            "As many random ids in the place of separators: "
+            f"{change.mean:+.4f} nats per token (standard error {change.error:.4f})."
         )
-        rows.append(("random ids for separators", sees, f"{text}."))
-    return rows
+        if not sees:
+            text += " So separators are not shown to be better than any other tokens here."
+    else:
+        sees, text = True, "Not run, as SepLLM is not among the ways."
+    return [*rows, ("random ids for separators", sees, text)]
 
 
 def compared(found: dict[str, Figures], name: str) -> tuple[Difference, Pairs] | None:
@@ -118,17 +122,17 @@ def sentence(found: dict[str, Figures], name: str) -> str | None:
         return None
     nats, pairs = both
     mine, other = found[name], found[str(found[name].way.equal)]
-    numbers = f"{mine.perplexity:.2f} beside {other.perplexity:.2f}"
-    if not nats.is_clear:
-        text = f"predicts text as well ({numbers}; the difference is within chance)"
-    else:
-        text = f"predicts text {'worse' if nats.mean > 0 else 'better'} ({numbers})"
-    told = f"{sum(mine.right)} beside {sum(other.right)} of {len(mine.right)}"
-    if not pairs.is_clear:
-        facts = f"answers about as many questions ({told}; within chance)"
-    else:
-        facts = f"answers {'more' if pairs.first > pairs.second else 'fewer'} questions ({told})"
-    return f"**{name}** {text} and {facts}, with {mine.held['questions']['mean']:.0%} of the KV."
+    better = "better" if nats.mean < 0 else "worse"
+    text = f"{better} at predicting text" if nats.is_clear else "no difference shown in predicting"
+    text += f" ({mine.perplexity:.2f} and {other.perplexity:.2f}, {nats.mean:+.4f} nats per token, "
+    text += f"standard error {nats.error:.4f})"
+    more = "more" if pairs.first > pairs.second else "fewer"
+    facts = f"{more} questions answered" if pairs.is_clear else "no difference shown in answers"
+    facts += f" ({sum(mine.right)} and {sum(other.right)} of {len(mine.right)}, "
+    facts += f"chance {pairs.chance:.2f})"
+    shares = [one.held["questions"]["mean"] for one in (mine, other)]
+    kv = f"{shares[0]:.0%} and {shares[1]:.0%} of full attention's KV for questions"
+    return f"**{name}**: {text}; {facts}; {kv}."
 
 
 def as_json(found: dict[str, Figures], questions: Sequence[Question]) -> dict[str, Any]:
@@ -137,7 +141,10 @@ def as_json(found: dict[str, Figures], questions: Sequence[Question]) -> dict[st
     for name, one in found.items():
         both = compared(found, name)
         shown[name] = {
-            "options": [_short(one.way.of_texts), _short(one.way.of_questions)],
+            "options": {
+                "texts": _short(one.way.of_texts),
+                **{group: _short(of) for group, of in one.way.of_groups.items()},
+            },
             "perplexity": one.perplexity,
             "agreement": one.agreement,
             "right": {
@@ -161,13 +168,11 @@ def _short(options: dict[str, Any] | None) -> dict[str, Any] | None:
     return {**options, "keep": f"{len(options['keep'])} ids"}
 
 
-def grid(one: Figures, questions: Sequence[Question]) -> dict[str, list[list[int]]]:
-    """Right answers and questions about documents, by length and, in it, by depth."""
-    rows: dict[str, list[list[int]]] = {}
+def grid(one: Figures, questions: Sequence[Question]) -> dict[str, dict[int, list[int]]]:
+    """Right answers and questions, by group and, in it, by distance from the document's end."""
+    rows: dict[str, dict[int, list[int]]] = {}
     for question, right in zip(questions, one.right, strict=True):
-        if question.setting == DOCUMENT:
-            row = rows.setdefault(str(question.length), [[0, 0] for _ in DEPTHS])
-            cell = row[DEPTHS.index(question.depth)]
-            cell[0] += right
-            cell[1] += 1
-    return rows
+        cell = rows.setdefault(question.group, {}).setdefault(question.distance, [0, 0])
+        cell[0] += right
+        cell[1] += 1
+    return {group: dict(sorted(row.items())) for group, row in rows.items()}

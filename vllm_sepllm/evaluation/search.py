@@ -12,10 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from vllm_sepllm.config import SepLLMConfig
-from vllm_sepllm.evaluation.share import rule_of
+from vllm_sepllm.evaluation.share import Counted, rule_of
 from vllm_sepllm.layers import LayerPlan
 from vllm_sepllm.separators import Tokenizer
 
@@ -62,24 +60,17 @@ class Shares:
         self, options: dict[str, Any], tokenizer: Tokenizer, texts: Sequence[Sequence[int]]
     ) -> None:
         rule = rule_of(SepLLMConfig.from_dict(options), tokenizer)
-        self._seen = rule.seen
-        # Kept tokens before each place: what is kept does not depend on the window.
-        self._kept = [np.concatenate([[0], rule.kept_flags(text).cumsum()]) for text in texts]
+        self._texts = [Counted(rule, [text]) for text in texts]
 
     def of(self, window: int) -> float:
         """Mean over texts of the share of tokens that the last one attends to."""
-        total = 0.0
-        for kept in self._kept:
-            length = len(kept) - 1
-            start = max(0, length - window)
-            limit = int(kept[start])
-            sinks, first = self._seen.parts(limit)
-            total += (sinks + limit - first + length - start) / length
-        return total / len(self._kept)
+        found = [counted.at_end(window) / counted.lengths[0] for counted in self._texts]
+        return sum(found) / len(found)
 
     def widest(self, share: float) -> int | None:
         """The widest window that holds no more than a share; ``None`` if the narrowest does."""
-        low, high = 0, max(len(kept) for kept in self._kept) // FINEST
+        longest = max(counted.lengths[0] for counted in self._texts)
+        low, high = 0, longest // FINEST
         while low < high:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if self.of(middle * FINEST) <= share else (low, middle - 1)

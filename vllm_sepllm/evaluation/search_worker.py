@@ -46,8 +46,9 @@ def main() -> None:
         try:
             found = measure(job, material, json.loads(line))
         except Exception as error:  # these options cannot be served; the next may
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            found = {"error": lines[-1]}
+            from vllm_sepllm.engine.in_process import sentence_of
+
+            found = {"error": " ".join(sentence_of(error).split())}
         print(ANSWER + json.dumps(found), flush=True)
 
 

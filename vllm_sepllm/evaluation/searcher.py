@@ -115,10 +115,8 @@ class Searcher:
             if line.startswith(ANSWER):
                 break
         else:
-            process.wait()
-            raise EvaluationError(
-                f"the search ended: {reason_in(self._log)}; all it said is in {self._log}"
-            )
+            reason = reason_in(self._log, process.wait())
+            raise EvaluationError(f"the search ended: {reason}; all it said is in {self._log}")
         answer = json.loads(line.removeprefix(ANSWER))
         if "error" in answer:
             self.failed[candidate.name] = answer["error"]

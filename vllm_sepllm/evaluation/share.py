@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
 
 from vllm_sepllm.config import SepLLMConfig
 from vllm_sepllm.kept_ids import resolve_kept
@@ -22,7 +25,8 @@ def num_attended(config: SepLLMConfig, tokenizer: Tokenizer, token_ids: Sequence
     Raises:
         ConfigError: a token that is to be kept is not in the tokenizer.
     """
-    return _num_attended(rule_of(config, tokenizer), token_ids)
+    rule = rule_of(config, tokenizer)
+    return round(Counted(rule, [token_ids]).at_end(rule.window_size))
 
 
 def rule_of(config: SepLLMConfig, tokenizer: Tokenizer) -> KeepRule:
@@ -35,26 +39,58 @@ def rule_of(config: SepLLMConfig, tokenizer: Tokenizer) -> KeepRule:
     return KeepRule.of(found.resolve(config), num_token_ids(tokenizer))
 
 
-def _num_attended(rule: KeepRule, token_ids: Sequence[int]) -> int:
-    start = int(rule.window_start(len(token_ids) - 1))
-    limit = int(rule.kept_flags(token_ids[:start]).sum())
-    sinks, first = rule.seen.parts(limit)
-    return sinks + limit - first + len(token_ids) - start
+class Counted:
+    """How many tokens are attended to under a rule, whatever its window.
+
+    Args:
+        rule: of which the window is not used: what is kept does not depend on it.
+        texts: token ids of each, from position 0 on.
+    """
+
+    def __init__(self, rule: KeepRule, texts: Sequence[Sequence[int]]) -> None:
+        self._seen = rule.seen
+        self._kept = [np.concatenate([[0], rule.kept_flags(text).cumsum()]) for text in texts]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Of the texts, tokens."""
+        return [len(kept) - 1 for kept in self._kept]
+
+    def at_end(self, window: int) -> float:
+        """Tokens that the last one of a text attends to, mean over texts."""
+        return self._mean(window, lambda length: np.array([length - 1]))
+
+    def over_half(self, window: int) -> float:
+        """Tokens attended to where the second half of a text is predicted, mean over texts."""
+        return self._mean(window, lambda length: np.arange(max(1, length // 2) - 1, length - 1))
+
+    def _mean(self, window: int, queries: Callable[[int], npt.NDArray[np.int64]]) -> float:
+        total = 0.0
+        for kept in self._kept:
+            at = queries(len(kept) - 1)
+            start = np.maximum(0, at - window + 1)
+            limit = kept[start]
+            sinks = np.minimum(self._seen.num_sink_tokens, limit)
+            first = self._seen.first_entries(limit)
+            stream = np.where(first > sinks, sinks + limit - first, limit)  # or sinks are in it
+            total += float((stream + at + 1 - start).mean())
+        return total / len(self._kept)
 
 
 def window_of_equal_share(
     config: SepLLMConfig, tokenizer: Tokenizer, token_ids: Sequence[int]
 ) -> SepLLMConfig:
     """StreamingLLM with as many sinks, whose last query attends to as many tokens."""
-    return streaming_like(config, num_attended(config, tokenizer, token_ids))
+    window = num_attended(config, tokenizer, token_ids) - config.num_sink_tokens
+    return streaming_like(config, max(1, window))
 
 
-def streaming_like(config: SepLLMConfig, attended: float) -> SepLLMConfig:
-    """StreamingLLM with the sinks and positions of ``config``, attending to ``attended`` tokens."""
+def streaming_like(config: SepLLMConfig, window: int) -> SepLLMConfig:
+    """StreamingLLM with the sinks and positions of ``config``."""
     return SepLLMConfig(
         policy="streaming",
         num_sink_tokens=config.num_sink_tokens,
-        window_size=max(1, round(attended) - config.num_sink_tokens),
+        window_size=window,
         position_mode=config.position_mode,
     )
 
@@ -64,22 +100,47 @@ def mean_attended(
     tokenizer: Tokenizer,
     texts: Sequence[Sequence[int]],
     num_layers: int,
+    over_half: bool = False,
 ) -> float:
-    """Tokens that the last of a text attends to, mean over texts and over a model's layers.
+    """Tokens attended to, mean over texts and over a model's layers.
 
     Args:
         config: options as given; ``None`` is full attention.
         tokenizer: finds the tokens that are kept.
         texts: token ids of each, from position 0 on.
         num_layers: of the model; dense ones attend to everything.
+        over_half: where the second half of a text is predicted, instead of by its last token.
 
     Raises:
         ConfigError: see :func:`num_attended`; a dense layer does not exist.
     """
-    everything = sum(len(text) for text in texts) / len(texts)
+    config_of_all = config or SepLLMConfig(policy="streaming")
+    rule = rule_of(config_of_all, tokenizer)
+    counted = Counted(rule, texts)
+    count = counted.over_half if over_half else counted.at_end
+    everything = count(max(counted.lengths))
     if config is None:
         return everything
     dense = len(LayerPlan.of(config.dense_layers, num_layers).dense) / num_layers
-    rule = rule_of(config, tokenizer)
-    kept = sum(_num_attended(rule, text) for text in texts) / len(texts)
-    return dense * everything + (1 - dense) * kept
+    return dense * everything + (1 - dense) * count(rule.window_size)
+
+
+def equal_window(
+    config: SepLLMConfig,
+    tokenizer: Tokenizer,
+    texts: Sequence[Sequence[int]],
+    num_layers: int,
+    over_half: bool = False,
+) -> int:
+    """The window with which StreamingLLM attends to as many tokens, to the nearest.
+
+    Args, Raises: see :func:`mean_attended`.
+    """
+    wanted = mean_attended(config, tokenizer, texts, num_layers, over_half)
+    counted = Counted(rule_of(streaming_like(config, 1), tokenizer), texts)
+    count = counted.over_half if over_half else counted.at_end
+    low, high = 1, max(counted.lengths)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (middle + 1, high) if count(middle) < wanted else (low, middle)
+    return min((low, max(1, low - 1)), key=lambda window: abs(count(window) - wanted))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from vllm_sepllm.config import SepLLMConfig
 from vllm_sepllm.evaluation.material import Material
-from vllm_sepllm.evaluation.share import mean_attended, streaming_like
+from vllm_sepllm.evaluation.share import equal_window, mean_attended
 from vllm_sepllm.kept_ids import resolve_kept
 
 Options = dict[str, Any] | None
@@ -29,29 +29,33 @@ class Way:
     Attributes:
         name: in tables.
         of_texts: SepLLM's options while texts are predicted; ``None`` is full attention.
-        of_questions: while questions are answered: these differ for StreamingLLM, whose window
-            follows what is to be equalled.
+        of_groups: while questions of a group are answered. They differ for StreamingLLM, whose
+            window follows what is to be equalled.
         equal: name of the way that gives StreamingLLM as much KV.
         is_control: it shows whether the evaluation sees what it should.
     """
 
     name: str
     of_texts: Options
-    of_questions: Options
+    of_groups: dict[str, Options] = field(hash=False)
     equal: str | None = None
     is_control: bool = False
 
     def ideal(self, material: Material, tokenizer: Any, num_layers: int) -> dict[str, float]:
-        """Share of tokens that the last of a text, and of a question, attends to."""
-        shares = {}
-        for task, options, ids in (
-            ("texts", self.of_texts, list(material.texts)),
-            ("questions", self.of_questions, material.documents),
-        ):
+        """Share of tokens attended to: where texts are predicted, and by the end of questions."""
+
+        def share(options: Options, ids: Sequence[Sequence[int]], over_half: bool) -> float:
             config = None if options is None else SepLLMConfig.from_dict(options)
-            attended = mean_attended(config, tokenizer, ids, num_layers)
-            shares[task] = attended / mean_attended(None, tokenizer, ids, num_layers)
-        return shares
+            mine, all_of_it = (
+                mean_attended(of, tokenizer, ids, num_layers, over_half) for of in (config, None)
+            )
+            return mine / all_of_it
+
+        groups = material.groups
+        shares = [share(self.of_groups[name], ids, False) for name, ids in groups.items()]
+        sizes = [sum(map(len, ids)) for ids in groups.values()]
+        weighted = sum(a * b for a, b in zip(shares, sizes, strict=True)) / sum(sizes)
+        return {"texts": share(self.of_texts, material.texts, True), "questions": weighted}
 
 
 def usual_options(window: int, with_more: bool) -> dict[str, dict[str, Any]]:
@@ -87,8 +91,8 @@ def make_ways(
 ) -> list[Way]:
     """Full attention, the ways of some options, StreamingLLM with as much KV, and the controls.
 
-    A token of every few in the place of separators (FixLLM), and ids drawn at random, are added
-    where SepLLM is among the options: all three then hold as much.
+    One token of every few in the place of separators (FixLLM), and ids drawn at random, are added
+    where SepLLM is among the options. Both keep about as many tokens.
 
     Args:
         options: by name.
@@ -105,48 +109,48 @@ def make_ways(
         share = _kept_share(SepLLMConfig.from_dict(options[SEPLLM]), material, tokenizer)
         fixed = {"policy": "fixed_interval", "interval": max(1, round(1 / max(share, 1e-3)))}
         wanted["one token of a few"] = {**fixed, "window_size": window}
-        ids = _random_ids(material, share)
+        ids = _random_ids(material, share, _not_drawn(tokenizer))
         if ids:
             wanted[RANDOM] = {"keep": ids, "window_size": window}
             controls.add(RANDOM)
-    ways = [Way(FULL, None, None)]
-    streaming: list[Way] = []
+    groups = material.groups
+    ways, streaming = [Way(FULL, None, dict.fromkeys(groups))], list[Way]()
     for name, of_way in wanted.items():
         config = SepLLMConfig.from_dict(of_way)
-        pair = tuple(
-            streaming_like(config, mean_attended(config, tokenizer, ids, num_layers)).window_size
-            for ids in (material.texts, material.documents)
-        )
-        if config.policy == "streaming" and not config.dense_layers:
-            equal = None  # it is its own
-        else:
-            sinks, mode = config.num_sink_tokens, config.position_mode
-            equal = _equal(streaming, pair, sinks, mode, name)
-        ways.append(Way(name, of_way, of_way, equal, name in controls))
+        equal = None
+        if config.policy != "streaming" or config.dense_layers:
+            windows = [equal_window(config, tokenizer, material.texts, num_layers, over_half=True)]
+            windows += [equal_window(config, tokenizer, ids, num_layers) for ids in groups.values()]
+            of_texts, *others = (_streaming_options(config, window) for window in windows)
+            of_groups: dict[str, Options] = dict(zip(groups, others, strict=True))
+            equal = _equal(streaming, of_texts, of_groups, name)
+        ways.append(Way(name, of_way, dict.fromkeys(groups, of_way), equal, name in controls))
     return [*ways, *streaming]
 
 
-def _equal(streaming: list[Way], windows: Sequence[int], sinks: int, mode: str, name: str) -> str:
+def _streaming_options(config: SepLLMConfig, window: int) -> dict[str, Any]:
+    return {
+        "policy": "streaming",
+        "num_sink_tokens": config.num_sink_tokens,
+        "window_size": window,
+        "position_mode": config.position_mode,
+    }
+
+
+def _equal(
+    streaming: list[Way], of_texts: dict[str, Any], of_groups: dict[str, Options], name: str
+) -> str:
     """The name of StreamingLLM with such windows, which is added if none is there yet."""
-    options: list[dict[str, Any]] = [
-        {
-            "policy": "streaming",
-            "num_sink_tokens": sinks,
-            "window_size": window,
-            "position_mode": mode,
-        }
-        for window in windows
-    ]
+
+    def near(a: Any, b: Any) -> bool:
+        same = {**a, "window_size": 0} == {**b, "window_size": 0}
+        return same and abs(a["window_size"] - b["window_size"]) <= ALIKE * b["window_size"]
+
     for way in streaming:
-        there: list[Any] = [way.of_texts, way.of_questions]
-        near = all(
-            {**a, "window_size": 0} == {**b, "window_size": 0}
-            and abs(a["window_size"] - b["window_size"]) <= ALIKE * b["window_size"]
-            for a, b in zip(there, options, strict=True)
-        )
-        if near:
+        others = [way.of_texts, *way.of_groups.values()]
+        if all(map(near, others, [of_texts, *of_groups.values()])):
             return way.name
-    streaming.append(Way(f"{EQUAL}{name}", options[0], options[1]))
+    streaming.append(Way(f"{EQUAL}{name}", of_texts, of_groups))
     return streaming[-1].name
 
 
@@ -161,10 +165,16 @@ def _kept_share(config: SepLLMConfig, material: Material, tokenizer: Any) -> flo
     return sum(token in kept for token in ids) / len(ids)
 
 
-def _random_ids(material: Material, share: float) -> list[int]:
+def _not_drawn(tokenizer: Any) -> set[int]:
+    """Separators, and what the tokenizer calls special."""
+    separators = resolve_kept(SepLLMConfig(), tokenizer).token_ids
+    return {*separators, *tokenizer.all_special_ids}
+
+
+def _random_ids(material: Material, share: float, without: set[int]) -> list[int]:
     """Ids drawn at random that make up a share of all tokens, a little less at most."""
     counts = Counter(_all_ids(material))
-    drawn = np.random.default_rng(0).permutation(sorted(counts)).tolist()
+    drawn = np.random.default_rng(0).permutation(sorted(counts.keys() - without)).tolist()
     left, found = share * counts.total(), []
     for token in drawn:
         if counts[token] <= left:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
 from vllm_sepllm.evaluation.material import Material, Question
 
 DONE = "done"
+REASON = "reason: "  # before the last line of a log
 
 
 def read_material(found: dict[str, Any]) -> Material:
@@ -28,26 +30,41 @@ def read_material(found: dict[str, Any]) -> Material:
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
-    """Evaluate a way. Engines with the same options are one engine."""
+    """Evaluate a way. What has the same options is done by one engine."""
     from vllm_sepllm.engine.in_process import engine
     from vllm_sepllm.evaluation.measure import answer_questions, score_texts
 
     material = read_material(json.loads(Path(job["material"]).read_text(encoding="utf8")))
+    replies: dict[int, str] = {}
+    held: list[dict[str, float]] = []
     result: dict[str, Any] = {}
 
     def done() -> None:
         print(DONE, flush=True)
 
-    of_texts, of_questions = job["of_texts"], job["of_questions"]
-    for options in [of_texts] if of_texts == of_questions else [of_texts, of_questions]:
+    for options in _distinct([job["of_texts"], *job["of_groups"].values()]):
+        groups = {group for group, of in job["of_groups"].items() if of == options}
+        chosen = {i: q for i, q in enumerate(material.questions) if q.group in groups}
         with engine(job["model"], options, **job["engine"]) as llm:
-            if options == of_texts:
+            if options == job["of_texts"]:
                 result["texts"] = score_texts(llm, material.texts, done)
-            if options == of_questions:
-                result["questions"] = answer_questions(llm, material.questions, done)
-                if job["guess"]:
-                    result["without"] = answer_questions(llm, material.without, done)
-    return result
+            if chosen:
+                found = answer_questions(llm, chosen.values(), done)
+                replies |= dict(zip(chosen, found["replies"], strict=True))
+                held.append(found["held"])
+            if chosen and job["guess"]:
+                result["without"] = answer_questions(llm, material.without, done)
+    weights = [part["requests"] for part in held]
+    of_all = {
+        kind: sum(part[kind] * n for part, n in zip(held, weights, strict=True)) / sum(weights)
+        for kind in ("mean", "peak")
+    }
+    in_order = [replies[number] for number in range(len(material.questions))]
+    return {**result, "questions": {"replies": in_order, "held": of_all}}
+
+
+def _distinct(found: list[Any]) -> list[Any]:
+    return [one for number, one in enumerate(found) if one not in found[:number]]
 
 
 def set_environment() -> None:
@@ -55,6 +72,7 @@ def set_environment() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # the log; progress is stdout
 
 
 def main() -> None:
@@ -62,7 +80,15 @@ def main() -> None:
     set_environment()
     path = Path(sys.argv[1])
     job = json.loads(path.read_text(encoding="utf8"))
-    write_json(Path(job["result"]), {"key": job["key"], **run(job)})
+    try:
+        found = run(job)
+    except Exception as error:
+        from vllm_sepllm.engine.in_process import sentence_of
+
+        traceback.print_exc()
+        print(f"{REASON}{' '.join(sentence_of(error).split())}", file=sys.stderr)
+        raise SystemExit(1) from None
+    write_json(Path(job["result"]), {"key": job["key"], **found})
 
 
 def write_json(path: Path, found: dict[str, Any]) -> None:

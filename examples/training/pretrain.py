@@ -20,8 +20,8 @@ from vllm_sepllm.training.flops import ModelSize, causal_pairs
 from vllm_sepllm.training.plan import KeptPattern, pack
 
 
-def new_model(sizes: dict[str, Any]) -> Any:
-    torch.manual_seed(0)
+def new_model(sizes: dict[str, Any], seed: int) -> Any:
+    torch.manual_seed(seed)
     return LlamaForCausalLM(LlamaConfig(**sizes))
 
 
@@ -40,7 +40,8 @@ def main() -> None:
     root, summary = ROOT / options["output_dir"], {}
     claim(root, given)
     for name in given["model"]["attention"]:
-        model, num_pairs = new_model(given["model"]["sizes"]), float(causal_pairs(data["length"]))
+        model = new_model(given["model"]["sizes"], given["model"]["seed"])
+        num_pairs = float(causal_pairs(data["length"]))
         if name == "sepllm":
             num_pairs = pairs(apply(model, given["sepllm"], tokenizer).pattern, rows)
         folder = root / name

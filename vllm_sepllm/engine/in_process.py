@@ -12,7 +12,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm.outputs import RequestOutput
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.request import Request
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,7 @@ def bytes_held(llm: Any) -> dict[str, int]:
     Raises:
         RuntimeError: see :func:`slots_held`.
     """
-    config = _scheduler(llm).kv_cache_config
+    config: KVCacheConfig = _scheduler(llm).kv_cache_config
     # Each tensor names the size of the one allocation that all groups share.
     page = max(tensor.size for tensor in config.kv_cache_tensors) // config.num_blocks
     return {name: page * pages for name, pages in pages_held(llm).items()}
@@ -91,7 +97,8 @@ def output_lengths(llm: Any) -> dict[str, int]:
     Raises:
         RuntimeError: see :func:`slots_held`.
     """
-    return {name: r.num_output_tokens for name, r in _scheduler(llm).requests.items()}
+    live: dict[str, Request] = _scheduler(llm).requests
+    return {name: request.num_output_tokens for name, request in live.items()}
 
 
 def _held(llm: Any, size: Callable[[Any], int]) -> dict[str, int]:
@@ -103,7 +110,7 @@ def _held(llm: Any, size: Callable[[Any], int]) -> dict[str, int]:
     return held
 
 
-def _scheduler(llm: Any) -> Any:
+def _scheduler(llm: Any) -> Scheduler:
     core = getattr(llm.llm_engine.engine_core, "engine_core", None)
     if core is None:
         raise RuntimeError(
@@ -136,7 +143,8 @@ def run_together(
     from vllm import SamplingParams
 
     sampling = SamplingParams(**{"temperature": 0, "ignore_eos": True, **params})
-    outputs = {}
+    outputs: dict[str, RequestOutput] = {}
+    output: RequestOutput
     for name, ids in prompts.items():
         llm.llm_engine.add_request(name, {"prompt_token_ids": list(ids)}, sampling.clone())
     while llm.llm_engine.has_unfinished_requests():

@@ -73,7 +73,7 @@ class Suite:
 
 
 SUITES = {
-    "quick": Suite(4, 1024, (900, 1800), 2, 1),
+    "quick": Suite(2, 1024, (700, 1400), 1, 1),
     "full": Suite(12, 4096, (1000, 2000, 4000, 7000), 5, 8, more_ways=True),
 }
 

@@ -140,3 +140,10 @@ def test_one_text_at_a_time(model):
     state = HeavyHitters(1, 1)
     with pytest.raises(ValueError, match="2 tokens after 3, but 0 were seen"):
         state.attend(torch.zeros(1, 2, 5), 1)
+
+
+def test_a_window_of_the_models_own_is_refused():
+    model = make_model("Mistral", sliding_window=8)
+    apply_h2o(model, heavy=1, recent=1)
+    with pytest.raises(ValueError, match="sliding_window=8: this baseline has plain causal"):
+        model(input_ids=torch.ones(1, 4, dtype=torch.long))

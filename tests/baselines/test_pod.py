@@ -1,7 +1,6 @@
 """PoD against full attention, a loop over tokens, and what must have no gradient."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -42,10 +41,9 @@ def test_attention_is_that_of_a_loop():
     """Four query heads on two KV heads, near and distant tokens, one query at a time."""
     torch.manual_seed(0)
     state = pod.SharedKeys(((0, 0), (0, 1)), num_sink_tokens=2, recent=3)
-    layers = [SimpleNamespace(layer_idx=i, _pod=state) for i in range(2)]
     query, key, value = (torch.randn(2, 1, n, 9, 8, dtype=torch.float64) for n in (4, 2, 2))
-    for layer, module in enumerate(layers):
-        found, _ = pod._attend(module, query[layer], key[layer], value[layer], None)
+    for layer in range(2):
+        found = pod._attend(state, layer, query[layer], key[layer], value[layer], 8**-0.5)
     for head in range(4):
         kv = head // 2
         bottom = state.blocks[1][kv]
@@ -67,8 +65,7 @@ def test_distant_keys_of_other_layers_have_no_gradient():
     key = torch.randn(2, 1, 2, 9, 8, requires_grad=True)
     query, value = torch.randn(2, 1, 4, 9, 8), torch.randn(2, 1, 2, 9, 8)
     for layer in range(2):
-        module = SimpleNamespace(layer_idx=layer, _pod=state)
-        found, _ = pod._attend(module, query[layer], key[layer], value[layer], None)
+        found = pod._attend(state, layer, query[layer], key[layer], value[layer], 8**-0.5)
     found[0, -1].sum().backward()  # what the last token of the second layer attends to
     distant = slice(2, 6)  # behind the sinks, before the recent ones
     assert not key.grad[1, 0, 0, distant].any(), "the second layer's own, in a block of two"

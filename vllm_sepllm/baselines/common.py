@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
 
 # Arguments with which models of Transformers ask for more than plain attention.
 _OTHERS = "softcap", "sliding_window", "s_aux"
@@ -20,6 +24,51 @@ def refuse_others(given: dict[str, Any]) -> None:
                 f"the model's attention has {name}={given[name]!r}: this baseline has plain causal "
                 "attention only"
             )
+
+
+def attention_layers(model: Any) -> list[Any]:
+    """Those whose attention Transformers can replace, in their order."""
+    return [x for x in model.modules() if hasattr(x, "layer_idx") and hasattr(x, "scaling")]
+
+
+# State of a layer, its index, queries, keys and values ``[batch, heads, tokens, size]``, and what
+# logits are multiplied by; to ``[batch, tokens, heads, size]``.
+Attend = Callable[
+    [Any, int, torch.Tensor, torch.Tensor, torch.Tensor, float],
+    torch.Tensor,
+]
+
+
+def install(model: Any, name: str, attend: Attend, states: Sequence[Any]) -> None:
+    """Have a model's layers compute attention with a function, each with its state.
+
+    Args:
+        model: changed.
+        name: in ``AttentionInterface``.
+        attend: computes attention over the keys of all tokens so far. No mask is made.
+        states: one for each of :func:`attention_layers`.
+    """
+    place = f"_{name.replace('-', '_')}"
+
+    def forward(
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float | None = None,
+        **more: Any,
+    ) -> tuple[torch.Tensor, None]:
+        refuse_others(more)
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        state = getattr(module, place)
+        return attend(state, module.layer_idx, query, key, value, scaling), None
+
+    AttentionInterface.register(name, forward)
+    AttentionMaskInterface.register(name, lambda *args, **more: None)
+    model.set_attn_implementation(name)
+    for layer, state in zip(attention_layers(model), states, strict=True):
+        setattr(layer, place, state)
 
 
 def num_kv_heads(model: Any) -> int:

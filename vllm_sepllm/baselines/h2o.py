@@ -28,13 +28,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
 
-from vllm_sepllm.baselines.common import refuse_others
+from vllm_sepllm.baselines.common import attention_layers, install
 
 NAME = "sepllm-h2o"
 SHARES = ("query_head", "kv_head", "layer")
-_STATE = "_h2o"
 
 
 @dataclass
@@ -109,26 +107,23 @@ class HeavyHitters:
 
 
 def _attend(
-    module: Any,
+    state: HeavyHitters,
+    layer: int,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    **more: Any,
-) -> tuple[torch.Tensor, None]:
-    """For ``AttentionInterface``: ``[1, heads, tokens, size]``, keys of all tokens so far."""
-    refuse_others(more)
-    del attention_mask
+    scaling: float,
+) -> torch.Tensor:
+    """Of one text; see :data:`vllm_sepllm.baselines.common.Attend`."""
+    del layer
     if query.shape[0] != 1:
         raise ValueError(f"a batch of {query.shape[0]} texts: H2O follows one text at a time")
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     num_kv_heads, groups = key.shape[1], query.shape[1] // key.shape[1]
     wide = torch.promote_types(query.dtype, torch.float32)
     keys, values = (x[0].repeat_interleave(groups, 0) for x in (key, value))
     logits = (query[0].to(wide) @ keys.to(wide).mT) * scaling
-    probabilities = getattr(module, _STATE).attend(logits, num_kv_heads)
-    return (probabilities.to(value.dtype) @ values).transpose(0, 1)[None], None
+    probabilities = state.attend(logits, num_kv_heads)
+    return (probabilities.to(value.dtype) @ values).transpose(0, 1)[None]
 
 
 def apply_h2o(
@@ -156,13 +151,9 @@ def apply_h2o(
         )
     if share not in SHARES:
         raise ValueError(f"share={share!r}: must be one of {', '.join(SHARES)}")
-    layers = [x for x in model.modules() if hasattr(x, "layer_idx") and hasattr(x, "scaling")]
+    layers = attention_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no attention layers that can be replaced")
-    AttentionInterface.register(NAME, _attend)
-    AttentionMaskInterface.register(NAME, lambda *args, **more: None)
-    model.set_attn_implementation(NAME)
     states = [HeavyHitters(heavy, recent, prompt, share) for _ in layers]
-    for layer, state in zip(layers, states, strict=True):
-        setattr(layer, _STATE, state)
+    install(model, NAME, _attend, states)
     return states

@@ -21,12 +21,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
 
-from vllm_sepllm.baselines.common import num_kv_heads, refuse_others
+from vllm_sepllm.baselines.common import attention_layers, install, num_kv_heads
 
 NAME = "sepllm-pod"
-_STATE = "_pod"
 Blocks = tuple[tuple[int, ...], ...]  # by layer and KV head: the layer whose distant keys are taken
 
 
@@ -66,24 +64,19 @@ class SharedKeys:
 
 
 def _attend(
-    module: Any,
+    state: SharedKeys,
+    layer: int,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    **more: Any,
-) -> tuple[torch.Tensor, None]:
-    """For ``AttentionInterface``: ``[batch, heads, tokens, size]``, keys of all tokens so far."""
-    refuse_others(more)
-    del attention_mask
-    state: SharedKeys = getattr(module, _STATE)
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scaling: float,
+) -> torch.Tensor:
+    """See :data:`vllm_sepllm.baselines.common.Attend`."""
     groups, num_queries = query.shape[1] // key.shape[1], query.shape[2]
     places = torch.arange(key.shape[2], device=query.device)
     back = places[-num_queries:, None] - places
     logits = torch.matmul(query, key.repeat_interleave(groups, 1).mT) * scaling
-    distant = state.distant_keys(module.layer_idx, key)
+    distant = state.distant_keys(layer, key)
     if distant is not None:
         near = (places < state.num_sink_tokens) | (back < state.recent)
         others = torch.matmul(query, distant.repeat_interleave(groups, 1).mT) * scaling
@@ -92,9 +85,9 @@ def _attend(
     wide = torch.promote_types(query.dtype, torch.float32)
     probabilities = logits.softmax(-1, dtype=wide).to(query.dtype)
     if state.num_observed:
-        state.probabilities[module.layer_idx] = probabilities[0, :, -state.num_observed :].detach()
+        state.probabilities[layer] = probabilities[0, :, -state.num_observed :].detach()
     found = torch.matmul(probabilities, value.repeat_interleave(groups, 1))
-    return found.transpose(1, 2), None
+    return found.transpose(1, 2)
 
 
 def apply_pod(
@@ -118,7 +111,7 @@ def apply_pod(
     Raises:
         ValueError: the blocks are not those of such a model.
     """
-    layers = [x for x in model.modules() if hasattr(x, "layer_idx") and hasattr(x, "scaling")]
+    layers = attention_layers(model)
     num_heads = num_kv_heads(model)
     found = tuple(tuple(heads) for heads in blocks)
     if len(found) != len(layers) or any(len(heads) != num_heads for heads in found):
@@ -137,12 +130,8 @@ def apply_pod(
         raise ValueError(
             f"num_sink_tokens={num_sink_tokens}, recent={recent}: must be at least 0 and 1"
         )
-    AttentionInterface.register(NAME, _attend)
-    AttentionMaskInterface.register(NAME, lambda *args, **more: None)
-    model.set_attn_implementation(NAME)
     state = SharedKeys(found, num_sink_tokens, recent)
-    for layer in layers:
-        setattr(layer, _STATE, state)
+    install(model, NAME, _attend, [state] * len(layers))
     return state
 
 

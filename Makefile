@@ -1,6 +1,9 @@
 PY := .venv/bin/python
 PYTEST_ARGS ?=
 
+# Some container images set this. Each of a thousand processes would then compile vLLM, for 12 s.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help setup model demo test lint bench bench-train stream gpu-bench gpu-tune soak fuzz clean
 

@@ -9,8 +9,8 @@ from helpers import MODEL, tokenizer
 from typer.testing import CliRunner
 
 from vllm_sepllm.cli import main
+from vllm_sepllm.evaluation import child
 from vllm_sepllm.evaluation import material as materials
-from vllm_sepllm.evaluation import run
 from vllm_sepllm.evaluation.material import NEW_TOKENS, Suite, make_material, package_text
 from vllm_sepllm.evaluation.measure import answer_questions, score_texts
 from vllm_sepllm.oracle.dense_mask import masked_logits, sepllm_mask
@@ -82,7 +82,7 @@ def evaluate(folder, *more):
 def test_a_run_is_resumed_and_repeated(monkeypatch, tmp_path):
     """One way fails, the next run measures it alone; another run gives the same report."""
     monkeypatch.setitem(materials.SUITES, "quick", SMALL)
-    began, start = [], run.subprocess.Popen
+    began, start = [], child.subprocess.Popen
 
     def first_fails(command, **options):
         began.append(command[-1])
@@ -90,7 +90,7 @@ def test_a_run_is_resumed_and_repeated(monkeypatch, tmp_path):
             command = ["sh", "-c", "echo 'reason: 3 GiB are missing.' >&2; exit 1"]
         return start(command, **options)
 
-    monkeypatch.setattr(run.subprocess, "Popen", first_fails)
+    monkeypatch.setattr(child.subprocess, "Popen", first_fails)
     found = evaluate(tmp_path / "one")
     assert found.exit_code == 1
     assert "'facts' failed: 3 GiB are missing; all it said is in" in found.stderr

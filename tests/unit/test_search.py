@@ -6,9 +6,12 @@ import pytest
 from typer.testing import CliRunner
 
 from vllm_sepllm.cli import main
+from vllm_sepllm.cli import tuning as tuning_command
 from vllm_sepllm.config import SepLLMConfig
 from vllm_sepllm.evaluation import tune as tuning
+from vllm_sepllm.evaluation.material import split
 from vllm_sepllm.evaluation.search import (
+    BOUNDS,
     FINEST,
     RULES,
     Candidate,
@@ -37,7 +40,7 @@ def share_of(options, tokenizer, texts):
     return sum(shares) / len(shares)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", list(RULES)[::3])
 @pytest.mark.parametrize("bound", [None, 20])
 def test_shares_are_those_that_are_attended(tokenizer, texts, rule, bound):
     options = dict(RULES[rule])
@@ -61,12 +64,12 @@ def test_windows_are_as_wide_as_they_can_be(tokenizer, texts, share):
 def test_a_rule_that_keeps_more_than_the_share(tokenizer, book):
     texts = [book[:2000]]
     assert Shares({}, tokenizer, texts).widest(0.1) is None
-    found = candidates({"separators": {}}, [()], 0.1, tokenizer, texts, LAYERS)
+    found = candidates({"separators": {}}, [()], 0.1, tokenizer, texts, LAYERS, (None, *BOUNDS))
     assert [one.options.get("max_separator_tokens") for one in found] == [64]
 
 
 def test_candidates(tokenizer, texts):
-    found = candidates(RULES, [(), (0, -1)], 0.45, tokenizer, texts, LAYERS)
+    found = candidates(RULES, [(), (0, -1)], 0.45, tokenizer, texts, LAYERS, (None, *BOUNDS))
     names = [one.name for one in found]
     assert len(set(names)) == len(names)
     assert any("separators, window" in name and "dense" not in name for name in names)
@@ -83,7 +86,7 @@ def test_candidates(tokenizer, texts):
 
 def test_a_bound_over_everything_is_left_out(tokenizer, texts):
     """256 newest separators are all there are in these texts."""
-    found = candidates({"separators": {}}, [()], 0.5, tokenizer, texts, LAYERS)
+    found = candidates({"separators": {}}, [()], 0.5, tokenizer, texts, LAYERS, (None, *BOUNDS))
     assert [one.options.get("max_separator_tokens") for one in found] == [None, 64]
 
 
@@ -140,12 +143,28 @@ def test_layers_are_ranked_by_what_they_lose_alone():
 
 def test_search_and_report_do_not_share_text():
     """Nothing that decided is in what is reported."""
-    searched = {n for rung in tuning.RUNGS for n in rung.texts}
-    assert not searched & set(tuning.REPORTED.texts)
-    asked = {n for rung in tuning.RUNGS for n in rung.documents}
-    assert not asked & set(tuning.REPORTED.documents)
-    assert len(searched | set(tuning.REPORTED.texts)) == tuning.SUITE.num_texts
-    assert len(asked | set(tuning.REPORTED.documents)) == tuning.SUITE.num_documents
+    suite = tuning.SUITE
+    for rung in tuning.RUNGS:
+        assert max(rung.texts) < suite.num_texts
+        assert max(rung.documents) < suite.num_documents
+    assert tuning.REPORTED.texts == tuple(range(suite.num_texts, 2 * suite.num_texts))
+    number = suite.num_documents
+    assert tuning.REPORTED.documents == tuple(range(number, 2 * number))
+
+
+@pytest.mark.parametrize("calibrate", [False, True])
+def test_parts_of_the_text_have_nothing_in_common(tmp_path, calibrate):
+    text = "".join(f"Sentence {i}. " for i in range(1000))
+    file = tmp_path / "text.txt"
+    file.write_text(text, encoding="utf8")
+    parts = tuning_command._parts([str(file), str(file)], calibrate)
+    assert len(parts) == 2 + calibrate
+    assert [len(part) for part in parts] == [2] * len(parts)
+    for number in range(2):
+        assert "".join(part[number] for part in parts) == text
+    assert min(len(part[0]) for part in parts) > len(text) / 4
+    assert split("", 2) == ["", ""]
+    assert split("abcdef", 3) == ["ab", "cd", "ef"]
 
 
 class Answers:

@@ -123,7 +123,7 @@ def prepare(given: Given) -> Evaluation:
     """
     from vllm_sepllm.evaluation.material import SUITES, make_material, package_text
     from vllm_sepllm.evaluation.run import Evaluation, engine_arguments
-    from vllm_sepllm.evaluation.ways import YOURS, make_ways, usual_options
+    from vllm_sepllm.evaluation.ways import YOURS, make_ways, possible, usual_options
 
     if given.suite not in SUITES:
         raise InputError(f"--suite {given.suite!r}: must be one of {', '.join(SUITES)}")
@@ -154,29 +154,16 @@ def prepare(given: Given) -> Evaluation:
     if model.num_layers < 3:
         options = {n: of for n, of in options.items() if n == YOURS or "dense_layers" not in of}
     with status("finding windows of equal KV"):
-        options = _possible(options, tokenizer)
+        options, refused = possible(options, tokenizer)
+        if YOURS in refused:
+            raise refused[YOURS]
+        for name, reason in refused.items():
+            line = f"{name} is left out: {reason}"
+            Console(stderr=True).print(line, markup=False, soft_wrap=True)
         ways = make_ways(options, material, tokenizer, model.num_layers)
         ideal = {way.name: way.ideal(material, tokenizer, model.num_layers) for way in ways}
     arguments = engine_arguments(model, suite.longest, given.dtype, given.engine)
     return Evaluation(model, material, ways, arguments, given.folder, ideal)
-
-
-def _possible(options: dict[str, dict[str, Any]], tokenizer: Any) -> dict[str, dict[str, Any]]:
-    """Without what a tokenizer lacks the tokens of; the user's own options are refused then."""
-    from vllm_sepllm.evaluation.ways import YOURS
-    from vllm_sepllm.kept_ids import resolve_kept
-
-    found = {}
-    for name, of_way in options.items():
-        try:
-            resolve_kept(SepLLMConfig.from_dict(of_way), tokenizer)
-        except ConfigError as error:
-            if name == YOURS:
-                raise
-            Console(stderr=True).print(f"{name} is left out: {error}", markup=False, soft_wrap=True)
-        else:
-            found[name] = of_way
-    return found
 
 
 def read_model(name: str) -> Model:
@@ -207,8 +194,8 @@ def run(evaluation: Evaluation) -> tuple[dict[str, Figures], list[str]]:
     Raises:
         InputError: full attention failed, so nothing can be compared.
     """
+    from vllm_sepllm.evaluation.child import EvaluationError
     from vllm_sepllm.evaluation.report import figures
-    from vllm_sepllm.evaluation.run import EvaluationError
     from vllm_sepllm.evaluation.ways import FULL
 
     make_folder(evaluation.folder)

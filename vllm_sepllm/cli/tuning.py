@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -40,6 +41,9 @@ def tune(
     keep_retrieval: Annotated[
         bool, typer.Option("--keep-retrieval", help="Facts far back come before perplexity.")
     ] = False,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Try lists of the tokens most attended to from far.")
+    ] = False,
     minutes: Annotated[float, typer.Option(help="Time for the search.")] = 15,
     dtype: Annotated[str, typer.Option(help="As vLLM's --dtype.")] = "float32",
     engine: Annotated[
@@ -58,8 +62,12 @@ def tune(
             raise InputError(f"--kv {kv:g}: must be above 0 and below 1, e.g. 0.3")
         check_least("--minutes", minutes, 0, "15 is enough for a small model on a CPU")
         arguments = engine_options(engine)
-        evaluation, tokenizer = _prepare(model, tuple(text or ()), dtype, arguments, folder)
-        tuned, failed, num_late = _search(evaluation, tokenizer, kv, keep_retrieval, 60 * minutes)
+        parts = _parts(text or [], calibrate)
+        evaluation, tokenizer = _prepare(model, parts[:2], dtype, arguments, folder)
+        lists = _calibrated(evaluation, tokenizer, parts[2], dtype) if calibrate else {}
+        tuned, failed, num_late = _search(
+            evaluation, tokenizer, kv, keep_retrieval, 60 * minutes, lists
+        )
     except (InputError, ConfigError) as error:
         raise exit_with(str(error), 2) from None
     except KeyboardInterrupt:
@@ -68,46 +76,85 @@ def tune(
         _show(console, tuned, failed, num_late)
 
 
+def _parts(names: Sequence[str], calibrate: bool) -> list[list[str]]:
+    """Of every text: what is searched on, what is reported, and what lists are made from."""
+    from vllm_sepllm.evaluation.material import package_text, split
+
+    texts = [read_text(name) for name in names] or [package_text()]
+    return [list(part) for part in zip(*(split(x, 2 + calibrate) for x in texts), strict=True)]
+
+
 def _prepare(
-    model: str, names: tuple[str, ...], dtype: str, arguments: dict[str, Any], folder: Path
+    model: str, parts: Sequence[Sequence[str]], dtype: str, arguments: dict[str, Any], folder: Path
 ) -> tuple[Evaluation, Any]:
     """What candidates are measured on, and the tokenizer.
 
     Raises:
         InputError: something cannot be used.
     """
-    from vllm_sepllm.evaluation.material import make_material, package_text
+    from vllm_sepllm.evaluation.material import joined, make_material
     from vllm_sepllm.evaluation.run import Evaluation, engine_arguments
     from vllm_sepllm.evaluation.tune import SUITE
 
     tokenizer, read = load_tokenizer(model), read_model(model)
-    texts = [read_text(name) for name in names] or [package_text()]
     try:
         with status("cutting texts into tokens"):
-            suite = SUITE.within(read.max_length)
-            material = make_material(tokenizer, texts, suite)
+            suite = SUITE.within(
+                min(arguments.get("max_model_len", read.max_length), read.max_length)
+            )
+            material = joined(
+                *(
+                    make_material(tokenizer, part, suite, number * suite.num_documents)
+                    for number, part in enumerate(parts)
+                )
+            )
     except ValueError as error:
-        raise InputError(str(error)) from error
+        raise InputError(f"of each part of the text, for search and report: {error}") from error
     make_folder(folder)
     given = engine_arguments(read, suite.longest, dtype, arguments)
     return Evaluation(read, material, [], given, folder, {}), tokenizer
 
 
+def _calibrated(
+    evaluation: Evaluation, tokenizer: Any, texts: Sequence[str], dtype: str
+) -> dict[str, dict[str, Any]]:
+    """Rules with lists of what is attended to from far, by name.
+
+    Raises:
+        InputError: the model could not be looked at.
+    """
+    from vllm_sepllm.evaluation.calibration_worker import calibrate
+    from vllm_sepllm.evaluation.child import EvaluationError
+    from vllm_sepllm.evaluation.tune import CALIBRATED
+
+    with status("looking at what is attended to from far"):
+        try:
+            found = calibrate(evaluation.model.name, tokenizer, texts, dtype, evaluation.folder)
+        except (ValueError, EvaluationError) as error:
+            raise InputError(str(error)) from error
+    return {f"{CALIBRATED}, {share:.0%} of text": {"keep": keep} for share, keep in found.items()}
+
+
 def _search(
-    evaluation: Evaluation, tokenizer: Any, kv: float, by_questions: bool, seconds: float
+    evaluation: Evaluation,
+    tokenizer: Any,
+    kv: float,
+    by_questions: bool,
+    seconds: float,
+    lists: dict[str, dict[str, Any]],
 ) -> tuple[Tuned, dict[str, str], int]:
     """The result, what could not be served, and how many were left out.
 
     Raises:
         InputError: nothing was found.
     """
-    from vllm_sepllm.evaluation.run import EvaluationError
+    from vllm_sepllm.evaluation.child import EvaluationError
     from vllm_sepllm.evaluation.searcher import Searcher
     from vllm_sepllm.evaluation.tune import tune as search
 
     with Searcher(evaluation, seconds) as searcher, status("starting") as shown:
         try:
-            tuned = search(evaluation, searcher, tokenizer, kv, by_questions, shown.update)
+            tuned = search(evaluation, searcher, tokenizer, kv, by_questions, shown.update, lists)
         except (ValueError, EvaluationError) as error:
             raise InputError(str(error)) from error
         return tuned, searcher.failed, searcher.num_late
@@ -120,6 +167,8 @@ def _show(console: Console, tuned: Tuned, failed: dict[str, str], num_late: int)
         console.print(f"What a layer loses alone, nats per token: {layers}", soft_wrap=True)
     console.print(_table("on text that the search did not see", tuned.reported))
     console.print(_table("on text that was searched on", tuned.best[:8]))
+    if tuned.calibrated:
+        console.print(tuned.calibrated, soft_wrap=True)
     for name, reason in failed.items():
         console.print(f"left out: {name}: {reason}", markup=False, soft_wrap=True)
     if num_late:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.resources import files
+from itertools import pairwise
 from typing import Any
 
 from vllm_sepllm.evaluation.facts import SPREAD, WORDINGS, Document, hide_facts
@@ -152,13 +153,16 @@ def package_text() -> str:
     return gzip.decompress(data).decode("utf8")
 
 
-def make_material(tokenizer: Any, texts: Sequence[str], suite: Suite) -> Material:
+def make_material(
+    tokenizer: Any, texts: Sequence[str], suite: Suite, first_document: int = 0
+) -> Material:
     """Pieces and documents of texts.
 
     Args:
         tokenizer: one of Transformers.
         texts: at least one. Pieces are spread over all of them, documents come from them in turn.
         suite: how much.
+        first_document: number of the first; others have other facts.
 
     Raises:
         ValueError: the texts are too short.
@@ -168,10 +172,9 @@ def make_material(tokenizer: Any, texts: Sequence[str], suite: Suite) -> Materia
     bos = [] if tokenizer.bos_token_id is None else tokenizer.encode("")[:1]
     questions: list[Question] = []
     without: list[Question] = []
-    number = 0
     plan = [(length, DOCUMENT) for length in suite.lengths for _ in range(suite.num_documents)]
     plan += [(suite.lengths[-1], CHAT)] * suite.num_chats
-    for number, (length, setting) in enumerate(plan):
+    for number, (length, setting) in enumerate(plan, first_document):
         distances = [max(SPREAD, round(depth * (length - _BESIDE))) for depth in DEPTHS]
         document = hide_facts(ids[number % len(ids)], tokenizer, number, distances)
         asked = _ask(tokenizer, document, setting, number, length, distances)
@@ -180,6 +183,25 @@ def make_material(tokenizer: Any, texts: Sequence[str], suite: Suite) -> Materia
             without += _ask(tokenizer, document.without_facts(), setting, number, length, distances)
     texts_of = tuple(tuple((*bos, *piece)[: suite.text_length]) for piece in pieces)
     return Material(texts_of, tuple(questions), tuple(without))
+
+
+def joined(*parts: Material) -> Material:
+    """Of several parts, whose documents have different numbers."""
+    return Material(
+        tuple(text for part in parts for text in part.texts),
+        tuple(question for part in parts for question in part.questions),
+        tuple(question for part in parts for question in part.without),
+    )
+
+
+def split(text: str, count: int) -> list[str]:
+    """As many parts of a text, about as long, cut at white space where there is some."""
+    cuts = [0]
+    for part in range(1, count):
+        at = len(text) * part // count
+        space = max(text.rfind(" ", cuts[-1], at), text.rfind("\n", cuts[-1], at)) + 1
+        cuts.append(space if space > cuts[-1] else at)
+    return [text[start:stop] for start, stop in pairwise([*cuts, len(text)])]
 
 
 def _pieces(books: Sequence[Sequence[int]], count: int, length: int) -> list[Sequence[int]]:

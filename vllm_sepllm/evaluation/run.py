@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
@@ -16,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from vllm_sepllm import __version__
+from vllm_sepllm.evaluation.child import EvaluationError, child
 from vllm_sepllm.evaluation.material import Material
 from vllm_sepllm.evaluation.ways import FULL, Way
-from vllm_sepllm.evaluation.worker import DONE, REASON, write_json
+from vllm_sepllm.evaluation.worker import DONE, write_json
 
 PAGE = 32  # tokens
 STEP = 512  # tokens of a step at most
@@ -149,27 +148,15 @@ class Evaluation:
         }
         job_file, log = file.with_suffix(".job"), file.with_suffix(".log")
         write_json(job_file, job)
-        command = [sys.executable, "-m", "vllm_sepllm.evaluation.worker", str(job_file)]
-        with log.open("w", encoding="utf8") as errors:
-            process = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=errors, text=True, errors="replace"
-            )
-            try:
-                assert process.stdout is not None
-                for line in process.stdout:
-                    if line.rstrip("\n") == DONE:
-                        done()
-                    else:
-                        errors.write(line)
-                status = process.wait()
-            finally:
-                if process.poll() is None:
-                    process.kill()
-                    process.wait()
+        with child("vllm_sepllm.evaluation.worker", job_file, log) as worker:
+            for _ in worker.answers(DONE):
+                done()
+            failure = worker.failure()
         job_file.unlink(missing_ok=True)
-        if status or self.result(way) is None:
-            reason = reason_in(log, status)
-            raise EvaluationError(f"{way.name!r} failed: {reason}; all it said is in {log}")
+        if failure is None and self.result(way) is None:
+            failure = "it wrote no result"
+        if failure is not None:
+            raise EvaluationError(f"{way.name!r} failed: {failure}")
         log.unlink(missing_ok=True)
 
 
@@ -185,21 +172,6 @@ def sources() -> str:
 
 def _hash(parts: list[Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-class EvaluationError(RuntimeError):
-    """A way could not be evaluated; one sentence says why."""
-
-
-def reason_in(log: Path, status: int) -> str:
-    """Why a worker ended: what it said last, or the signal that ended it."""
-    if status < 0:
-        return f"it was ended by signal {-status} (9 is often a machine without memory left)"
-    lines = log.read_text(encoding="utf8", errors="replace").splitlines()
-    reasons = [line.removeprefix(REASON) for line in lines if line.startswith(REASON)]
-    return (
-        [*lines[-1:], "it said nothing", *reasons][-1 if reasons else 0].strip().rstrip(".")[:500]
-    )
 
 
 def version_of(package: str) -> str | None:

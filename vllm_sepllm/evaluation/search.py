@@ -17,24 +17,34 @@ from vllm_sepllm.evaluation.share import Counted, rule_of
 from vllm_sepllm.layers import LayerPlan
 from vllm_sepllm.separators import Tokenizer
 
-CLASSES = ["special", "digits", "capitalized"]
-RULES: dict[str, dict[str, Any]] = {
-    "nothing (StreamingLLM)": {"policy": "streaming"},
-    "separators": {},
-    "digits and capitals": {"keep": CLASSES},
-    "digits and capitals, 2 behind each": {
-        "keep": CLASSES,
-        "keep_after": dict.fromkeys(CLASSES[1:], 2),
-    },
-    "digits and capitals, 4 behind each": {
-        "keep": CLASSES,
-        "keep_after": dict.fromkeys(CLASSES[1:], 4),
-    },
-    "digits and names": {"keep": ["special", "digits", "names"]},
-    "facts": {"preset": "facts"},
-    "separators, digits and capitals": {"keep": ["separators", *CLASSES]},
+CLASSES = {
+    "digits": ["digits"],
+    "digits and capitals": ["digits", "capitalized"],
+    "digits and names": ["digits", "names"],
 }
-BOUNDS = None, 256, 64
+BEHIND = 0, 2, 4  # tokens kept behind each of them
+BOUNDS = 256, 64  # newest tokens kept
+
+
+def _make_rules() -> dict[str, dict[str, Any]]:
+    """All combinations, and what stands outside of them."""
+    found: dict[str, dict[str, Any]] = {
+        "nothing (StreamingLLM)": {"policy": "streaming"},
+        "separators": {},
+        "facts": {"preset": "facts"},
+    }
+    for first in ([], ["separators"]):
+        for name, classes in CLASSES.items():
+            for number in BEHIND:
+                options: dict[str, Any] = {"keep": [*first, "special", *classes]}
+                if number:
+                    options["keep_after"] = dict.fromkeys(classes, number)
+                behind = f", {number} behind each" if number else ""
+                found[f"{', '.join([*first, name])}{behind}"] = options
+    return found
+
+
+RULES = _make_rules()
 FINEST = 16  # tokens: windows are multiples of it
 
 
@@ -43,14 +53,16 @@ class Candidate:
     """Options to be measured.
 
     Attributes:
-        name: the rule, its bound and its dense layers.
+        name: the rule, its window, bound and dense layers.
         options: of SepLLM; ``None`` is full attention.
         share: of the KV cache, mean over texts and layers.
+        rule: its name.
     """
 
     name: str
     options: dict[str, Any] | None = field(hash=False)
     share: float
+    rule: str = ""
 
 
 class Shares:
@@ -84,23 +96,25 @@ def candidates(
     tokenizer: Tokenizer,
     texts: Sequence[Sequence[int]],
     num_layers: int,
+    bounds: Sequence[int | None] = (None,),
 ) -> list[Candidate]:
     """Options that hold at most a share, each with the widest window that it can have.
 
     Args:
-        rules: options by name; one with a bound of its own is not bounded further.
+        rules: options by name, without a bound of their own.
         dense: layers with full attention, each tried with every rule.
         share: of the KV cache, over all layers.
         tokenizer: finds the tokens that are kept.
         texts: like those to be served, token ids.
         num_layers: of the model.
+        bounds: newest tokens kept; ``None`` is all.
     """
     found = []
     choices = list(dense)
     for name, options in rules.items():
-        keeps = options.get("policy") != "streaming"
-        bounds = BOUNDS if keeps and "max_separator_tokens" not in options else (None,)
         for bound in bounds:
+            if bound and options.get("policy") == "streaming":
+                continue
             bounded = options if bound is None else {**options, "max_separator_tokens": bound}
             shares = Shares(bounded, tokenizer, texts)
             for layers in choices:
@@ -117,7 +131,7 @@ def candidates(
                 given = {**bounded, "window_size": window}
                 if layers:
                     given["dense_layers"] = list(layers)
-                found.append(Candidate(shown, given, of_all))
+                found.append(Candidate(shown, given, of_all, name))
     return _distinct(found, shares_bound=0.005)
 
 

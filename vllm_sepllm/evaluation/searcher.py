@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict
 from types import TracebackType
 from typing import Any
 
+from vllm_sepllm.evaluation.child import Child, EvaluationError, child
 from vllm_sepllm.evaluation.report import marks
-from vllm_sepllm.evaluation.run import Evaluation, EvaluationError, reason_in
+from vllm_sepllm.evaluation.run import Evaluation
 from vllm_sepllm.evaluation.search import Candidate, Rung, Score
 from vllm_sepllm.evaluation.search_worker import ANSWER
 from vllm_sepllm.evaluation.worker import write_json
@@ -31,8 +31,8 @@ class Searcher:
         self._evaluation = evaluation
         self._deadline = time.monotonic() + seconds
         self._file = evaluation.folder / "search.jsonl"
-        self._log = evaluation.folder / "search.log"
-        self._process: subprocess.Popen[str] | None = None
+        self._started = ExitStack()
+        self._worker: Child | None = None
         self._known: dict[str, Any] = {}
         self.failed: dict[str, str] = {}
         self.num_late = 0
@@ -53,9 +53,7 @@ class Searcher:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._process is not None and self._process.poll() is None:
-            self._process.kill()
-            self._process.wait()
+        self._started.close()
 
     @property
     def is_late(self) -> bool:
@@ -102,22 +100,15 @@ class Searcher:
         return Score(sum(nats) / max(1, len(nats)), sum(right), len(right))
 
     def _ask(self, candidate: Candidate, texts: list[int], documents: list[int]) -> None:
-        process = self._started()
-        assert process.stdin is not None
-        assert process.stdout is not None
+        if self._worker is None:
+            self._worker = self._started.enter_context(self._start())
         asked = {"options": candidate.options, "texts": texts, "documents": documents}
-        try:
-            process.stdin.write(json.dumps(asked) + "\n")
-            process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it has ended, as the next lines find
-        for line in process.stdout:
-            if line.startswith(ANSWER):
-                break
-        else:
-            reason = reason_in(self._log, process.wait())
-            raise EvaluationError(f"the search ended: {reason}; all it said is in {self._log}")
-        answer = json.loads(line.removeprefix(ANSWER))
+        self._worker.say(json.dumps(asked))
+        said = next(self._worker.answers(ANSWER), None)
+        if said is None:
+            failure = self._worker.failure() or "it ended before its time"
+            raise EvaluationError(f"the search ended: {failure}")
+        answer = json.loads(said)
         if "error" in answer:
             self.failed[candidate.name] = answer["error"]
             return
@@ -128,24 +119,11 @@ class Searcher:
                     self._known[key] = value
                     file.write(json.dumps([key, value]) + "\n")
 
-    def _started(self) -> subprocess.Popen[str]:
-        if self._process is None or self._process.poll() is not None:
-            evaluation = self._evaluation
-            material = evaluation.folder / "search-material.json"
-            write_json(material, asdict(evaluation.material))
-            job = evaluation.folder / "search.job"
-            model, arguments = evaluation.model.name, evaluation.arguments
-            write_json(
-                job, {"model": model, "engine": arguments, "material": str(material.resolve())}
-            )
-            command = [sys.executable, "-m", "vllm_sepllm.evaluation.search_worker", str(job)]
-            with self._log.open("w", encoding="utf8") as errors:
-                self._process = subprocess.Popen(
-                    command,
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=errors,
-                    text=True,
-                    errors="replace",
-                )
-        return self._process
+    def _start(self) -> AbstractContextManager[Child]:
+        evaluation = self._evaluation
+        material, job = (evaluation.folder / f"search{end}" for end in ("-material.json", ".job"))
+        write_json(material, asdict(evaluation.material))
+        found = {"model": evaluation.model.name, "engine": evaluation.arguments}
+        write_json(job, {**found, "material": str(material.resolve())})
+        log = evaluation.folder / "search.log"
+        return child("vllm_sepllm.evaluation.search_worker", job, log)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm_sepllm.config import SepLLMConfig
+from vllm_sepllm.config import ConfigError, SepLLMConfig
 from vllm_sepllm.evaluation.material import Material
 from vllm_sepllm.evaluation.share import equal_window, mean_attended
 from vllm_sepllm.kept_ids import resolve_kept
@@ -84,6 +84,21 @@ def usual_options(window: int, with_more: bool) -> dict[str, dict[str, Any]]:
             "SepLLM, twice the window": {"window_size": 2 * window},
         }
     return {name: {"window_size": window, **options} for name, options in found.items()}
+
+
+def possible(
+    options: dict[str, dict[str, Any]], tokenizer: Any
+) -> tuple[dict[str, dict[str, Any]], dict[str, ConfigError]]:
+    """Those whose tokens a tokenizer has, and why each of the others cannot be used."""
+    found, refused = {}, {}
+    for name, of_way in options.items():
+        try:
+            resolve_kept(SepLLMConfig.from_dict(of_way), tokenizer)
+        except ConfigError as error:
+            refused[name] = error
+        else:
+            found[name] = of_way
+    return found, refused
 
 
 def make_ways(

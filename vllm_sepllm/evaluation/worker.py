@@ -13,10 +13,10 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from vllm_sepllm.evaluation.child import REASON
 from vllm_sepllm.evaluation.material import Material, Question
 
 DONE = "done"
-REASON = "reason: "  # before the last line of a log
 
 
 def read_material(found: dict[str, Any]) -> Material:

@@ -1,0 +1,98 @@
+"""A process that looks at attention: ``python -m vllm_sepllm.evaluation.calibration_worker JOB``.
+
+It needs Transformers and no vLLM. :func:`calibrate` starts it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vllm_sepllm.config import SepLLMConfig
+from vllm_sepllm.evaluation.calibration import keep_list, received_from_far
+from vllm_sepllm.evaluation.child import REASON, EvaluationError, child
+from vllm_sepllm.evaluation.ways import possible
+from vllm_sepllm.evaluation.worker import write_json
+from vllm_sepllm.kept_ids import resolve_kept
+
+SHARES = 0.05, 0.1, 0.2
+LENGTH, MOST_TEXTS = 1024, 16
+NUM_SINKS, WINDOW = 4, 256
+CLASSES = "separators", "special", "digits", "names", "capitalized"
+
+
+def calibrate(
+    model: str, tokenizer: Any, texts: Sequence[str], dtype: str, folder: Path
+) -> dict[float, list[str | int]]:
+    """Items of ``keep`` by the share of tokens that they make up, found in a process of its own.
+
+    Args:
+        model: folder or name.
+        tokenizer: its own.
+        texts: to look at.
+        dtype: as of vLLM.
+        folder: for the job, its log and its result.
+
+    Raises:
+        EvaluationError: the process failed.
+        ValueError: the texts are too short.
+    """
+    ids = [i for text in texts for i in tokenizer.encode(text, add_special_tokens=False)]
+    pieces = [ids[at : at + LENGTH] for at in range(0, len(ids) - LENGTH + 1, LENGTH)]
+    if not pieces:
+        raise ValueError(
+            f"calibration has {len(ids):,} tokens of text: give at least {3 * LENGTH:,}, of which "
+            "it takes a third"
+        )
+    options = {name: SepLLMConfig(keep=(name,)) for name in CLASSES}
+    usable = possible({name: {"keep": [name]} for name in CLASSES}, tokenizer)[0]
+    classes = {name: resolve_kept(options[name], tokenizer).token_ids for name in usable}
+    result = folder / "calibration.json"
+    job = {
+        "model": model,
+        "dtype": dtype,
+        "texts": pieces[:: -(-len(pieces) // MOST_TEXTS)],
+        "classes": classes,
+        "result": str(result.resolve()),
+    }
+    file = folder / "calibration.job"
+    write_json(file, job)
+    with child(
+        "vllm_sepllm.evaluation.calibration_worker", file, folder / "calibration.log"
+    ) as one:
+        failure = one.failure()
+    if failure is not None:
+        raise EvaluationError(f"calibration ended: {failure}")
+    found = json.loads(result.read_text(encoding="utf8"))
+    return {float(share): keep for share, keep in found.items() if keep}
+
+
+def run(job: dict[str, Any]) -> dict[str, list[str | int]]:
+    """Items of ``keep`` by share."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=job["dtype"])
+    model = model.to(device).eval()
+    size = 1 + max(i for text in job["texts"] for i in text)
+    found = received_from_far(model, job["texts"], size, NUM_SINKS, WINDOW)
+    return {str(share): keep_list(found, job["classes"], share) for share in SHARES}
+
+
+def main() -> None:
+    """Run the job of a file."""
+    job = json.loads(Path(sys.argv[1]).read_text(encoding="utf8"))
+    try:
+        found = run(job)
+    except Exception as error:
+        print(f"{REASON}{' '.join(str(error).split())}", file=sys.stderr)
+        raise
+    write_json(Path(job["result"]), found)
+
+
+if __name__ == "__main__":
+    main()

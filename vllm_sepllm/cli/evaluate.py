@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -123,7 +124,15 @@ def prepare(given: Given) -> Evaluation:
     """
     from vllm_sepllm.evaluation.material import SUITES, make_material, package_text
     from vllm_sepllm.evaluation.run import Evaluation, engine_arguments
-    from vllm_sepllm.evaluation.ways import YOURS, make_ways, possible, usual_options
+    from vllm_sepllm.evaluation.ways import (
+        H2O,
+        POD,
+        YOURS,
+        make_ways,
+        possible,
+        unserved_ways,
+        usual_options,
+    )
 
     if given.suite not in SUITES:
         raise InputError(f"--suite {given.suite!r}: must be one of {', '.join(SUITES)}")
@@ -146,11 +155,9 @@ def prepare(given: Given) -> Evaluation:
     options = usual_options(given.window, suite.more_ways)
     if given.options:
         options = {YOURS: {"window_size": given.window, **given.options}, **options}
-    unknown = [name for name in given.only if name not in options]
-    if unknown:
-        raise InputError(f"--only {unknown[0]!r}: must be one of {', '.join(options)}")
+    unserved = [H2O, POD] if suite.more_ways else []
     if given.only:
-        options = {name: options[name] for name in options if name in given.only}
+        options, unserved = _chosen(given.only, options)
     if model.num_layers < 3:
         options = {n: of for n, of in options.items() if n == YOURS or "dense_layers" not in of}
     with status("finding windows of equal KV"):
@@ -161,9 +168,31 @@ def prepare(given: Given) -> Evaluation:
             line = f"{name} is left out: {reason}"
             Console(stderr=True).print(line, markup=False, soft_wrap=True)
         ways = make_ways(options, material, tokenizer, model.num_layers)
+        ways += unserved_ways(unserved, ways, given.window)
         ideal = {way.name: way.ideal(material, tokenizer, model.num_layers) for way in ways}
     arguments = engine_arguments(model, suite.longest, given.dtype, given.engine)
     return Evaluation(model, material, ways, arguments, given.folder, ideal)
+
+
+def _chosen(
+    names: Sequence[str], options: dict[str, dict[str, Any]]
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Options of the ways that are named, and those among them that are not served.
+
+    Raises:
+        InputError: there is no way of a name.
+    """
+    from vllm_sepllm.evaluation.ways import FACTS, H2O, POD, SEPLLM
+
+    unserved = [H2O, POD]
+    for name in names:
+        if name not in (*options, *unserved):
+            known = ", ".join([*options, *unserved])
+            raise InputError(f"--only {name!r}: must be one of {known}")
+    wanted = {*names}
+    if H2O in wanted and not wanted & {SEPLLM, FACTS}:
+        wanted.add(SEPLLM)  # it has as much KV as this
+    return {n: of for n, of in options.items() if n in wanted}, [n for n in unserved if n in wanted]
 
 
 def read_model(name: str) -> Model:

@@ -13,9 +13,9 @@ from typing import Any
 
 from vllm_sepllm.config import SepLLMConfig
 from vllm_sepllm.evaluation.calibration import keep_list, received_from_far
-from vllm_sepllm.evaluation.child import REASON, EvaluationError, child
+from vllm_sepllm.evaluation.child import EvaluationError, child
 from vllm_sepllm.evaluation.ways import possible
-from vllm_sepllm.evaluation.worker import write_json
+from vllm_sepllm.evaluation.worker import fail, write_json
 from vllm_sepllm.kept_ids import resolve_kept
 
 SHARES = 0.05, 0.1, 0.2
@@ -89,8 +89,7 @@ def main() -> None:
     try:
         found = run(job)
     except Exception as error:
-        print(f"{REASON}{' '.join(str(error).split())}", file=sys.stderr)
-        raise
+        raise fail(error, str(error)) from None
     write_json(Path(job["result"]), found)
 
 

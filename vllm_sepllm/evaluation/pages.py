@@ -38,8 +38,9 @@ LEGEND = (
     "KV held: bytes in the pages that the engine held for a text and for a question while it "
     "decoded, as a share of what full attention held for the same. Peak: the most, which is while "
     "a prompt is computed. Attended: share of tokens attended to, mean over the predicted tokens "
-    "of texts, and by the end of questions; StreamingLLM is equal in these. Perplexity: of the "
-    "second halves of the texts. Agreement: where the likeliest token is full attention's."
+    "of texts, and by the end of questions; StreamingLLM is equal in these. Not served: measured "
+    "with Transformers, and what a cache would hold is counted. Perplexity: of second halves of "
+    "texts. Agreement: where the likeliest token is full attention's."
 )
 
 
@@ -64,8 +65,13 @@ def summary(found: dict[str, Figures], questions: Sequence[Question]) -> list[li
         for setting in (DOCUMENT, CHAT):
             marked = one.of_setting(questions, setting)
             cells.append(f"{sum(marked)} of {len(marked)}")
-        rows.append([name, *cells])
+        rows.append([_shown(one), *cells])
     return rows
+
+
+def _shown(one: Figures) -> str:
+    """Its name, marked if vLLM does not serve it."""
+    return one.way.name if one.way.is_served else f"{one.way.name} (not served)"
 
 
 def ordered(found: dict[str, Figures]) -> list[str]:
@@ -85,7 +91,9 @@ def _grids(found: dict[str, Figures], questions: Sequence[Question]) -> list[lis
     rows = [["", *(f"{group}, {back:,} back" for group, row in groups.items() for back in row)]]
     for name in ordered(found):
         by_group = grid(found[name], questions).values()
-        rows.append([name, *(f"{r} of {of}" for row in by_group for r, of in row.values())])
+        rows.append(
+            [_shown(found[name]), *(f"{r} of {of}" for row in by_group for r, of in row.values())]
+        )
     return rows
 
 
@@ -104,6 +112,12 @@ def front(points: Points) -> Points:
     return best
 
 
+def _marker(one: Figures, is_equal: bool) -> str:
+    if one.way.is_control:
+        return "x"
+    return "^" if not one.way.is_served else "s" if is_equal else "o"
+
+
 def plot(found: dict[str, Figures], path: Path) -> None:
     """Perplexity and right answers against the KV held, each with the front of the best."""
     import matplotlib
@@ -116,13 +130,13 @@ def plot(found: dict[str, Figures], path: Path) -> None:
     sides: dict[Any, Points] = {left: [], right: []}
     for number, name in enumerate(ordered(found), 1):
         one = found[name]
-        marker = "x" if one.way.is_control else "s" if name in equals else "o"
+        marker = _marker(one, name in equals)
         colour = "0.6" if name in equals else f"C{number % 10}"
         share = 100 * sum(one.right) / len(one.right)
         values = ("texts", left, one.perplexity), ("questions", right, share)
         for task, axes, value in values:
             x = 100 * one.held[task]["mean"]
-            label = f"{number}  {name}" if axes is left else None
+            label = f"{number}  {_shown(one)}" if axes is left else None
             axes.plot(x, value, marker, color=colour, label=label)
             axes.annotate(str(number), (x, value), xytext=(5, 3), textcoords="offset points")
             if not one.way.is_control:

@@ -105,6 +105,11 @@ class Evaluation:
         parts = [self.model.fingerprint, self.material.fingerprint, self.arguments]
         return _hash([*parts, __version__, sources(), made])
 
+    @property
+    def bytes_of_token(self) -> int:
+        """Of the KV cache, in the type that is used."""
+        return self.model.bytes_of_token * BYTES.get(self.arguments["dtype"], 4) // 4
+
     def key(self, way: Way) -> str:
         """Equal for runs that must have equal results."""
         return _hash([self.mark, asdict(way)])
@@ -144,11 +149,15 @@ class Evaluation:
             "of_groups": way.of_groups,
             "guess": way.name == FULL,
             "engine": self.arguments,
+            "bytes_of_token": self.model.bytes_of_token
+            * BYTES.get(self.arguments["dtype"], 4)
+            // 4,
             "result": str(file.resolve()),
         }
         job_file, log = file.with_suffix(".job"), file.with_suffix(".log")
         write_json(job_file, job)
-        with child("vllm_sepllm.evaluation.worker", job_file, log) as worker:
+        module = f"vllm_sepllm.evaluation.{'worker' if way.is_served else 'unserved'}"
+        with child(module, job_file, log) as worker:
             for _ in worker.answers(DONE):
                 done()
             failure = worker.failure()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -19,6 +19,8 @@ Options = dict[str, Any] | None
 FULL, SEPLLM, FACTS, YOURS = "full attention", "SepLLM", "facts", "your options"
 EQUAL = "StreamingLLM, KV of "
 RANDOM = "random ids for separators"
+H2O, POD = "H2O", "PoD"  # not served
+ALL = 2**20  # tokens: a window that nothing leaves
 ALIKE = 0.02  # windows that differ by less than this share are the same
 
 
@@ -33,6 +35,7 @@ class Way:
             window follows what is to be equalled.
         equal: name of the way that gives StreamingLLM as much KV.
         is_control: it shows whether the evaluation sees what it should.
+        is_served: by vLLM; else its options are those of :mod:`vllm_sepllm.evaluation.unserved`.
     """
 
     name: str
@@ -40,12 +43,13 @@ class Way:
     of_groups: dict[str, Options] = field(hash=False)
     equal: str | None = None
     is_control: bool = False
+    is_served: bool = True
 
     def ideal(self, material: Material, tokenizer: Any, num_layers: int) -> dict[str, float]:
         """Share of tokens attended to: where texts are predicted, and by the end of questions."""
 
         def share(options: Options, ids: Sequence[Sequence[int]], over_half: bool) -> float:
-            config = None if options is None else SepLLMConfig.from_dict(options)
+            config = None if options is None else SepLLMConfig.from_dict(_like(options))
             mine, all_of_it = (
                 mean_attended(of, tokenizer, ids, num_layers, over_half) for of in (config, None)
             )
@@ -56,6 +60,16 @@ class Way:
         sizes = [sum(map(len, ids)) for ids in groups.values()]
         weighted = sum(a * b for a, b in zip(shares, sizes, strict=True)) / sum(sizes)
         return {"texts": share(self.of_texts, material.texts, True), "questions": weighted}
+
+
+def _like(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of SepLLM with which as many tokens are attended to."""
+    if options.get("method") == "h2o":
+        total = options["heavy"] + options["recent"]
+        return {"policy": "streaming", "num_sink_tokens": 0, "window_size": total}
+    if options.get("method") == "pod":
+        return {"policy": "streaming", "window_size": ALL}
+    return options
 
 
 def usual_options(window: int, with_more: bool) -> dict[str, dict[str, Any]]:
@@ -141,6 +155,37 @@ def make_ways(
             equal = _equal(streaming, of_texts, of_groups, name)
         ways.append(Way(name, of_way, dict.fromkeys(groups, of_way), equal, name in controls))
     return [*ways, *streaming]
+
+
+def unserved_ways(wanted: Collection[str], ways: Sequence[Way], window: int) -> list[Way]:
+    """H2O with as much KV as some ways, half of it for recent tokens, and PoD, untrained.
+
+    Args:
+        wanted: of both names.
+        ways: that are served.
+        window: recent tokens of PoD.
+    """
+    by_name = {way.name: way for way in ways}
+    found = []
+    for name in (SEPLLM, FACTS) if H2O in wanted else ():
+        equal = by_name[name].equal if name in by_name else None
+        if equal in by_name:
+            like = by_name[equal]
+            groups = {group: _h2o(options) for group, options in like.of_groups.items()}
+            texts = _h2o(like.of_texts)
+            found.append(Way(f"{H2O}, KV of {name}", texts, groups, equal, is_served=False))
+    if POD in wanted:
+        pod = {"method": "pod", "num_sink_tokens": 16, "recent": window}
+        groups = dict.fromkeys(ways[0].of_groups, pod)
+        found.append(Way(f"{POD}, untrained", pod, groups, is_served=False))
+    return found
+
+
+def _h2o(streaming: Options) -> Options:
+    """A budget as large as sinks and window."""
+    assert streaming is not None
+    total = streaming["num_sink_tokens"] + streaming["window_size"]
+    return {"method": "h2o", "heavy": total // 2, "recent": total - total // 2}
 
 
 def _streaming_options(config: SepLLMConfig, window: int) -> dict[str, Any]:

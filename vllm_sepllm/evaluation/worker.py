@@ -42,7 +42,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     def done() -> None:
         print(DONE, flush=True)
 
-    for options in _distinct([job["of_texts"], *job["of_groups"].values()]):
+    for options in distinct([job["of_texts"], *job["of_groups"].values()]):
         groups = {group for group, of in job["of_groups"].items() if of == options}
         chosen = {i: q for i, q in enumerate(material.questions) if q.group in groups}
         with engine(job["model"], options, **job["engine"]) as llm:
@@ -54,16 +54,28 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
                 held.append(found["held"])
             if chosen and job["guess"]:
                 result["without"] = answer_questions(llm, material.without, done)
+    return {**result, "questions": join(replies, held)}
+
+
+def join(replies: dict[int, str], held: list[dict[str, float]]) -> dict[str, Any]:
+    """Replies in the order of their questions, and what was held over all parts of them."""
     weights = [part["requests"] for part in held]
     of_all = {
         kind: sum(part[kind] * n for part, n in zip(held, weights, strict=True)) / sum(weights)
         for kind in ("mean", "peak")
     }
-    in_order = [replies[number] for number in range(len(material.questions))]
-    return {**result, "questions": {"replies": in_order, "held": of_all}}
+    return {"replies": [replies[number] for number in sorted(replies)], "held": of_all}
 
 
-def _distinct(found: list[Any]) -> list[Any]:
+def fail(error: Exception, sentence: str) -> SystemExit:
+    """Write why to the log, for :func:`vllm_sepllm.evaluation.child.reason_in`."""
+    traceback.print_exception(error)
+    print(f"{REASON}{' '.join(sentence.split())}", file=sys.stderr)
+    return SystemExit(1)
+
+
+def distinct(found: list[Any]) -> list[Any]:
+    """Each once, in their order."""
     return [one for number, one in enumerate(found) if one not in found[:number]]
 
 
@@ -85,9 +97,7 @@ def main() -> None:
     except Exception as error:
         from vllm_sepllm.engine.in_process import sentence_of
 
-        traceback.print_exc()
-        print(f"{REASON}{' '.join(sentence_of(error).split())}", file=sys.stderr)
-        raise SystemExit(1) from None
+        raise fail(error, sentence_of(error)) from None
     write_json(Path(job["result"]), {"key": job["key"], **found})
 
 

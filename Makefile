@@ -5,7 +5,7 @@ PYTEST_ARGS ?=
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo test lint bench bench-train stream gpu-bench gpu-tune soak fuzz clean
+.PHONY: help setup model demo test lint bench bench-train stream peers gpu-bench gpu-tune soak fuzz clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## /make \1\t/p' $(MAKEFILE_LIST)
@@ -36,6 +36,10 @@ bench-train: setup  ## training on a CPU or GPU beside dense attention; writes b
 
 stream: setup  ## a million tokens of books; writes benchmarks/results/stream.* (TOKENS=4000000)
 	@$(PY) benchmarks/stream.py --tokens $(or $(TOKENS),1000000)
+
+peers: model  ## methods of kvpress beside SepLLM; writes benchmarks/results (SUITE=quick)
+	@scripts/peers.sh
+	@$(PY) benchmarks/peers.py --suite $(or $(SUITE),quick)
 
 gpu-tune:  ## which launch of a kernel is fastest on this GPU
 	@PYTHONPATH=kernels:.:build/gpu-site $(or $(PYTHON),python3) benchmarks/gpu_tune.py

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -297,12 +298,15 @@ def write_report(evaluation: Evaluation, found: dict[str, Figures], given: Given
 
 def show(console: Console, evaluation: Evaluation, found: dict[str, Figures]) -> None:
     """The summary, what the controls say, and each way beside its equal."""
-    from vllm_sepllm.evaluation.pages import sentences, summary
+    from vllm_sepllm.evaluation.pages import brief, sentences
     from vllm_sepllm.evaluation.report import controls
 
     material = evaluation.material
-    head, *rows = summary(found, material.questions)
-    table = Table(*head, header_style="bold")
+    head, *rows = brief(found, material.questions)
+    table = Table(header_style="bold", box=box.SIMPLE)
+    table.add_column(head[0], min_width=24)
+    for name in head[1:]:
+        table.add_column(name, justify="right")
     for row in rows:
         table.add_row(*row)
     console.print(table)

@@ -69,6 +69,15 @@ def summary(found: dict[str, Figures], questions: Sequence[Question]) -> list[li
     return rows
 
 
+def brief(found: dict[str, Figures], questions: Sequence[Question]) -> list[list[str]]:
+    """The columns of :func:`summary` that fit into a terminal."""
+    chosen = 0, 1, 4, 6, 9, 10
+    head, *rows = ([row[column] for column in chosen] for row in summary(found, questions))
+    short = {"KV held, texts": "KV,\ntexts", "KV held, questions": "KV,\nquestions"}
+    short |= {"facts in documents": "facts", "facts in conversations": "in\nchats"}
+    return [[short.get(name, name) for name in head], *rows]
+
+
 def _shown(one: Figures) -> str:
     """Its name, marked if vLLM does not serve it."""
     return one.way.name if one.way.is_served else f"{one.way.name} (not served)"

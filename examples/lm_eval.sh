@@ -34,12 +34,20 @@ arguments() {
 import json
 import sys
 
+
+def read(name, text):
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        sys.exit(f"lm_eval.sh: {name} {text!r} is no JSON ({error}): give an object")
+
+
 model, options, engine = sys.argv[1:]
-arguments = {"pretrained": model, "dtype": "auto", **json.loads(engine or "{}")}
+arguments = {"pretrained": model, "dtype": "auto", **read("ENGINE", engine or "{}")}
 if options:
     arguments |= {
         "attention_backend": "sepllm",
-        "additional_config": {"sepllm": json.loads(options)},
+        "additional_config": {"sepllm": read("the second argument", options)},
     }
 print(json.dumps(arguments))
 END
@@ -51,8 +59,9 @@ run() {
   given=$(arguments "$2")
   printf '\n%s\n' "$name"
   "$python" -m lm_eval run --model vllm --model_args "$given" --include_path examples/lm_eval \
-    --tasks "${TASKS:-sepllm_gsm8k,sepllm_book}" --output_path "${OUTPUT:-build/lm-eval}/$name" "${@:3}"
+    --batch_size auto --tasks "${TASKS:-sepllm_gsm8k,sepllm_book}" --output_path "${OUTPUT:-build/lm-eval}/$name" "${@:3}"
 }
 
+arguments "$options" >/dev/null # refused before anything takes long
 run full "" "$@"
 run sepllm "$options" "$@"

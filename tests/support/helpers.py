@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import math
 import os
 import shutil
@@ -247,27 +246,10 @@ class Engine:
         return counts
 
     def close(self) -> None:
-        from vllm.distributed import cleanup_dist_env_and_memory
+        from vllm_sepllm.engine.in_process import clean_up
 
         self.llm = self.core = self.scheduler = self.pool = self.managers = None
-        gc.collect()
-        cleanup_dist_env_and_memory()
-        _leave_out_of_garbage_collection()
-
-
-def _leave_out_of_garbage_collection() -> None:
-    """What lives when no engine does is not searched for garbage again, which takes half a second
-    about ten times in the life of an engine.
-
-    vLLM does so for an engine, and then has everything searched again.
-    """
-    if gc.freeze is not _do_nothing:
-        gc.freeze()
-        gc.freeze = gc.unfreeze = _do_nothing
-
-
-def _do_nothing() -> None:
-    pass
+        clean_up()
 
 
 def check_integrity(managers: Any, pool: Any) -> None:

@@ -170,7 +170,7 @@ def test_parts_of_the_text_have_nothing_in_common(tmp_path, calibrate):
 class Answers:
     """In the place of an engine: names answer more questions, and a wide window predicts better."""
 
-    is_late, num_late = False, 0
+    num_late = 0
 
     def __init__(self):
         self.failed = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,6 +25,7 @@ from vllm_sepllm.cli.common import (
 )
 from vllm_sepllm.cli.evaluate import read_model
 from vllm_sepllm.config import ConfigError
+from vllm_sepllm.evaluation.worker import write_json
 
 if TYPE_CHECKING:
     from vllm_sepllm.evaluation.run import Evaluation
@@ -72,6 +74,7 @@ def tune(
         raise exit_with(str(error), 2) from None
     except KeyboardInterrupt:
         raise exit_with("stopped; the same command goes on where it was", 130) from None
+    write_json(folder / "report.json", _as_json(tuned, kv, model))
     with output() as console:
         _show(console, tuned, failed, num_late)
 
@@ -158,6 +161,25 @@ def _search(
         except (ValueError, EvaluationError) as error:
             raise InputError(str(error)) from error
         return tuned, searcher.failed, searcher.num_late
+
+
+def _as_json(tuned: Tuned, kv: float, model: str) -> dict[str, Any]:
+    """What is shown."""
+
+    def rows(found: list[tuple[Candidate, Score]]) -> list[dict[str, Any]]:
+        return [
+            {"name": one.name, "kv": one.share, "options": one.options, **asdict(score)}
+            for one, score in found
+        ]
+
+    return {
+        "model": Path(model).resolve().name,
+        "kv": kv,
+        "reported": rows(tuned.reported),
+        "searched": rows(tuned.best),
+        "layers": tuned.layers,
+        "calibrated": tuned.calibrated,
+    }
 
 
 def _show(console: Console, tuned: Tuned, failed: dict[str, str], num_late: int) -> None:

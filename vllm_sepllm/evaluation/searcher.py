@@ -56,7 +56,7 @@ class Searcher:
         self._started.close()
 
     @property
-    def is_late(self) -> bool:
+    def _is_late(self) -> bool:
         """The time is over."""
         return time.monotonic() > self._deadline
 
@@ -66,7 +66,7 @@ class Searcher:
             return None
         wanted = self._missing(candidate.options, rung)
         if any(wanted):
-            if self.is_late:
+            if self._is_late:
                 self.num_late += 1
                 return None
             self._ask(candidate, *wanted)

@@ -91,11 +91,12 @@ def tune(
         raise ValueError(f"no rule leaves a window within {share:.0%} of the KV cache: allow more")
     best = halve(found, rungs, measure, by_questions)
     layers: list[tuple[int, float]] = []
-    if best and not searcher.is_late:
+    if best:
         first = {one.rule: rules[one.rule] for one, _ in best[:2]}
         more = fitting(first, bounds=BOUNDS)
         if num_layers >= FEWEST_LAYERS:
             layers = rank_layers(best[0][0], num_layers, measure, rungs[0])
+        if len(layers) == num_layers:
             more += fitting(first, dense=_choices(layers))
         scored = [(one, score) for one in more if (score := measure(one, rungs[-1])) is not None]
         best = sorted([*best, *scored], key=lambda pair: pair[1].order(by_questions))

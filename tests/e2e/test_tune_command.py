@@ -1,0 +1,68 @@
+"""``vllm-sepllm tune`` with engines: what it prints can be served, and a search goes on."""
+
+import json
+import re
+
+import pytest
+from typer.testing import CliRunner
+
+from vllm_sepllm.cli import main
+from vllm_sepllm.config import SepLLMConfig
+from vllm_sepllm.evaluation import child, searcher
+from vllm_sepllm.evaluation import tune as tuning
+from vllm_sepllm.evaluation.material import Suite
+from vllm_sepllm.evaluation.search import RULES, Rung
+
+pytestmark = pytest.mark.e2e
+
+FEW = "nothing (StreamingLLM)", "separators", "facts"
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """One short text and one document for the search, and as much for the report."""
+    monkeypatch.setattr(tuning, "SUITE", Suite(1, 300, (400,), 1, 0))
+    monkeypatch.setattr(tuning, "RUNGS", (Rung((0,), (0,)),))
+    monkeypatch.setattr(tuning, "REPORTED", Rung((1,), (1,)))
+    monkeypatch.setattr(tuning, "BOUNDS", (8,))
+    monkeypatch.setattr(tuning, "RULES", {name: RULES[name] for name in FEW})
+
+
+def test_a_search_and_its_repetition(small, monkeypatch, tmp_path, first_layers):
+    """The second run has no time, and takes everything from the first."""
+    started, start = [], child.subprocess.Popen
+
+    def counted(command, **options):
+        started.append(command[2].rsplit(".", 1)[1])
+        return start(command, **options)
+
+    monkeypatch.setattr(child.subprocess, "Popen", counted)
+    _, model = first_layers(2)
+    command = ["tune", "--model", model, "--kv", "0.5", "--keep-retrieval", "--calibrate"]
+    command += ["--output", str(tmp_path / "out")]
+    found = CliRunner().invoke(main.app, command, env={"COLUMNS": "200"})
+    assert found.exit_code == 0, found.output + found.stderr
+    assert started == ["calibration_worker", "search_worker"]
+    printed = re.findall(r"--additional-config '(.*)'", found.output)
+    assert len(printed) == 2, "the best and the runner-up"
+    for options in printed:
+        SepLLMConfig.from_dict(json.loads(options)["sepllm"])
+    for name in ("full attention", "nothing (StreamingLLM), window", "newest 8"):
+        assert name in found.output
+    assert "alibrated list" in found.output
+
+    again = CliRunner().invoke(main.app, [*command, "--minutes", "0"], env={"COLUMNS": "200"})
+    assert again.exit_code == 0, again.output + again.stderr
+    assert again.output == found.output
+    assert started[2:] == ["calibration_worker"]
+
+
+def test_a_search_that_cannot_go_on(small, monkeypatch, tmp_path, first_layers):
+    """The worker ends at its start; the sentence says why, and where more is."""
+    _, model = first_layers(2)
+    monkeypatch.setattr(searcher, "write_json", lambda path, found: path.write_text("{}\n"))
+    command = ["tune", "--model", model, "--kv", "0.5", "--output", str(tmp_path / "out")]
+    found = CliRunner().invoke(main.app, command)
+    assert found.exit_code == 2, found.output
+    assert "the search ended: KeyError: 'material'" in found.stderr
+    assert "search.log" in found.stderr

@@ -11,6 +11,7 @@ own, as it needs an older Transformers. Both go on where they were stopped. Writ
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import subprocess
@@ -20,52 +21,74 @@ from typing import Any
 
 from record import ROOT, provenance, write
 
+from vllm_sepllm.cli.common import load_tokenizer
 from vllm_sepllm.cli.evaluate import Given, prepare, run
+from vllm_sepllm.config import SepLLMConfig
 from vllm_sepllm.evaluation.material import CHAT, DOCUMENT
 from vllm_sepllm.evaluation.report import Figures, marks
 from vllm_sepllm.evaluation.run import Evaluation
+from vllm_sepllm.evaluation.share import num_attended
 from vllm_sepllm.evaluation.statistics import Pairs, nats_difference
-from vllm_sepllm.evaluation.ways import FACTS, FULL, H2O, SEPLLM
+from vllm_sepllm.evaluation.ways import FACTS, FULL, H2O, POD, SEPLLM
 from vllm_sepllm.evaluation.worker import write_json
 
 SERVED = SEPLLM, FACTS
+LEAST = 32  # tokens kept of a text
+NOTES = """\
+Methods of kvpress compute a whole prompt with full attention and hold all of it before they drop
+a part, by layer and head. So they save memory after the prompt, and no time in it. They cut a
+document down before the question is seen, unless the row says otherwise. Perplexity is that of
+the last tokens of each text. "Beside it" compares with SepLLM, or the preset, of as much KV. It
+is said where chance gives such a difference less than once in 20 times. With {compared} rows and
+two figures each, a few may well be chance."""
 PYTHON = ROOT / "build/peers/bin/python"
 RESULTS = ROOT / "benchmarks/results"
 
 
-def budgets(evaluation: Evaluation) -> dict[str, dict[str, float]]:
-    """Tokens that may be kept, for texts of their first half, for questions in the end."""
+def num_predicted(evaluation: Evaluation) -> int:
+    """Last tokens of each text."""
+    return min(256, min(map(len, evaluation.material.texts)) // 4)
+
+
+def budgets(evaluation: Evaluation, tokenizer: Any) -> dict[str, dict[str, float]]:
+    """Tokens that may be kept: of a text before its last ones, and by the end of a question.
+
+    Raises:
+        SystemExit: a window is so narrow that the last tokens alone are more.
+    """
     by_name = {way.name: way for way in evaluation.ways}
-    length = evaluation.material.texts[0]
+    predicted = num_predicted(evaluation)
     found = {}
     for name in SERVED:
         equal = by_name[str(by_name[name].equal)]
-        of_groups = {
+        of_groups: dict[str, float] = {
             group: options["num_sink_tokens"] + options["window_size"]
             for group, options in equal.of_groups.items()
             if options is not None
         }
-        # Mean over the predicted tokens, to which the second half itself adds a quarter.
-        half = len(length) // 2
-        attended = evaluation.ideal[name]["texts"] * _mean_attended(len(length))
-        found[name] = {**of_groups, "texts": max(1.0, attended - (len(length) - half) / 2)}
+        config = SepLLMConfig.from_dict(by_name[name].of_texts or {})
+        attended = [
+            num_attended(config, tokenizer, text[:at])
+            for text in evaluation.material.texts
+            for at in range(len(text) - predicted, len(text), 16)
+        ]
+        # Of the last tokens, those before it stand beside what is kept.
+        kept = sum(attended) / len(attended) - (predicted - 1) / 2
+        if kept < LEAST:
+            raise SystemExit(f"{name} attends to too little for {predicted} tokens to be predicted")
+        found[name] = {**of_groups, "texts": kept}
     return found
-
-
-def _mean_attended(length: int) -> float:
-    """By the tokens that predict the second half, under full attention."""
-    queries = range(max(1, length // 2) - 1, length - 1)
-    return sum(at + 1 for at in queries) / len(queries)
 
 
 def rows_of(
     evaluation: Evaluation, served: dict[str, Figures], peers: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """A row for each way; what a method wins or loses is beside SepLLM with as much KV."""
-    questions = evaluation.material.questions
+    questions, predicted = evaluation.material.questions, num_predicted(evaluation)
     rows = []
 
     def row(name: str, nats: Any, right: list[bool], budget: str | None, is_served: bool) -> None:
+        nats = [text[-predicted:] for text in nats]
         flat = [value for text in nats for value in text]
         found: dict[str, Any] = {
             "name": name,
@@ -78,9 +101,10 @@ def rows_of(
             found[setting] = [sum(of), len(of)]
         if budget is not None and name != budget:
             mine = served[budget]
+            ours = [text[-predicted:] for text in mine.result["texts"]["nats"]]
             pairs = Pairs.of(mine.right, right)
             found["beside"] = {
-                "nats": asdict(nats_difference(mine.result["texts"]["nats"], nats)),
+                "nats": asdict(nats_difference(ours, nats)),
                 "only_ours": pairs.first,
                 "only_theirs": pairs.second,
                 "chance": pairs.chance,
@@ -98,6 +122,7 @@ def rows_of(
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown, each method behind what has as much KV."""
+    compared = sum("beside" in row for row in rows)
     lines = ["| | perplexity | facts in documents | in conversations | beside it |"]
     lines.append("|---|---:|---:|---:|---|")
     for budget in (None, *SERVED):
@@ -105,6 +130,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             cells = [row["name"], f"{row['perplexity']:.2f}"]
             cells += ["{} of {}".format(*row[setting]) for setting in (DOCUMENT, CHAT)]
             lines.append(f"| {' | '.join([*cells, beside(row)])} |")
+    lines += ["", NOTES.format(compared=compared)]
     return "\n".join(lines)
 
 
@@ -137,17 +163,27 @@ def main() -> None:
         256,
         "float32",
         given.output,
-        (*SERVED, H2O),
+        (*SERVED, H2O, POD),
     )
     evaluation = prepare(asked)
     served, failed = run(evaluation)
     for problem in failed:
         raise SystemExit(problem)
-    result, job = given.output / f"peers-{evaluation.mark[:16]}.json", given.output / "peers.job"
-    of_job = {"model": given.model, "result": str(result.resolve())}
-    material = str((given.output / "material.json").resolve())
-    write_json(job, {**of_job, "material": material, "budgets": budgets(evaluation)})
-    subprocess.run([str(PYTHON), str(ROOT / "benchmarks/peers_worker.py"), str(job)], check=True)
+    worker = ROOT / "benchmarks/peers_worker.py"
+    parts = [evaluation.mark, worker.read_text(encoding="utf8"), version_in_peers()]
+    mark = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+    result, material = (given.output / f"peers-{mark}{end}.json" for end in ("", "-material"))
+    job = given.output / "peers.job"
+    write_json(material, asdict(evaluation.material))
+    of_job = {
+        "model": given.model,
+        "result": str(result.resolve()),
+        "material": str(material.resolve()),
+        "predicted": num_predicted(evaluation),
+        "budgets": budgets(evaluation, load_tokenizer(given.model)),
+    }
+    write_json(job, of_job)
+    subprocess.run([str(PYTHON), str(worker), str(job)], check=True)
     rows = rows_of(evaluation, served, json.loads(result.read_text(encoding="utf8")))
     about = {
         "model": Path(given.model).name,

@@ -26,6 +26,13 @@ if ! "$python" -c 'import lm_eval' 2>/dev/null; then
   exit 1
 fi
 [[ ! -d $model ]] || model=$(cd "$model" && pwd)
+case ${ONLY:-} in "" | full | sepllm) ;; *)
+  printf 'lm_eval.sh: ONLY=%s: must be full or sepllm\n' "$ONLY" >&2
+  exit 1
+  ;;
+esac
+output=$(realpath -m "${OUTPUT:-$folder/build/lm-eval}")
+[[ $python != */* ]] || python=$(cd "$(dirname "$python")" && pwd)/$(basename "$python")
 cd "$folder" # paths in the tasks are relative to it
 
 # Arguments as JSON: lm-eval cuts the form a=b,c=d at every comma.
@@ -59,7 +66,7 @@ run() {
   given=$(arguments "$2")
   printf '\n%s\n' "$name"
   "$python" -m lm_eval run --model vllm --model_args "$given" --include_path examples/lm_eval \
-    --batch_size auto --tasks "${TASKS:-sepllm_gsm8k,sepllm_book}" --output_path "${OUTPUT:-build/lm-eval}/$name" "${@:3}"
+    --batch_size auto --tasks "${TASKS:-sepllm_gsm8k,sepllm_book}" --output_path "$output/$name" "${@:3}"
 }
 
 arguments "$options" >/dev/null # refused before anything takes long

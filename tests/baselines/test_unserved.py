@@ -49,11 +49,11 @@ def test_with_room_for_everything_it_is_full_attention(material, tokenizer, opti
             said.append(tokenizer.decode(ids[: ids.index(end)] if end in ids else ids))
     method = apply(load(), options, material.texts)
     done = []
-    found = score_texts(method, material.texts, 8, lambda: done.append(0))
+    found = score_texts(method, material.texts, lambda: done.append(0))
     assert found["nats"][0] == pytest.approx(expected.tolist(), abs=1e-4)
     assert found["likeliest"][0] == logits.argmax(-1).tolist()
-    assert found["held"] == {"requests": 1, "mean": 8 * 300, "peak": 8 * 300}
-    answers = answer_questions(method, tokenizer, asked, 8, lambda: done.append(0))
+    assert found["held"] == {"requests": 1, "share": 1}
+    answers = answer_questions(method, tokenizer, asked, lambda: done.append(0))
     assert answers["replies"] == said
     assert answers["held"]["requests"] == 2
     assert len(done) == 5
@@ -63,9 +63,9 @@ def test_questions_do_not_see_each_other(material, tokenizer):
     """H2O's scores are those of the document again before each question."""
     method = apply(load(), {"method": "h2o", "heavy": 30, "recent": 30}, material.texts)
     asked = material.questions[:4]
-    together = answer_questions(method, tokenizer, asked, 1, lambda: None)["replies"]
+    together = answer_questions(method, tokenizer, asked, lambda: None)["replies"]
     alone = [
-        answer_questions(method, tokenizer, [one], 1, lambda: None)["replies"][0] for one in asked
+        answer_questions(method, tokenizer, [one], lambda: None)["replies"][0] for one in asked
     ]
     assert together == alone
     assert len(set(together)) > 1
@@ -74,6 +74,8 @@ def test_questions_do_not_see_each_other(material, tokenizer):
 def test_what_is_held(material):
     h2o = apply(load(), {"method": "h2o", "heavy": 30, "recent": 40}, material.texts)
     assert [h2o.held(length) for length in (20, 70, 500)] == [20, 70, 70]
+    held = score_texts(h2o, material.texts, lambda: None)["held"]
+    assert held == {"requests": 1, "share": 3 / 10}, "70 of 300 tokens in pages of 32"
     pod = apply(load(), {"method": "pod", "num_sink_tokens": 4, "recent": 60}, material.texts)
     saved = pod.states[0].saved
     assert 0 < saved < 0.5

@@ -135,8 +135,11 @@ def test_the_script(commands, tmp_path):
     plain = commands(MODEL, ONLY="sepllm").said
     assert len(plain) == 1
     assert json.loads(value_of(plain[0], "--model_args"))["additional_config"] == {"sepllm": {}}
-    for arguments, part in (([], "name a model"), ([MODEL, "{window"], "no JSON")):
-        found = commands(*arguments)
+    here = commands(MODEL, OUTPUT="results").said
+    assert value_of(here[0], "--output_path").endswith("/results/full")
+    refused = (([], "", "name a model"), ([MODEL, "{window"], "", "no JSON"))
+    for arguments, only, part in (*refused, ([MODEL], "both", "must be full or sepllm")):
+        found = commands(*arguments, ONLY=only)
         assert found.code != 0
         assert part in found.error
         assert not found.said

@@ -5,7 +5,6 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from vllm_sepllm.evaluation import tune as tuning
 from vllm_sepllm.evaluation.calibration import (
     MOST_IDS,
     OTHER,
@@ -15,7 +14,6 @@ from vllm_sepllm.evaluation.calibration import (
     received_from_far,
     worths,
 )
-from vllm_sepllm.evaluation.search import Candidate, Score
 
 pytestmark = pytest.mark.unit
 
@@ -79,25 +77,12 @@ def test_worths_by_hand():
 
 
 def test_lists_by_hand():
-    assert keep_list(BY_HAND, CLASSES, 0.05) == []
-    assert keep_list(BY_HAND, CLASSES, 0.1) == ["digits"]
-    assert keep_list(BY_HAND, CLASSES, 0.2) == ["digits", "names"]
-    assert keep_list(BY_HAND, CLASSES, 0.7) == ["digits", "names", 2]
-    assert keep_list(BY_HAND, {}, 0.7) == [0, 2, 3]
+    assert keep_list(BY_HAND, CLASSES, 0.05) == (0, [])
+    assert keep_list(BY_HAND, CLASSES, 0.1) == (0.1, ["digits"])
+    assert keep_list(BY_HAND, CLASSES, 0.2) == (3 / 20, ["digits", "names"])
+    assert keep_list(BY_HAND, CLASSES, 0.7) == (13 / 20, ["digits", "names", 2])
+    assert keep_list(BY_HAND, {}, 0.7) == (13 / 20, [0, 2, 3])
+    # Ids 0 and 3 are chosen. Id 4 is of a class that is worth more than id 3, and makes it half.
+    assert keep_list(BY_HAND, {"names": [0, 4]}, 0.2) == (0.5, ["names", 3])
     everything = received(*[(1, 1, 1)] * (MOST_IDS + 9))
-    assert len(keep_list(everything, {}, 1.0)) == MOST_IDS
-
-
-@pytest.mark.parametrize(
-    ("calibrated", "plain", "wins"), [(5, 5, False), (6, 5, True), (5, 6, False)]
-)
-def test_lists_are_given_only_where_they_win(calibrated, plain, wins):
-    rows = {
-        Candidate("c", {"keep": [1]}, 0.3, f"{tuning.CALIBRATED}, 5%"): Score(3.0, calibrated, 9),
-        Candidate("p", {}, 0.3, "separators"): Score(3.0, plain, 9),
-    }
-    best = [(one, Score(2.0)) for one in rows]
-    assert tuning._judge(best, rows, by_questions=True)[1] is wins
-    said, wins = tuning._judge(best[1:], rows, by_questions=True)
-    assert not wins
-    assert "came near" in said
+    assert len(keep_list(everything, {}, 1.0)[1]) == MOST_IDS

@@ -167,6 +167,27 @@ def test_parts_of_the_text_have_nothing_in_common(tmp_path, calibrate):
     assert split("abcdef", 3) == ["ab", "cd", "ef"]
 
 
+def test_search_and_report_have_their_own_parts(tmp_path):
+    """Every text and document is of the part it should be of, and the third is in neither."""
+    from helpers import MODEL
+
+    words = ("apple", "bread", "stone")
+    parts = [[" ".join([f"The {word} is here."] * 4000)] for word in words]
+    evaluation, tokenizer = tuning_command._prepare(MODEL, parts[:2], "float32", {}, tmp_path)
+    material, suite = evaluation.material, tuning.SUITE
+    assert len(material.texts) == 2 * suite.num_texts
+    numbers = sorted({question.document for question in material.questions})
+    assert numbers == list(range(2 * suite.num_documents))
+    for index, text in enumerate(material.texts):
+        said = tokenizer.decode(text)
+        assert words[index >= suite.num_texts] in said
+        assert sum(word in said for word in words) == 1
+    for question in material.questions:
+        said = tokenizer.decode(question.token_ids)
+        assert f"The {words[question.document >= suite.num_documents]} is" in said
+        assert sum(f"The {word} is" in said for word in words) == 1
+
+
 class Answers:
     """In the place of an engine: names answer more questions, and a wide window predicts better."""
 

@@ -65,6 +65,39 @@ def engine_options(pairs: Sequence[str] | None) -> dict[str, Any]:
     return found
 
 
+def longest_request(arguments: dict[str, Any], max_length: int) -> int:
+    """Tokens of a request at most: those of the model, or fewer if ``max_model_len`` says so.
+
+    Raises:
+        InputError: it is no number of tokens.
+    """
+    given = arguments.get("max_model_len", max_length)
+    if not isinstance(given, int) or isinstance(given, bool) or given < 1:
+        raise InputError(
+            f"--engine max_model_len={given!r}: must be a whole number of tokens, at most "
+            f"{max_length}"
+        )
+    return min(given, max_length)
+
+
+@contextmanager
+def written_to(folder: Path) -> Iterator[None]:
+    """What cannot be written inside is reported.
+
+    Raises:
+        InputError: in the place of ``OSError``.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise InputError(
+            f"--output {str(folder)!r} cannot be written ({error.strerror or first_line(error)}): "
+            "give a folder with room that can be written to"
+        ) from error
+
+
 def check_least(name: str, value: float, least: int, remedy: str) -> None:
     """Refuse a number below ``least`` with an :class:`InputError`."""
     if value < least:

@@ -21,11 +21,13 @@ from vllm_sepllm.cli.common import (
     exit_with,
     first_line,
     load_tokenizer,
+    longest_request,
     make_folder,
     output,
     parse_options,
     read_text,
     status,
+    written_to,
 )
 from vllm_sepllm.config import ConfigError, SepLLMConfig
 
@@ -75,14 +77,9 @@ def evaluate(
         given = Given(model, tuple(text or ()), suite, window, dtype, folder, tuple(only or ()))
         given = given.with_options(parse_options(option or []), engine_options(engine))
         evaluation = prepare(given)
-        try:
+        with written_to(folder):
             found, failed = run(evaluation)
             shown = write_report(evaluation, found, given)
-        except OSError as error:
-            raise InputError(
-                f"--output {str(folder)!r} cannot be written ({error.strerror}): give a folder "
-                "with room that can be written to"
-            ) from error
     except (InputError, ConfigError) as error:
         raise exit_with(str(error), 2) from None
     except KeyboardInterrupt:
@@ -126,8 +123,6 @@ def prepare(given: Given) -> Evaluation:
     from vllm_sepllm.evaluation.material import SUITES, make_material, package_text
     from vllm_sepllm.evaluation.run import Evaluation, engine_arguments
     from vllm_sepllm.evaluation.ways import (
-        H2O,
-        POD,
         YOURS,
         make_ways,
         possible,
@@ -142,8 +137,8 @@ def prepare(given: Given) -> Evaluation:
     texts = [read_text(name) for name in given.texts] or [package_text()]
     try:
         with status("cutting texts into tokens"):
-            longest = int(given.engine.get("max_model_len", model.max_length))
-            suite = SUITES[given.suite].within(min(longest, model.max_length))
+            longest = longest_request(given.engine, model.max_length)
+            suite = SUITES[given.suite].within(longest)
             if given.window > min(suite.text_length // 2, min(suite.lengths) // 2):
                 raise InputError(
                     f"--window {given.window}: must be at most half of the shortest document, "
@@ -151,12 +146,14 @@ def prepare(given: Given) -> Evaluation:
                     "--suite full has longer texts, and may have longer documents"
                 )
             material = make_material(tokenizer, texts, suite)
+    except InputError:
+        raise
     except ValueError as error:
         raise InputError(str(error)) from error
     options = usual_options(given.window, suite.more_ways)
     if given.options:
         options = {YOURS: {"window_size": given.window, **given.options}, **options}
-    unserved = [H2O, POD] if suite.more_ways else []
+    unserved: list[str] = []
     if given.only:
         options, unserved = _chosen(given.only, options)
     if model.num_layers < 3:
@@ -169,7 +166,13 @@ def prepare(given: Given) -> Evaluation:
             line = f"{name} is left out: {reason}"
             Console(stderr=True).print(line, markup=False, soft_wrap=True)
         ways = make_ways(options, material, tokenizer, model.num_layers)
-        ways += unserved_ways(unserved, ways, given.window)
+        others = unserved_ways(unserved, ways, given.window)
+        if len(others) < len(unserved):
+            raise InputError(
+                "--only 'H2O': has as much KV as SepLLM or the preset, and neither can be measured "
+                "with this tokenizer; leave it out"
+            )
+        ways += others
         ideal = {way.name: way.ideal(material, tokenizer, model.num_layers) for way in ways}
     arguments = engine_arguments(model, suite.longest, given.dtype, given.engine)
     return Evaluation(model, material, ways, arguments, given.folder, ideal)

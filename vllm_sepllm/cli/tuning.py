@@ -18,10 +18,12 @@ from vllm_sepllm.cli.common import (
     engine_options,
     exit_with,
     load_tokenizer,
+    longest_request,
     make_folder,
     output,
     read_text,
     status,
+    written_to,
 )
 from vllm_sepllm.cli.evaluate import read_model
 from vllm_sepllm.config import ConfigError
@@ -66,15 +68,16 @@ def tune(
         arguments = engine_options(engine)
         parts = _parts(text or [], calibrate)
         evaluation, tokenizer = _prepare(model, parts[:2], dtype, arguments, folder)
-        lists = _calibrated(evaluation, tokenizer, parts[2], dtype) if calibrate else {}
-        tuned, failed, num_late = _search(
-            evaluation, tokenizer, kv, keep_retrieval, 60 * minutes, lists
-        )
+        with written_to(folder):
+            lists = _calibrated(evaluation, tokenizer, parts[2], dtype) if calibrate else {}
+            tuned, failed, num_late = _search(
+                evaluation, tokenizer, kv, keep_retrieval, 60 * minutes, lists
+            )
+            write_json(folder / "report.json", _as_json(tuned, kv, model))
     except (InputError, ConfigError) as error:
         raise exit_with(str(error), 2) from None
     except KeyboardInterrupt:
         raise exit_with("stopped; the same command goes on where it was", 130) from None
-    write_json(folder / "report.json", _as_json(tuned, kv, model))
     with output() as console:
         _show(console, tuned, failed, num_late)
 
@@ -102,15 +105,15 @@ def _prepare(
     tokenizer, read = load_tokenizer(model), read_model(model)
     try:
         with status("cutting texts into tokens"):
-            suite = SUITE.within(
-                min(arguments.get("max_model_len", read.max_length), read.max_length)
-            )
+            suite = SUITE.within(longest_request(arguments, read.max_length))
             material = joined(
                 *(
                     make_material(tokenizer, part, suite, number * suite.num_documents)
                     for number, part in enumerate(parts)
                 )
             )
+    except InputError:
+        raise
     except ValueError as error:
         raise InputError(f"of each part of the text, for search and report: {error}") from error
     make_folder(folder)
@@ -135,7 +138,7 @@ def _calibrated(
             found = calibrate(evaluation.model.name, tokenizer, texts, dtype, evaluation.folder)
         except (ValueError, EvaluationError) as error:
             raise InputError(str(error)) from error
-    return {f"{CALIBRATED}, {share:.0%} of text": {"keep": keep} for share, keep in found.items()}
+    return {f"{CALIBRATED}, {share:.0%} of text": {"keep": keep} for share, keep in found}
 
 
 def _search(
@@ -191,7 +194,7 @@ def _show(console: Console, tuned: Tuned, failed: dict[str, str], num_late: int)
     console.print(_table("on text that was searched on", tuned.best[:8]))
     if tuned.calibrated:
         console.print(tuned.calibrated, soft_wrap=True)
-    for name, reason in failed.items():
+    for name, reason in {**tuned.refused, **failed}.items():
         console.print(f"left out: {name}: {reason}", markup=False, soft_wrap=True)
     if num_late:
         console.print(

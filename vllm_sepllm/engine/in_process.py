@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -71,7 +72,7 @@ def clean_up() -> None:
 
     gc.collect()
     cleanup_dist_env_and_memory()
-    if gc.freeze is not _do_nothing:
+    if gc.freeze is not _do_nothing and sys.exc_info()[0] is None:  # which may hold the engine
         atexit.register(gc.unfreeze)  # at the end of the process everything is
         gc.freeze()
         gc.freeze = gc.unfreeze = _do_nothing

@@ -130,7 +130,7 @@ def worths(found: Received, classes: Mapping[str, Sequence[int]]) -> tuple[Any, 
 
 def keep_list(
     found: Received, classes: Mapping[str, Sequence[int]], share: float
-) -> list[str | int]:
+) -> tuple[float, list[str | int]]:
     """Items of ``keep``: the ids of the greatest worth that make up a share of the tokens seen.
 
     A class that is worth as much is named whole, for those of its ids that were not seen.
@@ -139,6 +139,9 @@ def keep_list(
         found: of :func:`received_from_far`.
         classes: see :func:`worths`; their names are those of ``KEEP_CLASSES``.
         share: of all tokens.
+
+    Returns:
+        The share of tokens that the items make up, which classes can make larger, and the items.
     """
     worth, means = worths(found, classes)
     seen = np.flatnonzero(found.counts)
@@ -146,8 +149,10 @@ def keep_list(
     sums = found.counts[order].cumsum()
     chosen = order[sums <= share * sums[-1]][:MOST_IDS]
     if not len(chosen):
-        return []
+        return 0.0, []
     least = worth[chosen[-1]]
     named = [name for name, mean in means.items() if name != OTHER and mean >= least]
     within = {i for name in named for i in classes[name]}
-    return [*named, *sorted(int(i) for i in chosen if int(i) not in within)]
+    kept = {*map(int, chosen), *(i for i in within if i < len(found.counts))}
+    mine = float(found.counts[sorted(kept)].sum() / found.counts.sum())
+    return mine, [*named, *sorted(int(i) for i in chosen if int(i) not in within)]

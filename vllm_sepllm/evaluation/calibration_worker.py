@@ -26,8 +26,9 @@ CLASSES = "separators", "special", "digits", "names", "capitalized"
 
 def calibrate(
     model: str, tokenizer: Any, texts: Sequence[str], dtype: str, folder: Path
-) -> dict[float, list[str | int]]:
-    """Items of ``keep`` by the share of tokens that they make up, found in a process of its own.
+) -> list[tuple[float, list[str | int]]]:
+    """Lists for ``keep``, each behind the share of tokens that it makes up, found in a process of
+    its own.
 
     Args:
         model: folder or name.
@@ -40,11 +41,16 @@ def calibrate(
         EvaluationError: the process failed.
         ValueError: the texts are too short.
     """
-    ids = [i for text in texts for i in tokenizer.encode(text, add_special_tokens=False)]
-    pieces = [ids[at : at + LENGTH] for at in range(0, len(ids) - LENGTH + 1, LENGTH)]
+    bos = [] if tokenizer.bos_token_id is None else tokenizer.encode("")[:1]
+    pieces, count = [], 0
+    for text in texts:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        count += len(ids)
+        size = LENGTH - len(bos)
+        pieces += [bos + ids[at : at + size] for at in range(0, len(ids) - size + 1, size)]
     if not pieces:
         raise ValueError(
-            f"calibration has {len(ids):,} tokens of text: give at least {3 * LENGTH:,}, of which "
+            f"calibration has {count:,} tokens of text: give at least {3 * LENGTH:,}, of which "
             "it takes a third"
         )
     options = {name: SepLLMConfig(keep=(name,)) for name in CLASSES}
@@ -67,11 +73,11 @@ def calibrate(
     if failure is not None:
         raise EvaluationError(f"calibration ended: {failure}")
     found = json.loads(result.read_text(encoding="utf8"))
-    return {float(share): keep for share, keep in found.items() if keep}
+    return [(share, keep) for share, keep in found if keep]
 
 
-def run(job: dict[str, Any]) -> dict[str, list[str | int]]:
-    """Items of ``keep`` by share."""
+def run(job: dict[str, Any]) -> list[tuple[float, list[str | int]]]:
+    """Lists for ``keep``, each behind its share."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -80,7 +86,7 @@ def run(job: dict[str, Any]) -> dict[str, list[str | int]]:
     model = model.to(device).eval()
     size = 1 + max(i for text in job["texts"] for i in text)
     found = received_from_far(model, job["texts"], size, NUM_SINKS, WINDOW)
-    return {str(share): keep_list(found, job["classes"], share) for share in SHARES}
+    return [keep_list(found, job["classes"], share) for share in SHARES]
 
 
 def main() -> None:

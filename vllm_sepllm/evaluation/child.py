@@ -81,7 +81,7 @@ def child(module: str, job: Path, log: Path) -> Iterator[Child]:
             stderr=errors,
             text=True,
             errors="replace",
-            env=_environment(log.parent),
+            env=_environment(),
         )
         found = Child(process, log)
         try:
@@ -90,12 +90,13 @@ def child(module: str, job: Path, log: Path) -> Iterator[Child]:
             found.end()
 
 
-def _environment(folder: Path) -> dict[str, str]:
-    """Ours. Many container images keep Python from writing compiled code, and each process would
-    compile vLLM again, for ten seconds: it is kept in ``folder`` then."""
+def _environment() -> dict[str, str]:
+    """Ours. Many container images keep Python from writing compiled code beside its source, and
+    each process would compile vLLM again, for ten seconds: it goes to the user's cache then."""
     found = dict(os.environ)
     if found.pop("PYTHONDONTWRITEBYTECODE", None):
-        found.setdefault("PYTHONPYCACHEPREFIX", str(folder.resolve() / "compiled"))
+        cache = Path(found.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        found.setdefault("PYTHONPYCACHEPREFIX", str(cache / "vllm-sepllm/compiled"))
     return found
 
 

@@ -39,8 +39,9 @@ LEGEND = (
     "decoded, as a share of what full attention held for the same. Peak: the most, which is while "
     "a prompt is computed. Attended: share of tokens attended to, mean over the predicted tokens "
     "of texts, and by the end of questions; StreamingLLM is equal in these. Not served: measured "
-    "with Transformers, and what a cache would hold is counted. Perplexity: of second halves of "
-    "texts. Agreement: where the likeliest token is full attention's."
+    "with Transformers, and the pages that a cache would hold are counted; PoD's layers are put "
+    "together on the same texts. Perplexity: of the second halves of texts. Agreement: where the "
+    "likeliest token is full attention's."
 )
 
 
@@ -57,7 +58,7 @@ def summary(found: dict[str, Figures], questions: Sequence[Question]) -> list[li
     for name in ordered(found):
         one = found[name]
         memory = {
-            task: [f"{share:.1%}" for share in (*one.held[task].values(), one.ideal[task])]
+            task: [_percent(share) for share in (*one.held[task].values(), one.ideal[task])]
             for task in ("texts", "questions")
         }
         cells = [*memory["texts"], f"{one.perplexity:.2f}"]
@@ -65,7 +66,7 @@ def summary(found: dict[str, Figures], questions: Sequence[Question]) -> list[li
         for setting in (DOCUMENT, CHAT):
             marked = one.of_setting(questions, setting)
             cells.append(f"{sum(marked)} of {len(marked)}")
-        rows.append([_shown(one), *cells])
+        rows.append([one.shown, *cells])
     return rows
 
 
@@ -78,9 +79,8 @@ def brief(found: dict[str, Figures], questions: Sequence[Question]) -> list[list
     return [[short.get(name, name) for name in head], *rows]
 
 
-def _shown(one: Figures) -> str:
-    """Its name, marked if vLLM does not serve it."""
-    return one.way.name if one.way.is_served else f"{one.way.name} (not served)"
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.1%}"
 
 
 def ordered(found: dict[str, Figures]) -> list[str]:
@@ -101,7 +101,7 @@ def _grids(found: dict[str, Figures], questions: Sequence[Question]) -> list[lis
     for name in ordered(found):
         by_group = grid(found[name], questions).values()
         rows.append(
-            [_shown(found[name]), *(f"{r} of {of}" for row in by_group for r, of in row.values())]
+            [found[name].shown, *(f"{r} of {of}" for row in by_group for r, of in row.values())]
         )
     return rows
 
@@ -144,11 +144,11 @@ def plot(found: dict[str, Figures], path: Path) -> None:
         share = 100 * sum(one.right) / len(one.right)
         values = ("texts", left, one.perplexity), ("questions", right, share)
         for task, axes, value in values:
-            x = 100 * one.held[task]["mean"]
-            label = f"{number}  {_shown(one)}" if axes is left else None
+            x = 100 * (one.held[task]["mean"] or 0)
+            label = f"{number}  {one.shown}" if axes is left else None
             axes.plot(x, value, marker, color=colour, label=label)
             axes.annotate(str(number), (x, value), xytext=(5, 3), textcoords="offset points")
-            if not one.way.is_control:
+            if one.way.is_served and not one.way.is_control:
                 sides[axes].append((x, -value if axes is left else value))
     for axes, points in sides.items():
         best = front(points)

@@ -30,7 +30,8 @@ class Figures:
         agreement: share of tokens there at which the likeliest token is full attention's.
         right: by question.
         held: share of the bytes that full attention holds for the same requests: ``texts`` and
-            ``questions``, each ``mean`` over the steps of a request and ``peak``.
+            ``questions``, each ``mean`` over the steps of a request and ``peak``, which is ``None``
+            for what is not served.
         ideal: share of tokens attended to, where ``texts`` are predicted and by the end of
             ``questions``.
     """
@@ -39,9 +40,14 @@ class Figures:
     perplexity: float
     agreement: float
     right: list[bool]
-    held: dict[str, dict[str, float]]
+    held: dict[str, dict[str, float | None]]
     ideal: dict[str, float]
     result: Result
+
+    @property
+    def shown(self) -> str:
+        """Its name, marked if vLLM does not serve it."""
+        return self.way.name if self.way.is_served else f"{self.way.name} (not served)"
 
     def of_setting(self, questions: Sequence[Question], setting: str) -> list[bool]:
         """Those of documents or of conversations."""
@@ -65,14 +71,17 @@ def figures(
         for a, b in zip(mine, other, strict=True)
     ]
     held = {
-        task: {
-            kind: result[task]["held"][kind] / full[task]["held"][kind] for kind in ("mean", "peak")
-        }
-        for task in ("texts", "questions")
+        task: _held(result[task]["held"], full[task]["held"]) for task in ("texts", "questions")
     }
     right = marks(questions, result["questions"]["replies"])
     same = sum(a == b for a, b in pairs) / len(pairs)
     return Figures(way, math.exp(sum(nats) / len(nats)), same, right, held, ideal, result)
+
+
+def _held(mine: dict[str, float], full: dict[str, float]) -> dict[str, float | None]:
+    if "share" in mine:
+        return {"mean": mine["share"], "peak": None}
+    return {kind: mine[kind] / full[kind] for kind in ("mean", "peak")}
 
 
 def controls(
@@ -130,9 +139,9 @@ def sentence(found: dict[str, Figures], name: str) -> str | None:
     facts = f"{more} questions answered" if pairs.is_clear else "no difference shown in answers"
     facts += f" ({sum(mine.right)} and {sum(other.right)} of {len(mine.right)}, "
     facts += f"chance {pairs.chance:.2f})"
-    shares = [one.held["questions"]["mean"] for one in (mine, other)]
+    shares = [one.held["questions"]["mean"] or 0 for one in (mine, other)]
     kv = f"{shares[0]:.0%} and {shares[1]:.0%} of full attention's KV for questions"
-    return f"**{name}**: {text}; {facts}; {kv}."
+    return f"**{mine.shown}**: {text}; {facts}; {kv}."
 
 
 def as_json(found: dict[str, Figures], questions: Sequence[Question]) -> dict[str, Any]:
@@ -141,6 +150,7 @@ def as_json(found: dict[str, Figures], questions: Sequence[Question]) -> dict[st
     for name, one in found.items():
         both = compared(found, name)
         shown[name] = {
+            "served": one.way.is_served,
             "options": {
                 "texts": _short(one.way.of_texts),
                 **{group: _short(of) for group, of in one.way.of_groups.items()},

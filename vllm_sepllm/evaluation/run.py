@@ -105,11 +105,6 @@ class Evaluation:
         parts = [self.model.fingerprint, self.material.fingerprint, self.arguments]
         return _hash([*parts, __version__, sources(), made])
 
-    @property
-    def bytes_of_token(self) -> int:
-        """Of the KV cache, in the type that is used."""
-        return self.model.bytes_of_token * BYTES.get(self.arguments["dtype"], 4) // 4
-
     def key(self, way: Way) -> str:
         """Equal for runs that must have equal results."""
         return _hash([self.mark, asdict(way)])

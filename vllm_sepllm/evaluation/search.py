@@ -14,6 +14,7 @@ from typing import Any
 
 from vllm_sepllm.config import SepLLMConfig
 from vllm_sepllm.evaluation.share import Counted, rule_of
+from vllm_sepllm.keep_classes import special_ids
 from vllm_sepllm.layers import LayerPlan
 from vllm_sepllm.separators import Tokenizer
 
@@ -45,6 +46,18 @@ def _make_rules() -> dict[str, dict[str, Any]]:
 
 
 RULES = _make_rules()
+
+
+def rules_for(tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
+    """:data:`RULES`, without special tokens if a tokenizer has none."""
+    if special_ids(tokenizer):
+        return RULES
+    return {
+        name: {**of, "keep": [x for x in of["keep"] if x != "special"]} if "keep" in of else of
+        for name, of in RULES.items()
+    }
+
+
 FINEST = 16  # tokens: windows are multiples of it
 
 

@@ -37,12 +37,11 @@ class Searcher:
         self.failed: dict[str, str] = {}
         self.num_late = 0
         if self._file.exists():
-            for line in self._file.read_text(encoding="utf8").splitlines():
-                try:
-                    key, value = json.loads(line)
-                except ValueError:  # the last line of a process that was killed
-                    continue
-                self._known[key] = value
+            lines = self._file.read_text(encoding="utf8").splitlines()
+            found = [line for line in lines if _is_record(line)]
+            if found != lines:  # the last line of a process that was killed
+                self._file.write_text("".join(f"{line}\n" for line in found), encoding="utf8")
+            self._known = dict(map(json.loads, found))
 
     def __enter__(self) -> Searcher:
         return self
@@ -127,3 +126,11 @@ class Searcher:
         write_json(job, {**found, "material": str(material.resolve())})
         log = evaluation.folder / "search.log"
         return child("vllm_sepllm.evaluation.search_worker", job, log)
+
+
+def _is_record(line: str) -> bool:
+    try:
+        key, _ = json.loads(line)
+    except (ValueError, TypeError):
+        return False
+    return isinstance(key, str)

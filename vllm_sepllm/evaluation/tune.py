@@ -10,12 +10,12 @@ from vllm_sepllm.evaluation.material import Suite
 from vllm_sepllm.evaluation.run import Evaluation
 from vllm_sepllm.evaluation.search import (
     BOUNDS,
-    RULES,
     Candidate,
     Rung,
     Score,
     candidates,
     halve,
+    rules_for,
 )
 from vllm_sepllm.evaluation.searcher import Searcher
 from vllm_sepllm.evaluation.ways import FULL, possible
@@ -38,12 +38,14 @@ class Tuned:
         reported: scores on what was not: of full attention, the first two, and StreamingLLM with as
             much KV.
         layers: layers by what each loses alone, in nats per token, the costliest first.
+        refused: rules that this tokenizer lacks the tokens for, and why.
         calibrated: what became of calibrated lists, a sentence; ``None`` without them.
     """
 
     best: list[tuple[Candidate, Score]]
     reported: list[tuple[Candidate, Score]]
     layers: list[tuple[int, float]]
+    refused: dict[str, str]
     calibrated: str | None = None
 
 
@@ -73,7 +75,8 @@ def tune(
     material, num_layers = evaluation.material, evaluation.model.num_layers
     texts = [*material.texts, *material.documents]
     rungs = RUNGS if by_questions else tuple(replace(rung, documents=()) for rung in RUNGS)
-    rules = {**possible(RULES, tokenizer)[0], **(calibrated or {})}
+    usable, refused = possible(rules_for(tokenizer), tokenizer)
+    rules = {**usable, **(calibrated or {})}
 
     def fitting(
         rules: dict[str, dict[str, Any]],
@@ -93,7 +96,7 @@ def tune(
     layers: list[tuple[int, float]] = []
     if best:
         first = {one.rule: rules[one.rule] for one, _ in best[:2]}
-        more = fitting(first, bounds=BOUNDS)
+        more = [one for one in fitting(first, bounds=(None, *BOUNDS)) if one not in found]
         if num_layers >= FEWEST_LAYERS:
             layers = rank_layers(best[0][0], num_layers, measure, rungs[0])
         if len(layers) == num_layers:
@@ -102,36 +105,20 @@ def tune(
         best = sorted([*best, *scored], key=lambda pair: pair[1].order(by_questions))
     if not best:
         raise ValueError("nothing was measured within the time: give more --minutes")
-    plain = [one for one, _ in best if not one.rule.startswith(CALIBRATED)]
-    shown = [Candidate(FULL, None, 1.0), *(one for one, _ in best[:2]), *plain[:2]]
-    shown += [one for one in found if one.rule == STREAMING]
-    reported = {
-        one: score for one in dict.fromkeys(shown) if (score := searcher.report(one, REPORTED))
-    }
+    # Lists are of other text than this search, so here they win or lose like any other rule.
+    wins = best[0][0].rule.startswith(CALIBRATED)
+    plain = [pair for pair in best if not pair[0].rule.startswith(CALIBRATED)]
     said = None
     if calibrated:
-        said, wins = _judge(best, reported, by_questions)
-        if not wins:
-            best = [(one, score) for one, score in best if one in plain]
-    return Tuned(best, list(reported.items()), layers, said)
-
-
-def _judge(
-    best: Sequence[tuple[Candidate, Score]], reported: dict[Candidate, Score], by_questions: bool
-) -> tuple[str, bool]:
-    """Whether calibrated lists win on text that they and the search did not see."""
-    of_kind: dict[bool, list[Candidate]] = {True: [], False: []}
-    for one, _ in best:
-        if one in reported:
-            of_kind[one.rule.startswith(CALIBRATED)].append(one)
-    if not of_kind[True]:
-        return "No calibrated list came near the best of the search.", False
-    if not of_kind[False]:
-        return "Nothing but calibrated lists was measured to the end.", True
-    mine, other = (reported[of_kind[kind][0]].order(by_questions) for kind in (True, False))
-    if mine < other:
-        return "A calibrated list is the best on text that it was not made from.", True
-    return "Calibrated lists win nothing on text that they were not made from: left out.", False
+        said = "A calibrated list is the best" if wins else "No calibrated list is the best"
+        said += ", on text that the lists were not made from."
+        best = best if wins else plain
+    shown = [Candidate(FULL, None, 1.0), *(one for one, _ in [*best[:2], *plain[:1]])]
+    shown += [one for one in found if one.rule == STREAMING]
+    scores = [(one, searcher.report(one, REPORTED)) for one in dict.fromkeys(shown)]
+    reported = [(one, score) for one, score in scores if score is not None]
+    reasons = {name: str(error) for name, error in refused.items()}
+    return Tuned(best, reported, layers, reasons, said)
 
 
 def rank_layers(

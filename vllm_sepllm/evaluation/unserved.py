@@ -1,12 +1,15 @@
 """H2O and PoD on the same material. They are not served: Transformers runs them, one at a time.
 
-What they hold is counted and not seen: the keys and values that a cache of theirs would have.
+What they hold is counted and not seen: pages with the keys and values that a cache of theirs would
+have, as a share of the pages of the whole text. A peak is not counted, as a prompt is computed at
+once here. PoD finds its blocks on the texts that it predicts afterwards, which is in its favour.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -19,6 +22,7 @@ import torch
 from vllm_sepllm.baselines.h2o import HeavyHitters, apply_h2o
 from vllm_sepllm.baselines.pod import SharedKeys, apply_pod, make_blocks, similarities
 from vllm_sepllm.evaluation.material import NEW_TOKENS, Question
+from vllm_sepllm.evaluation.run import PAGE
 from vllm_sepllm.evaluation.worker import DONE, distinct, fail, join, read_material, write_json
 
 Options = dict[str, Any]
@@ -68,15 +72,19 @@ def _forward(method: Method, ids: Sequence[int], cache: Any) -> torch.Tensor:
     return logits.float()
 
 
-def _summary(method: Method, lengths: Sequence[int], bytes_of_token: int) -> dict[str, float]:
-    """As :meth:`vllm_sepllm.evaluation.measure.Held.summary`."""
-    held = sum(map(method.held, lengths)) / len(lengths) * bytes_of_token
-    return {"requests": len(lengths), "mean": held, "peak": held}
+def _share(method: Method, lengths: Sequence[int]) -> dict[str, float]:
+    """Of how many requests, and the share of their pages that is held."""
+    held = sum(_pages(method.held(length)) for length in lengths)
+    return {"requests": len(lengths), "share": held / sum(map(_pages, lengths))}
+
+
+def _pages(num_tokens: float) -> int:
+    return math.ceil(num_tokens / PAGE)
 
 
 @torch.inference_mode()
 def score_texts(
-    method: Method, texts: Sequence[Sequence[int]], bytes_of_token: int, done: Callable[[], None]
+    method: Method, texts: Sequence[Sequence[int]], done: Callable[[], None]
 ) -> dict[str, Any]:
     """As :func:`vllm_sepllm.evaluation.measure.score_texts`."""
     nats, likeliest = [], []
@@ -87,7 +95,7 @@ def score_texts(
         nats.append(torch.nn.functional.cross_entropy(logits, target, reduction="none").tolist())
         likeliest.append(logits.argmax(-1).tolist())
         done()
-    held = _summary(method, [len(text) for text in texts], bytes_of_token)
+    held = _share(method, [len(text) for text in texts])
     return {"nats": nats, "likeliest": likeliest, "held": held}
 
 
@@ -96,7 +104,6 @@ def answer_questions(
     method: Method,
     tokenizer: Any,
     questions: Iterable[Question],
-    bytes_of_token: int,
     done: Callable[[], None],
 ) -> dict[str, Any]:
     """As :func:`vllm_sepllm.evaluation.measure.answer_questions`; what the questions about a
@@ -115,7 +122,7 @@ def answer_questions(
             ids = _greedy(method, prompt[shared:], copy.deepcopy(cache), tokenizer.eos_token_id)
             replies.append(tokenizer.decode(ids, skip_special_tokens=True))
             done()
-    return {"replies": replies, "held": _summary(method, lengths, bytes_of_token)}
+    return {"replies": replies, "held": _share(method, lengths)}
 
 
 def _new_cache(model: Any) -> Any:
@@ -151,7 +158,6 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     loaded = AutoModelForCausalLM.from_pretrained(job["model"], dtype=job["engine"]["dtype"])
     model = loaded.to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
-    size = job["bytes_of_token"]
     replies: dict[int, str] = {}
     held = []
     result: dict[str, Any] = {}
@@ -164,9 +170,9 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         groups = {group for group, of in job["of_groups"].items() if of == options}
         chosen = {i: q for i, q in enumerate(material.questions) if q.group in groups}
         if options == job["of_texts"]:
-            result["texts"] = score_texts(method, material.texts, size, done)
+            result["texts"] = score_texts(method, material.texts, done)
         if chosen:
-            found = answer_questions(method, tokenizer, chosen.values(), size, done)
+            found = answer_questions(method, tokenizer, chosen.values(), done)
             replies |= dict(zip(chosen, found["replies"], strict=True))
             held.append(found["held"])
     return {**result, "questions": join(replies, held)}

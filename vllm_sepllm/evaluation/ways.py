@@ -68,7 +68,7 @@ def _like(options: dict[str, Any]) -> dict[str, Any]:
         total = options["heavy"] + options["recent"]
         return {"policy": "streaming", "num_sink_tokens": 0, "window_size": total}
     if options.get("method") == "pod":
-        return {"policy": "streaming", "window_size": ALL}
+        return {"policy": "streaming", "window_size": ALL}  # distant keys are attended to as well
     return options
 
 

@@ -62,7 +62,8 @@ def join(replies: dict[int, str], held: list[dict[str, float]]) -> dict[str, Any
     weights = [part["requests"] for part in held]
     of_all = {
         kind: sum(part[kind] * n for part, n in zip(held, weights, strict=True)) / sum(weights)
-        for kind in ("mean", "peak")
+        for kind in held[0]
+        if kind != "requests"
     }
     return {"replies": [replies[number] for number in sorted(replies)], "held": of_all}
 
@@ -70,7 +71,8 @@ def join(replies: dict[int, str], held: list[dict[str, float]]) -> dict[str, Any
 def fail(error: Exception, sentence: str) -> SystemExit:
     """Write why to the log, for :func:`vllm_sepllm.evaluation.child.reason_in`."""
     traceback.print_exception(error)
-    print(f"{REASON}{' '.join(sentence.split())}", file=sys.stderr)
+    reason = " ".join(sentence.split()) or type(error).__name__
+    print(f"{REASON}{reason}", file=sys.stderr)
     return SystemExit(1)
 
 
@@ -101,7 +103,7 @@ def main() -> None:
     write_json(Path(job["result"]), {"key": job["key"], **found})
 
 
-def write_json(path: Path, found: dict[str, Any]) -> None:
+def write_json(path: Path, found: Any) -> None:
     """Replaces what was there in one step, so that a file is never half of one."""
     partial = path.with_name(f"{path.name}.new")
     partial.write_text(json.dumps(found) + "\n", encoding="utf8")

@@ -22,19 +22,21 @@ from vllm_sepllm.evaluation.material import (
     make_material,
     package_text,
 )
-from vllm_sepllm.evaluation.pages import front, markdown, ordered
-from vllm_sepllm.evaluation.report import controls, figures
+from vllm_sepllm.evaluation.pages import front, markdown, ordered, plot, summary
+from vllm_sepllm.evaluation.report import as_json, controls, figures, sentence
 from vllm_sepllm.evaluation.share import mean_attended, num_attended
 from vllm_sepllm.evaluation.statistics import BLOCK, Pairs, nats_difference
 from vllm_sepllm.evaluation.ways import (
     EQUAL,
     FACTS,
     FULL,
+    H2O,
     RANDOM,
     SEPLLM,
     YOURS,
     make_ways,
     possible,
+    unserved_ways,
     usual_options,
 )
 from vllm_sepllm.kept_ids import resolve_kept
@@ -360,3 +362,26 @@ def test_what_a_tokenizer_lacks_is_left_out():
     assert list(found) == ["separators", "capitalized"]
     assert list(refused) == ["digits"]
     assert "has no such token" in str(refused["digits"])
+
+
+def test_what_is_not_served_is_marked(ways, found, material, smollm2, tmp_path):
+    """Its pages are counted, it has no peak, and it is no part of the front."""
+    all_ways = list(ways.values())
+    [h2o, *_] = unserved_ways([H2O], all_ways, 256)
+    made = result(material, 2.9, 30)
+    for task, share in (("texts", 0.3), ("questions", 0.2)):
+        made[task]["held"] = {"requests": 1, "share": share}
+    ideal = h2o.ideal(material, smollm2, LAYERS)
+    mine = figures(h2o, made, found[FULL].result, material.questions, ideal)
+    assert mine.held == {
+        "texts": {"mean": 0.3, "peak": None},
+        "questions": {"mean": 0.2, "peak": None},
+    }
+    both = {**found, h2o.name: mine}
+    row = next(row for row in summary(both, material.questions) if "H2O" in row[0])
+    assert row[:3] == ["H2O, KV of SepLLM (not served)", "30.0%", ""]
+    assert as_json(both, material.questions)[h2o.name]["served"] is False
+    assert as_json(both, material.questions)[SEPLLM]["served"] is True
+    assert sentence(both, h2o.name).startswith("**H2O, KV of SepLLM (not served)**: ")
+    plot(both, tmp_path / "report.png")
+    assert (tmp_path / "report.png").stat().st_size > 10_000

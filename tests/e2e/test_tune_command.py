@@ -8,10 +8,10 @@ from typer.testing import CliRunner
 
 from vllm_sepllm.cli import main
 from vllm_sepllm.config import SepLLMConfig
-from vllm_sepllm.evaluation import child, searcher
+from vllm_sepllm.evaluation import child, search, searcher
 from vllm_sepllm.evaluation import tune as tuning
 from vllm_sepllm.evaluation.material import Suite
-from vllm_sepllm.evaluation.search import RULES, Rung
+from vllm_sepllm.evaluation.search import Rung
 
 pytestmark = pytest.mark.e2e
 
@@ -25,7 +25,7 @@ def small(monkeypatch):
     monkeypatch.setattr(tuning, "RUNGS", (Rung((0,), (0,)),))
     monkeypatch.setattr(tuning, "REPORTED", Rung((1,), (1,)))
     monkeypatch.setattr(tuning, "BOUNDS", (8,))
-    monkeypatch.setattr(tuning, "RULES", {name: RULES[name] for name in FEW})
+    monkeypatch.setattr(search, "RULES", {name: search.RULES[name] for name in FEW})
 
 
 def test_a_search_and_its_repetition(small, monkeypatch, tmp_path, first_layers):
@@ -49,7 +49,15 @@ def test_a_search_and_its_repetition(small, monkeypatch, tmp_path, first_layers)
         SepLLMConfig.from_dict(json.loads(options)["sepllm"])
     for name in ("full attention", "nothing (StreamingLLM), window", "newest 8"):
         assert name in found.output
-    assert "alibrated list" in found.output
+    report = json.loads((tmp_path / "out/report.json").read_text(encoding="utf8"))
+    best = report["searched"]
+    wins = best[0]["name"].startswith(tuning.CALIBRATED)
+    assert ("A calibrated list is the best" in found.output) is wins
+    assert wins or not any(one["name"].startswith(tuning.CALIBRATED) for one in best)
+    assert [json.loads(options)["sepllm"] for options in printed] == [
+        one["options"] for one in best[:2]
+    ]
+    assert len({json.dumps(one["options"]) for one in best}) == len(best)
 
     again = CliRunner().invoke(main.app, [*command, "--minutes", "0"], env={"COLUMNS": "200"})
     assert again.exit_code == 0, again.output + again.stderr

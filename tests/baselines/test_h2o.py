@@ -44,16 +44,18 @@ def test_eight_tokens_by_hand():
     assert state.scores[0, 0].item() == pytest.approx(2.125 + 1 / 8 + 2 / 6 + 2 / 6 + 4 / 10)
 
 
-def by_dictionaries(logits, heavy, recent, prompt):
+def by_dictionaries(logits, heavy, recent, prompt, as_published=False):
     """One head: what is held is a dictionary of scores."""
     held, rows = {}, []
     for i in range(logits.shape[-1]):
         held[i] = 0.0
-        if i >= prompt:
-            older = sorted((k for k in held if k <= i - recent), key=lambda k: -held[k])
+        last = i - recent - as_published
+        if i >= prompt and (not as_published or i > heavy + recent):
+            older = sorted((k for k in held if k <= last), key=lambda k: -held[k])
             for key in older[heavy:]:
                 del held[key]
-        exp = {k: math.exp(logits[i, k]) for k in held}
+        skips = as_published and i >= prompt and i > heavy + recent
+        exp = {k: math.exp(logits[i, k]) for k in held if not (skips and k == i - recent)}
         total = sum(exp.values())
         row = [0.0] * logits.shape[-1]
         for key, value in exp.items():
@@ -63,20 +65,24 @@ def by_dictionaries(logits, heavy, recent, prompt):
     return torch.tensor(rows, dtype=torch.float64)
 
 
+@pytest.mark.parametrize("as_published", [False, True])
 @pytest.mark.parametrize(
     ("heavy", "recent", "prompt"), [(3, 4, 0), (0, 5, 0), (6, 1, 20), (4, 7, 9)]
 )
-def test_it_is_what_dictionaries_hold(heavy, recent, prompt):
+def test_it_is_what_dictionaries_hold(heavy, recent, prompt, as_published):
     """In one piece, and in pieces as a prompt and its answer come."""
     torch.manual_seed(heavy)
     logits = torch.randn(2, 40, 40, dtype=torch.float64)
     logits += 2 * torch.randn(2, 1, 40, dtype=torch.float64)
-    expected = torch.stack([by_dictionaries(x, heavy, recent, prompt) for x in logits])
-    state = HeavyHitters(heavy, recent, prompt, "query_head")
+    expected = torch.stack(
+        [by_dictionaries(x, heavy, recent, prompt, as_published) for x in logits]
+    )
+    state = HeavyHitters(heavy, recent, prompt, "query_head", as_published)
     found = state.attend(logits.clone(), num_kv_heads=2)
     assert torch.allclose(found, expected, atol=1e-12)
-    assert ((found > 0).sum(-1)[:, max(prompt, 1) :] <= heavy + recent).all()
-    state = HeavyHitters(heavy, recent, prompt, "query_head")
+    most = heavy + recent + as_published  # one too many for a step
+    assert ((found > 0).sum(-1)[:, max(prompt, 1) :] <= most).all()
+    state = HeavyHitters(heavy, recent, prompt, "query_head", as_published)
     parts = [state.attend(logits[:, a:b, :b], 2) for a, b in ((0, 25), (25, 39), (39, 40))]
     for part, (a, b) in zip(parts, ((0, 25), (25, 39), (39, 40)), strict=True):
         assert torch.equal(part, found[:, a:b, :b])

@@ -12,8 +12,9 @@ Differences from the code that its authors published (FMInference/H2O, ``h2o_hf`
 
 * ``utils_lm_eval`` takes the scores of a whole text at once, so that later tokens decide what
   earlier ones see. Here they never do.
-* ``utils_hh`` leaves a key out for one step when it leaves the recent ones. Here it is a heavy
-  hitter at once, or dropped.
+* ``utils_hh`` leaves a key out for one step when it leaves the recent ones, and drops nothing in
+  the step in which there is one key too many. Here a key is a heavy hitter at once, or dropped.
+  ``as_published`` does it their way.
 * Both were written for models with as many KV heads as query heads. With fewer, a cache holds keys
   by KV head: ``share="kv_head"`` sums the scores of the query heads that share one.
 
@@ -44,6 +45,7 @@ class HeavyHitters:
         recent: most recent keys seen, the query's own included.
         prompt: first tokens of a text that see everything; nothing is dropped among them.
         share: which heads hold the same keys: those of a KV head, of a layer, or each its own.
+        as_published: keys leave the recent ones as in the code that the authors published.
         scores: ``[sets, keys]``, attention received, per set of keys that are held together.
         held: ``[sets, keys]``.
     """
@@ -52,6 +54,7 @@ class HeavyHitters:
     recent: int
     prompt: int = 0
     share: str = "kv_head"
+    as_published: bool = False
     scores: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 0))
     held: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.bool))
 
@@ -88,7 +91,10 @@ class HeavyHitters:
             position = before + query
             if position >= self.prompt:
                 self._drop(position)
-            seen = self.held[:, : position + 1].repeat_interleave(num_heads // sets, 0)
+            seen = self.held[:, : position + 1].clone()
+            if self.as_published and position > max(self.heavy + self.recent, self.prompt - 1):
+                seen[:, position - self.recent] = False
+            seen = seen.repeat_interleave(num_heads // sets, 0)
             row = logits[:, query, : position + 1].masked_fill(~seen, -torch.inf).softmax(-1)
             probabilities[:, query, : position + 1] = row
             self.scores[:, : position + 1] += row.view(sets, -1, position + 1).sum(1)
@@ -96,7 +102,7 @@ class HeavyHitters:
 
     def _drop(self, position: int) -> None:
         """Before the query at ``position``: of the older keys, only the heaviest stay."""
-        older = position - self.recent + 1
+        older = position - self.recent + (not self.as_published)
         if older <= self.heavy:
             return
         scores = self.scores[:, :older].masked_fill(~self.held[:, :older], -torch.inf)
@@ -127,7 +133,12 @@ def _attend(
 
 
 def apply_h2o(
-    model: Any, heavy: int, recent: int, prompt: int = 0, share: str = "kv_head"
+    model: Any,
+    heavy: int,
+    recent: int,
+    prompt: int = 0,
+    share: str = "kv_head",
+    as_published: bool = False,
 ) -> list[HeavyHitters]:
     """Make a Hugging Face decoder attend as H2O does, one text at a time.
 
@@ -137,6 +148,7 @@ def apply_h2o(
         recent: most recent keys, the query's own included.
         prompt: first tokens of each text that see everything.
         share: ``"query_head"`` as published, ``"kv_head"`` what a cache can hold, or ``"layer"``.
+        as_published: see :class:`HeavyHitters`.
 
     Returns:
         What each layer holds.
@@ -154,6 +166,6 @@ def apply_h2o(
     layers = attention_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no attention layers that can be replaced")
-    states = [HeavyHitters(heavy, recent, prompt, share) for _ in layers]
+    states = [HeavyHitters(heavy, recent, prompt, share, as_published) for _ in layers]
     install(model, NAME, _attend, states)
     return states

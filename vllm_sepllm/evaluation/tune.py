@@ -91,7 +91,9 @@ def tune(
 
     found = fitting(rules)
     if not found:
-        raise ValueError(f"no rule leaves a window within {share:.0%} of the KV cache: allow more")
+        raise ValueError(
+            f"no rule leaves a window within {100 * share:.3g}% of the KV cache: allow more"
+        )
     best = halve(found, rungs, measure, by_questions)
     layers: list[tuple[int, float]] = []
     if best:

@@ -95,32 +95,34 @@ def tune(
             f"no rule leaves a window within {100 * share:.3g}% of the KV cache: allow more"
         )
     best = halve(found, rungs, measure, by_questions)
-    layers: list[tuple[int, float]] = []
-    if best:
-        first = {one.rule: rules[one.rule] for one, _ in best[:2]}
-        more = [one for one in fitting(first, bounds=(None, *BOUNDS)) if one not in found]
-        if num_layers >= FEWEST_LAYERS:
-            layers = rank_layers(best[0][0], num_layers, measure, rungs[0])
-        if len(layers) == num_layers:
-            more += fitting(first, dense=_choices(layers))
-        scored = [(one, score) for one in more if (score := measure(one, rungs[-1])) is not None]
-        best = sorted([*best, *scored], key=lambda pair: pair[1].order(by_questions))
     if not best:
         raise ValueError("nothing was measured within the time: give more --minutes")
+    first = {one.rule: rules[one.rule] for one, _ in best[:2]}
+    more = [one for one in fitting(first, bounds=(None, *BOUNDS)) if one not in found]
+    layers = rank_layers(best[0][0], num_layers, measure, rungs[0])
+    if len(layers) == num_layers:
+        more += fitting(first, dense=_choices(layers))
+    scored = [(one, score) for one in more if (score := measure(one, rungs[-1])) is not None]
+    best = sorted([*best, *scored], key=lambda pair: pair[1].order(by_questions))
     # Lists are of other text than this search, so here they win or lose like any other rule.
     wins = best[0][0].rule.startswith(CALIBRATED)
     plain = [pair for pair in best if not pair[0].rule.startswith(CALIBRATED)]
+    best = best if wins else plain
     said = None
     if calibrated:
         said = "A calibrated list is the best" if wins else "No calibrated list is the best"
         said += ", on text that the lists were not made from."
-        best = best if wins else plain
-    shown = [Candidate(FULL, None, 1.0), *(one for one, _ in [*best[:2], *plain[:1]])]
+    shown = [one for one, _ in [*best[:2], *plain[:1]]]
     shown += [one for one in found if one.rule == STREAMING]
-    scores = [(one, searcher.report(one, REPORTED)) for one in dict.fromkeys(shown)]
-    reported = [(one, score) for one, score in scores if score is not None]
     reasons = {name: str(error) for name, error in refused.items()}
-    return Tuned(best, reported, layers, reasons, said)
+    return Tuned(best, _report(shown, searcher), layers, reasons, said)
+
+
+def _report(shown: Sequence[Candidate], searcher: Searcher) -> list[tuple[Candidate, Score]]:
+    """Full attention and others, on text that the search did not see."""
+    ways = dict.fromkeys([Candidate(FULL, None, 1.0), *shown])
+    scores = [(one, searcher.report(one, REPORTED)) for one in ways]
+    return [(one, score) for one, score in scores if score is not None]
 
 
 def rank_layers(
@@ -133,10 +135,12 @@ def rank_layers(
 
     Args:
         one: what it attends to.
-        num_layers: of the model.
+        num_layers: of the model. With fewer than ``FEWEST_LAYERS`` none is ranked.
         measure: of a candidate.
         rung: its texts.
     """
+    if num_layers < FEWEST_LAYERS:
+        return []
     only_texts = Rung(rung.texts)
     full = measure(Candidate(FULL, None, 1.0), only_texts)
     found = []

@@ -6,7 +6,6 @@ It needs Transformers and no vLLM. :func:`calibrate` starts it.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from vllm_sepllm.config import SepLLMConfig
 from vllm_sepllm.evaluation.calibration import keep_list, received_from_far
 from vllm_sepllm.evaluation.child import EvaluationError, child
 from vllm_sepllm.evaluation.ways import possible
-from vllm_sepllm.evaluation.worker import fail, write_json
+from vllm_sepllm.evaluation.worker import run_job, write_json
 from vllm_sepllm.kept_ids import resolve_kept
 
 SHARES = 0.05, 0.1, 0.2
@@ -89,15 +88,5 @@ def run(job: dict[str, Any]) -> list[tuple[float, list[str | int]]]:
     return [keep_list(found, job["classes"], share) for share in SHARES]
 
 
-def main() -> None:
-    """Run the job of a file."""
-    job = json.loads(Path(sys.argv[1]).read_text(encoding="utf8"))
-    try:
-        found = run(job)
-    except Exception as error:
-        raise fail(error, str(error)) from None
-    write_json(Path(job["result"]), found)
-
-
 if __name__ == "__main__":
-    main()
+    run_job(run)

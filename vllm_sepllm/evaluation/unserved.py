@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -23,7 +22,7 @@ from vllm_sepllm.baselines.h2o import HeavyHitters, apply_h2o
 from vllm_sepllm.baselines.pod import SharedKeys, apply_pod, make_blocks, similarities
 from vllm_sepllm.evaluation.material import NEW_TOKENS, Question
 from vllm_sepllm.evaluation.run import PAGE
-from vllm_sepllm.evaluation.worker import DONE, distinct, fail, join, read_material, write_json
+from vllm_sepllm.evaluation.worker import DONE, distinct, join, read_material, run_job
 
 Options = dict[str, Any]
 
@@ -175,18 +174,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
             found = answer_questions(method, tokenizer, chosen.values(), done)
             replies |= dict(zip(chosen, found["replies"], strict=True))
             held.append(found["held"])
-    return {**result, "questions": join(replies, held)}
-
-
-def main() -> None:
-    """Run the job of a file."""
-    job = json.loads(Path(sys.argv[1]).read_text(encoding="utf8"))
-    try:
-        found = run(job)
-    except Exception as error:
-        raise fail(error, str(error)) from None
-    write_json(Path(job["result"]), {"key": job["key"], **found})
+    return {"key": job["key"], **result, "questions": join(replies, held)}
 
 
 if __name__ == "__main__":
-    main()
+    run_job(run)

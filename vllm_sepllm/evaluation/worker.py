@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
                 held.append(found["held"])
             if chosen and job["guess"]:
                 result["without"] = answer_questions(llm, material.without, done)
-    return {**result, "questions": join(replies, held)}
+    return {"key": job["key"], **result, "questions": join(replies, held)}
 
 
 def join(replies: dict[int, str], held: list[dict[str, float]]) -> dict[str, Any]:
@@ -68,12 +69,27 @@ def join(replies: dict[int, str], held: list[dict[str, float]]) -> dict[str, Any
     return {"replies": [replies[number] for number in sorted(replies)], "held": of_all}
 
 
-def fail(error: Exception, sentence: str) -> SystemExit:
-    """Write why to the log, for :func:`vllm_sepllm.evaluation.child.reason_in`."""
-    traceback.print_exception(error)
-    reason = " ".join(sentence.split()) or type(error).__name__
-    print(f"{REASON}{reason}", file=sys.stderr)
-    return SystemExit(1)
+def run_job(
+    run: Callable[[dict[str, Any]], Any], sentence_of: Callable[[Exception], str] = str
+) -> None:
+    """Run the job of the file that the command line names, and write what comes of it.
+
+    Args:
+        run: to what is written as JSON.
+        sentence_of: what an error says, for :func:`vllm_sepllm.evaluation.child.reason_in`.
+
+    Raises:
+        SystemExit: it failed; the reason is in the log.
+    """
+    job = json.loads(Path(sys.argv[1]).read_text(encoding="utf8"))
+    try:
+        found = run(job)
+    except Exception as error:
+        traceback.print_exception(error)
+        reason = " ".join(sentence_of(error).split()) or type(error).__name__
+        print(f"{REASON}{reason}", file=sys.stderr)
+        raise SystemExit(1) from None
+    write_json(Path(job["result"]), found)
 
 
 def distinct(found: list[Any]) -> list[Any]:
@@ -91,16 +107,14 @@ def set_environment() -> None:
 
 def main() -> None:
     """Run the job of a file."""
-    set_environment()
-    path = Path(sys.argv[1])
-    job = json.loads(path.read_text(encoding="utf8"))
-    try:
-        found = run(job)
-    except Exception as error:
+
+    def sentence(error: Exception) -> str:
         from vllm_sepllm.engine.in_process import sentence_of
 
-        raise fail(error, sentence_of(error)) from None
-    write_json(Path(job["result"]), {"key": job["key"], **found})
+        return sentence_of(error)
+
+    set_environment()
+    run_job(run, sentence)
 
 
 def write_json(path: Path, found: Any) -> None:

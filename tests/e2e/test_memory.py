@@ -217,3 +217,36 @@ def test_a_request_that_outgrows_the_pool_ends_with_an_error(engines, separator_
     assert set(output.token_ids) == {comma}
     assert "KV cache blocks" in output.stop_reason
     assert engine.pool.get_num_free_blocks() == engine.pool.num_gpu_blocks - 1
+
+
+def test_metrics_of_an_offline_engine(engines, book, separator_ids):
+    """``LLM.get_metrics`` has them where statistics are on, and they are what was held."""
+    engine = engines(sepllm={"window_size": 64}, disable_log_stats=False)
+    held = []
+
+    def look(step):
+        held.append((engine.pool.num_gpu_blocks - 1 - engine.pool.get_num_free_blocks(), pages()))
+
+    def metric(name):
+        found = [m for m in engine.llm.get_metrics() if m.name == f"vllm:sepllm_{name}"]
+        assert found
+        return found
+
+    def pages():
+        return sum(m.value for m in metric("pages_held"))
+
+    engine.scheduler._pages_held._due = 0.0
+    output, _ = run(engine, {"it": book[:600]}, 8, look)
+    assert held[0][0] == held[0][1] > 5
+    assert held[-1] == (0, 0)
+    tokens = [*book[:600], *output["it"].outputs[0].token_ids]
+    behind = (606 - 64 + 1) // 32 * 32  # as the last step begins; it computes the last but one
+    kept = kept_in(tokens[:behind], separator_ids, 4)
+    assert [m.value for m in metric("tokens_kept")] == [kept]
+    assert [m.value for m in metric("tokens_dropped")] == [behind - kept]
+    [shares] = metric("request_kept_share")
+    # The last token ends the request and is not computed.
+    share = (kept_in(tokens[:-1], separator_ids, 4) - 4) / (len(tokens) - 5)
+    assert shares.count == 1
+    assert shares.sum == pytest.approx(share)
+    assert [m.value for m in metric("seen_kept_share")] == [pytest.approx(share)]

@@ -7,8 +7,10 @@ import json
 import socket
 import subprocess
 import sys
+import time
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from helpers import MODEL, ROOT
 from serving import BIN, NAME, SMALL_POOL, check_concurrent, environment, kill_while_busy
@@ -17,6 +19,8 @@ from vllm_sepllm.engine.compat import vllm_version
 from vllm_sepllm.oracle.dense_mask import first_difference
 
 pytestmark = pytest.mark.e2e
+
+TOKENS = ("tokens_kept_total", "tokens_dropped_total")
 
 
 @pytest.fixture
@@ -36,6 +40,32 @@ def test_one_line_says_what_is_active(server):
 
 def test_concurrent_requests_equal_the_reference(server, book, reference_model, separator_ids):
     check_concurrent(server, book, reference_model, separator_ids)
+
+
+def test_metrics(server, book, separator_ids):
+    """Beside vLLM's own, and one line in its log now and then."""
+    before = {name: only(server.metric(f"vllm:sepllm_{name}")) for name in TOKENS}
+    tokens = server.complete(book[:1000], 24)
+    flags = np.isin([*book[:1000], *tokens], separator_ids)
+    flags[:4] = True
+    behind = (1022 - 64 + 1) // 32 * 32  # as the last step begins; it computes the last but one
+    kept = int(flags[:behind].sum())
+    expected = dict(zip(TOKENS, (kept, behind - kept), strict=True))
+    for name in TOKENS:
+        assert only(server.metric(f"vllm:sepllm_{name}")) - before[name] == expected[name]
+    server.ask("completions", prompt=[separator_ids[0]] * 2000, max_tokens=8)
+    assert only(server.metric("vllm:sepllm_requests_refused_total", reason="memory")) >= 1
+    assert only(server.metric("vllm:sepllm_pages_held", group="kept")) == 0
+    assert only(server.metric("vllm:sepllm_request_kept_share_count")) >= 1
+    deadline = time.monotonic() + 60  # vLLM logs its statistics every ten seconds
+    while "SepLLM: dropped " not in server.log.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+
+
+def only(by_engine):
+    [value] = by_engine.values()
+    return value
 
 
 def test_clients_that_leave_give_their_pages_back(server, book):

@@ -32,6 +32,7 @@ def test_two_replicas(servers, book, reference_model, separator_ids):
     assert sum(answered.values()) == 6
     assert set(answered) == {"0", "1"}
     assert all(answered.values()), "one replica answered everything"
+    assert server.metric("vllm:sepllm_request_kept_share_count") == answered
 
 
 def test_a_request_no_replica_has_room_for(servers, separator_ids):

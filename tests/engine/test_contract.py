@@ -18,6 +18,7 @@ from types import ModuleType
 
 import numpy as np
 import packaging.version
+import prometheus_client
 import pytest
 import torch
 from contract import project
@@ -82,6 +83,7 @@ def test_a_released_vllm_is_what_its_snapshot_says(needs, version):
 # What attributes in the engine's code may belong to, if not to our own objects or vLLM's.
 FOREIGN = (
     *(torch, torch.Tensor, torch.UntypedStorage, np, np.ndarray, np.typing, copyreg, platform),
+    *(prometheus_client.Counter, prometheus_client.Gauge, prometheus_client.Histogram),
     *(torch.nn, torch.nn.Module, inspect, inspect.Signature),
     *(
         builtins,

@@ -47,6 +47,7 @@ MEMBERS: dict[str, tuple[str, ...]] = {
         "sliding_window",
     ),
     "vllm.v1.kv_cache_interface:SlidingWindowSpec": ("page_size_bytes",),
+    "vllm.v1.metrics.loggers:StatLoggerManager": ("engine_indexes", "stat_loggers"),
     "vllm.v1.utils:CpuGpuBuffer": ("gpu",),
     "vllm.v1.worker.gpu_input_batch:InputBatch": ("req_ids",),
     "vllm.v1.worker.utils:AttentionGroup": ("metadata_builders",),
@@ -99,6 +100,8 @@ ASSUMED: tuple[str, ...] = (
     "vllm.v1.core.sched.scheduler:Scheduler._update_request_as_session",
     "vllm.v1.core.sched.scheduler:Scheduler._update_request_with_output",
     "vllm.v1.core.sched.scheduler:Scheduler.schedule",
+    "vllm.v1.core.sched.scheduler:Scheduler.update_from_output",
     "vllm.v1.engine.core:EngineCore._initialize_kv_caches",
+    "vllm.v1.metrics.loggers:StatLoggerManager.record",
     "vllm.v1.worker.cpu_worker:CPUWorker.compile_or_warm_up_model",
 )

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from functools import wraps
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from vllm.exceptions import VLLMValidationError
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig
+    from vllm.config import ModelConfig, VllmConfig
 
 PATCHED = "_patched_by_sepllm"
 
@@ -91,3 +92,46 @@ def tell_clients_why() -> None:
 
     setattr(generate, PATCHED, True)
     AsyncLLM.generate = generate
+
+
+def show_metrics() -> None:
+    """Show SepLLM's metrics where vLLM shows its own. Idempotent.
+
+    Why: vLLM loads plugins' loggers (``vllm.stat_logger_plugins``) for its server only, not for
+    ``LLM``. Having one turns statistics on for every server, with or without SEPLLM, even with
+    ``--disable-log-stats``. And loggers of plugins are made before vLLM's own, which removes all
+    metrics named ``vllm:`` that it finds.
+
+    Changes ``vllm.v1.metrics.loggers.StatLoggerManager.__init__``: for a configuration that selects
+    SEPLLM, a logger of ours comes before the others.
+
+    Not needed once vLLM loads plugins' loggers for every engine, and asks them whether they want
+    to see its configuration.
+    """
+    from vllm.v1.metrics.loggers import StatLoggerManager
+
+    original: Callable[..., None] = StatLoggerManager.__init__
+    if getattr(original, PATCHED, False):
+        return
+
+    @wraps(original)
+    def init(self: StatLoggerManager, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
+        from vllm.v1.metrics.loggers import LoggingStatLogger, PrometheusStatLogger
+
+        from vllm_sepllm.engine.metrics import SepLLMStatLogger
+        from vllm_sepllm.engine.startup.settings import is_selected
+
+        original(self, vllm_config, *args, **kwargs)
+        if not is_selected(vllm_config):
+            return
+        loggers = self.stat_loggers
+        prometheus = next(each for each in loggers if isinstance(each, PrometheusStatLogger))
+        single = [getattr(each, "per_engine_stat_loggers", {}).values() for each in loggers]
+        writes_lines = any(
+            isinstance(each, LoggingStatLogger) for each in (*loggers, *chain(*single))
+        )
+        ours = SepLLMStatLogger(vllm_config, self.engine_indexes, prometheus, writes_lines)
+        loggers.insert(0, ours)
+
+    setattr(init, PATCHED, True)
+    StatLoggerManager.__init__ = init

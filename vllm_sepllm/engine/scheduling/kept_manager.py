@@ -24,7 +24,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import (
@@ -42,14 +41,18 @@ from vllm_sepllm.engine.scheduling.eviction import leaving_pages, refresh
 from vllm_sepllm.engine.scheduling.pool_state import PoolState
 from vllm_sepllm.engine.scheduling.prefix_index import done_key
 from vllm_sepllm.engine.scheduling.request_stream import RequestStream
+from vllm_sepllm.engine.scheduling.tally import KEPT
 from vllm_sepllm.kept_counts import KeptCounts
-from vllm_sepllm.policy import CountArray, KeepRule
+from vllm_sepllm.policy import KeepRule
 
 
 class KeptManager(SingleTypeKVCacheManager):
     """Manager of the kept group; one per engine, on the scheduler's side.
 
     :meth:`attach` must be called before the first request.
+
+    Attributes:
+        counts_tokens: for the metrics. All kept groups hold the same tokens, so one of them counts.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -57,6 +60,7 @@ class KeptManager(SingleTypeKVCacheManager):
         self._known_rule: KeepRule | None = None
         self._requests: Mapping[str, Request] = {}
         self._num_in_flight = 0
+        self.counts_tokens = False
         self._streams: dict[str, RequestStream] = {}
         self._pool = PoolState.of(self.block_pool)
         self._asked: tuple[str, int, int] | None = None  # request, tokens and pages, last asked for
@@ -71,8 +75,7 @@ class KeptManager(SingleTypeKVCacheManager):
             requests: the scheduler's own mapping of live requests by id.
             num_in_flight: tokens of a request that steps in flight compute at most.
         """
-        self._known_rule, self._requests = rule, requests
-        self._num_in_flight = num_in_flight
+        self._known_rule, self._requests, self._num_in_flight = rule, requests, num_in_flight
 
     @property
     def _rule(self) -> KeepRule:
@@ -131,19 +134,7 @@ class KeptManager(SingleTypeKVCacheManager):
         if self._rule.max_separator_tokens is None:
             return pages
         stream = self._streams[request_id]
-        prefix = stream.counts.prefix
-        # Asked again and again while a request waits.
-        if stream.most is None or stream.most[:2] != (len(prefix), num_in_flight):
-            stream.most = len(prefix), num_in_flight, self._count_most(prefix, num_in_flight)
-        return min(pages, stream.most[2])
-
-    def _count_most(self, prefix: CountArray, num_in_flight: int) -> int:
-        rule, size = self._rule, self.block_size
-        computed = np.arange(len(prefix))
-        ahead = prefix[np.minimum(computed + num_in_flight, len(prefix) - 1)]
-        starts = rule.seen.first_entries(rule.stream_limit(prefix, computed))
-        left = starts // size - rule.seen.num_sink_pages(size)
-        return int((-(-ahead // size) - np.maximum(0, left)).max())
+        return min(pages, stream.most_pages(self._rule, num_in_flight, self.block_size))
 
     def get_num_blocks_to_allocate(
         self,
@@ -194,6 +185,9 @@ class KeptManager(SingleTypeKVCacheManager):
         self.block_pool.touch(new_computed_blocks)
         blocks.extend(new_computed_blocks)
         self.num_cached_block[request_id] = num_local_computed_tokens // self.block_size
+        self._pool.tally.found[KEPT] += sum(not page.is_null for page in new_computed_blocks)
+        behind = max(0, num_local_computed_tokens - self._rule.window_size + 1)
+        self._stream(request_id).num_left = behind // self.block_size
         if tail:
             self._partial_hit_reqs[request_id] = (full, new_computed_blocks[-1])
 
@@ -215,6 +209,7 @@ class KeptManager(SingleTypeKVCacheManager):
             index, source = self._partial_hit_reqs.pop(request_id)
             new_blocks = self.block_pool.get_new_blocks(1)
             self._apply_cow(request_id, index, source, new_blocks[0])
+            self._pool.tally.copies += 1
         if missing > 0:
             added = self.block_pool.get_new_blocks(missing)
             blocks.extend(added)
@@ -226,7 +221,11 @@ class KeptManager(SingleTypeKVCacheManager):
     ) -> None:
         """Give back pages whose entries no token from here on sees; none without a bound."""
         rule = self._rule
-        if rule.max_separator_tokens is None or not self.req_to_blocks.get(request_id):
+        if not self.req_to_blocks.get(request_id):
+            return
+        if self.counts_tokens:
+            self._count_left(request_id, processed_computed_tokens)
+        if rule.max_separator_tokens is None:
             return
         counts = self._counts(request_id, processed_computed_tokens)
         # Where ids are not known yet, fewer are taken for kept: rather a page too late.
@@ -235,9 +234,21 @@ class KeptManager(SingleTypeKVCacheManager):
         unseen = rule.seen.unseen_pages(limit, self.block_size)
         self._remove_blocks_in_range(request_id, *unseen)
 
+    def _count_left(self, request_id: str, num_computed: int) -> None:
+        """Count tokens behind the window for the metrics, a block of them at a time."""
+        stop = (num_computed - self._rule.window_size + 1) // self.block_size
+        stream = self._stream(request_id)
+        if stop <= stream.num_left:
+            return
+        self._counts(request_id, stop * self.block_size)
+        kept, dropped = stream.leave(stop, self.block_size)
+        self._pool.tally.tokens_kept += kept
+        self._pool.tally.tokens_dropped += dropped
+
     def _remove_blocks_in_range(self, request_id: str, first_block: int, last_block: int) -> None:
         leaving = leaving_pages(self.req_to_blocks.get(request_id, []), first_block, last_block)
         super()._remove_blocks_in_range(request_id, first_block, last_block)
+        self._pool.tally.returned[KEPT] += len(leaving)
         stream = self._streams.get(request_id)
         num_shared = 0 if stream is None else stream.num_shared
         for index, page in reversed(leaving):

@@ -8,6 +8,7 @@ from vllm.v1.core.block_pool import BlockPool
 
 from vllm_sepllm.engine.scheduling.eviction import Junctions, SparePages
 from vllm_sepllm.engine.scheduling.prefix_index import PrefixIndex
+from vllm_sepllm.engine.scheduling.tally import Tally
 
 _states: WeakKeyDictionary[BlockPool, PoolState] = WeakKeyDictionary()
 
@@ -19,12 +20,14 @@ class PoolState:
         prefixes: kept tokens of known prefixes.
         spare: pages to evict first.
         junctions: points to evict last.
+        tally: what is counted for the metrics.
     """
 
     def __init__(self, block_pool: BlockPool) -> None:
         self.prefixes = PrefixIndex(block_pool.num_gpu_blocks)
         self.spare = SparePages(block_pool)
         self.junctions = Junctions(block_pool.num_gpu_blocks)
+        self.tally = Tally()
 
     @staticmethod
     def of(block_pool: BlockPool) -> PoolState:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
 from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
 
 from vllm_sepllm.kept_counts import KeptCounts
+from vllm_sepllm.policy import KeepRule
 
 
 @dataclass(eq=False)
@@ -17,6 +19,7 @@ class RequestStream:
         counts: of its tokens whose ids are known.
         most: tokens known, tokens in flight, and the pages these take at most; as last counted.
         num_shared: with a bound, pages up to its last junction, which other requests resume at.
+        num_left: token blocks that have left the window, as far as they are counted.
         has_started: its first step was seen.
         pending: keys of this step's pages: key, page, tokens of the prefix.
     """
@@ -24,5 +27,41 @@ class RequestStream:
     counts: KeptCounts
     most: tuple[int, int, int] | None = None
     num_shared: int = 0
+    num_left: int = 0
     has_started: bool = False
     pending: list[tuple[BlockHash, KVCacheBlock, int]] = field(default_factory=list)
+
+    def most_pages(self, rule: KeepRule, num_in_flight: int, block_size: int) -> int:
+        """Pages that its known tokens take at most at once, under a bound on separators.
+
+        Args:
+            rule: with a bound.
+            num_in_flight: tokens that steps in flight compute at most.
+            block_size: entries of a page.
+        """
+        prefix = self.counts.prefix
+        # Asked again and again while a request waits.
+        if self.most is None or self.most[:2] != (len(prefix), num_in_flight):
+            computed = np.arange(len(prefix))
+            ahead = prefix[np.minimum(computed + num_in_flight, len(prefix) - 1)]
+            starts = rule.seen.first_entries(rule.stream_limit(prefix, computed))
+            left = starts // block_size - rule.seen.num_sink_pages(block_size)
+            pages = int((-(-ahead // block_size) - np.maximum(0, left)).max())
+            self.most = len(prefix), num_in_flight, pages
+        return self.most[2]
+
+    def leave(self, stop: int, block_size: int) -> tuple[int, int]:
+        """Count the token blocks before ``stop``, all behind the window now.
+
+        Blocks with tokens whose ids are not known yet wait for the next call.
+
+        Returns:
+            Kept tokens and dropped ones in the blocks that were not counted before.
+        """
+        prefix = self.counts.prefix
+        first, stop = self.num_left, min(stop, (len(prefix) - 1) // block_size)
+        if stop <= first:
+            return 0, 0
+        self.num_left = stop
+        kept = int(prefix[stop * block_size] - prefix[first * block_size])
+        return kept, (stop - first) * block_size - kept

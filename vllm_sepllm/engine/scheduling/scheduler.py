@@ -25,7 +25,17 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_sepllm.engine.scheduling.admission import Admission
 from vllm_sepllm.engine.scheduling.kept_manager import KeptManager
 from vllm_sepllm.engine.scheduling.pool_state import PoolState
+from vllm_sepllm.engine.scheduling.tally import (
+    FULL,
+    KEPT,
+    MEMORY,
+    POSITIONS,
+    WINDOW,
+    PagesHeld,
+    put,
+)
 from vllm_sepllm.engine.scheduling.traffic import TrafficShare
+from vllm_sepllm.engine.scheduling.window_manager import WindowManager
 from vllm_sepllm.engine.startup.checks import largest_cache, trained_length
 from vllm_sepllm.engine.startup.settings import Settings
 
@@ -46,6 +56,7 @@ class SepLLMScheduler(Scheduler):
         self._kept_managers = [m for m in managers if isinstance(m, KeptManager)]
         for manager in self._kept_managers:
             manager.attach(settings.rule, self.requests, self._in_flight_tokens)
+            manager.counts_tokens = manager is self._kept_managers[0]
             PoolState.of(pool).prefixes.make_room(self.max_model_len, manager.block_size)
         self._admission = Admission(
             managers,
@@ -55,16 +66,18 @@ class SepLLMScheduler(Scheduler):
         )
         options = settings.config
         # With a bound the share says little about memory.
-        self._traffic: TrafficShare | None = None
-        if options.max_separator_tokens is None:
-            self._traffic = TrafficShare(settings.plan)
+        is_bounded = options.max_separator_tokens is not None
+        self._traffic = TrafficShare(None if is_bounded else settings.plan)
+        self._tally = PoolState.of(pool).tally
+        self._pages_held = PagesHeld((_kind(manager), manager) for manager in managers)
         self._num_positions: int | None = None  # of the model, where a text can run past them
         trained = trained_length(self.vllm_config.model_config)
         grows = options.position_mode == "cache" and largest_cache(options) is None
         if grows and self.max_model_len > trained:
             self._num_positions = trained
         self.kv_cache_manager.estimate_cached_tokens = self._num_cached_tokens
-        self._refused: dict[str, str] = {}  # reasons, by request; they end with this step
+        # What a request does not fit into, and the sentence; they end with this step.
+        self._refused: dict[str, tuple[str, str]] = {}
         self._cold: set[str] = set()  # requests that start without a prefix from the cache
         self._chunks: dict[str, int] = {}  # tokens per step, of requests that fit in no larger ones
         self._warn_of_small_pool()
@@ -124,11 +137,12 @@ class SepLLMScheduler(Scheduler):
         if needed > self._admission.num_pages:
             self._refuse(request, needed)
         elif self._num_positions is not None and self._cache_size(request) > self._num_positions:
-            self._refused[request.request_id] = (
+            reason = (
                 f"the {request.num_tokens} tokens of this request leave {self._cache_size(request)}"
                 f" in the cache, more than the {self._num_positions} positions of the model: "
                 "shorten it, or have the engine started with max_separator_tokens"
             )
+            self._refused[request.request_id] = POSITIONS, reason
 
     def _cache_size(self, request: Request) -> int:
         """Places in cache positions that a text takes; all kept groups count alike."""
@@ -138,11 +152,12 @@ class SepLLMScheduler(Scheduler):
         return min(request.num_tokens, self.max_model_len)
 
     def _refuse(self, request: Request, needed: int) -> None:
-        self._refused[request.request_id] = (
+        reason = (
             f"the {request.num_tokens} tokens of this request need {needed} KV cache blocks "
             f"under SepLLM attention, more than the {self._admission.num_pages} there are: shorten "
             "it, give the KV cache more memory, or choose fewer separators"
         )
+        self._refused[request.request_id] = MEMORY, reason
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """vLLM's; then the pages of this step can be found by the next one."""
@@ -164,6 +179,7 @@ class SepLLMScheduler(Scheduler):
         name, num_tokens = request.request_id, self._num_tokens(request)
         chunk = self._admission.largest_chunk(name, num_tokens)
         if chunk is not None and chunk < self.scheduler_config.max_num_batched_tokens:
+            self._tally.small_chunks += name not in self._chunks
             self._chunks[name] = chunk
 
     @contextmanager
@@ -260,8 +276,11 @@ class SepLLMScheduler(Scheduler):
         return tokens, stopped
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
-        if self._traffic is not None and self._kept_managers:
-            warning = self._traffic.add(*self._kept_managers[0].counted(request.request_id))
+        if self._kept_managers:
+            num_kept, num_tokens = self._kept_managers[0].counted(request.request_id)
+            if num_tokens and self.log_stats:
+                self._tally.shares.append(num_kept / num_tokens)
+            warning = self._traffic.add(num_kept, num_tokens)
             if warning is not None:
                 logger.warning("%s.", warning)
         return super()._free_request(request, *args, **kwargs)
@@ -280,11 +299,13 @@ class SepLLMScheduler(Scheduler):
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
         """vLLM's update, then an error output for each request that can never fit."""
+        outputs: dict[int, EngineCoreOutputs]
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if self._refused:
             refused, self._refused = self._refused, {}
             for request in self.finish_requests(refused, RequestStatus.FINISHED_ERROR):
-                reason = refused[request.request_id]
+                limit, reason = refused[request.request_id]
+                self._tally.refused[limit] += 1
                 logger.error("Request %s ended: %s.", request.request_id, reason)
                 output = EngineCoreOutput(
                     request_id=request.request_id,
@@ -296,7 +317,25 @@ class SepLLMScheduler(Scheduler):
                 )
                 client = outputs.setdefault(request.client_index, EngineCoreOutputs())
                 client.outputs.append(output)
+        for client in outputs.values():
+            if client.scheduler_stats is not None:
+                put(client.scheduler_stats, self._counts())
         return outputs
+
+    def _counts(self) -> dict[str, Any]:
+        """What was counted since the last call, for the metrics."""
+        counts = self._tally.take()
+        if "shares" in counts:
+            counts["seen_share"] = self._traffic.seen
+        held = self._pages_held.count(not self.requests)
+        return counts if held is None else {**counts, "held": held}
+
+
+def _kind(manager: SingleTypeKVCacheManager) -> str:
+    """Of a group: what it holds of a request."""
+    if isinstance(manager, KeptManager):
+        return KEPT
+    return WINDOW if isinstance(manager, WindowManager) else FULL
 
 
 class SepLLMAsyncScheduler(SepLLMScheduler, AsyncScheduler):

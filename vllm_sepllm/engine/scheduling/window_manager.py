@@ -26,6 +26,7 @@ from vllm.v1.request import Request
 
 from vllm_sepllm.engine.scheduling.eviction import leaving_pages, refresh
 from vllm_sepllm.engine.scheduling.pool_state import PoolState
+from vllm_sepllm.engine.scheduling.tally import WINDOW
 
 
 class WindowManager(SlidingWindowManager):
@@ -37,6 +38,12 @@ class WindowManager(SlidingWindowManager):
         self._pages_for_hit = cdiv(self.sliding_window - 1, self.block_size)
         # Junctions of each live request, in token blocks.
         self._junctions: dict[str, list[int]] = {}
+
+    def add_local_computed_blocks(self, request_id: str, *args: Any, **kwargs: Any) -> None:
+        """vLLM's; the pages found in the cache are counted."""
+        super().add_local_computed_blocks(request_id, *args, **kwargs)
+        pages = self.req_to_blocks[request_id]
+        self._pool.tally.found[WINDOW] += sum(not page.is_null for page in pages)
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
@@ -80,6 +87,7 @@ class WindowManager(SlidingWindowManager):
         if not leaving:
             return  # most steps; vLLM's own walk compares pages field by field
         super()._remove_blocks_in_range(request_id, first_block, last_block)
+        self._pool.tally.returned[WINDOW] += len(leaving)
         junctions = self._junctions.get(request_id, ())
         for block, page in reversed(leaving):
             if not any(end - self._pages_for_hit <= block < end for end in junctions):

@@ -44,7 +44,7 @@ def complete(vllm_config: VllmConfig, hardware: Hardware, complete_own: Callable
     Raises:
         ConfigError: it cannot be served; the message says why and what to do.
     """
-    from vllm_sepllm.engine.patches import tell_clients_why
+    from vllm_sepllm.engine.patches import show_metrics, tell_clients_why
     from vllm_sepllm.engine.startup.prepare import announce, prepare
 
     try:
@@ -61,3 +61,4 @@ def complete(vllm_config: VllmConfig, hardware: Hardware, complete_own: Callable
     if separators is not None:
         announce(vllm_config, separators)
         tell_clients_why()
+        show_metrics()

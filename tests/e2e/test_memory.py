@@ -235,7 +235,6 @@ def test_metrics_of_an_offline_engine(engines, book, separator_ids):
     def pages():
         return sum(m.value for m in metric("pages_held"))
 
-    engine.scheduler._pages_held._due = 0.0
     output, _ = run(engine, {"it": book[:600]}, 8, look)
     assert held[0][0] == held[0][1] > 5
     assert held[-1] == (0, 0)

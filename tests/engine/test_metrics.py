@@ -47,11 +47,9 @@ class Recorded(Simulation):
             return outputs
 
         self.scheduler.update_from_output = recorded
-        self.scheduler._pages_held.count = self._always(self.scheduler._pages_held)
-
-    def _always(self, pages_held):
-        count = type(pages_held).count
-        return lambda is_last: count(pages_held, True)
+        reports = self.scheduler._reports
+        report = reports.report
+        reports.report = lambda is_last, share: report(True, share)  # with every step
 
     def sum(self, name, label=None):
         found = (counts.get(name, 0 if label is None else {}) for counts in self.counts)
@@ -179,8 +177,8 @@ def test_nothing_is_collected_without_statistics():
     assert simulation.scheduler._tally.shares == []
 
 
-def test_pages_are_not_counted_with_every_step():
-    """However many there are, it takes no more than a small share of the time."""
+def test_reports_are_rare():
+    """However many pages there are, they take no more than a small share of the time."""
     from vllm_sepllm.engine.scheduling import tally
 
     now = [100.0]
@@ -192,18 +190,23 @@ def test_pages_are_not_counted_with_every_step():
             now[0] += 0.01
             return super().values()
 
-    manager = SimpleNamespace(req_to_blocks=Slow(a=[null, page], b=[page]))
-    held = tally.PagesHeld([(KEPT, manager)])
+    counts = tally.Tally()
+    reports = tally.Reports(
+        counts, [(KEPT, SimpleNamespace(req_to_blocks=Slow(a=[null, page], b=[page])))]
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tally, "monotonic", lambda: now[0])
-        assert held.count(False) == {KEPT: 1}
+        assert reports.report(False, None) == {"held": {KEPT: 1}}
         for _ in range(9):
-            assert held.count(False) is None
+            counts.copies += 1
+            assert reports.report(False, None) is None
             now[0] += 0.5
-        now[0] += 0.51  # 500 times as long as the count took
-        assert held.count(False) == {KEPT: 1}
-        assert held.count(False) is None
-        assert held.count(True) == {KEPT: 1}
+        now[0] += 0.51  # 500 times as long as the report took
+        assert reports.report(False, None) == {"held": {KEPT: 1}, "copies": 9}
+        counts.shares.append(0.5)
+        assert reports.report(False, 0.5) is None
+        last = {"held": {KEPT: 1}, "shares": [0.5], "seen_share": 0.5}
+        assert reports.report(True, 0.5) == last
 
 
 class Stats(SimpleNamespace):

@@ -99,7 +99,7 @@ class EngineMetrics:
         self._last: dict[str, Any] = {"held": dict.fromkeys(groups, 0), "seen_share": None}
 
     def add(self, counts: dict[str, Any]) -> None:
-        """Add what :meth:`Tally.take` and the scheduler have counted in a step."""
+        """Add what :meth:`Reports.report` says."""
         for name, value in counts.items():
             if name in self._counters:
                 self._counters[name].inc(value)

@@ -31,7 +31,7 @@ from vllm_sepllm.engine.scheduling.tally import (
     MEMORY,
     POSITIONS,
     WINDOW,
-    PagesHeld,
+    Reports,
     put,
 )
 from vllm_sepllm.engine.scheduling.traffic import TrafficShare
@@ -69,7 +69,7 @@ class SepLLMScheduler(Scheduler):
         is_bounded = options.max_separator_tokens is not None
         self._traffic = TrafficShare(None if is_bounded else settings.plan)
         self._tally = PoolState.of(pool).tally
-        self._pages_held = PagesHeld((_kind(manager), manager) for manager in managers)
+        self._reports = Reports(self._tally, ((_kind(manager), manager) for manager in managers))
         self._num_positions: int | None = None  # of the model, where a text can run past them
         trained = trained_length(self.vllm_config.model_config)
         grows = options.position_mode == "cache" and largest_cache(options) is None
@@ -319,16 +319,10 @@ class SepLLMScheduler(Scheduler):
                 client.outputs.append(output)
         for client in outputs.values():
             if client.scheduler_stats is not None:
-                put(client.scheduler_stats, self._counts())
+                counts = self._reports.report(not self.requests, self._traffic.seen)
+                if counts is not None:
+                    put(client.scheduler_stats, counts)
         return outputs
-
-    def _counts(self) -> dict[str, Any]:
-        """What was counted since the last call, for the metrics."""
-        counts = self._tally.take()
-        if "shares" in counts:
-            counts["seen_share"] = self._traffic.seen
-        held = self._pages_held.count(not self.requests)
-        return counts if held is None else {**counts, "held": held}
 
 
 def _kind(manager: SingleTypeKVCacheManager) -> str:

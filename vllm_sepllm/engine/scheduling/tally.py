@@ -1,6 +1,6 @@
 """What the scheduler's process counts for the metrics.
 
-Counts go to the process that serves requests with each step, as differences to the step before;
+Counts go to the process that serves requests, as differences to the report before;
 ``engine/metrics.py`` adds them up there. vLLM's ``SchedulerStats`` has no room for a plugin's.
 Under SepLLM there is no encoder-cache connector, so its dictionary carries ours.
 """
@@ -21,7 +21,7 @@ STATS_KEY = "sepllm"
 WINDOW, KEPT, FULL = GROUPS = ("window", "kept", "full")
 # What a request may not fit into.
 MEMORY, POSITIONS = LIMITS = ("memory", "positions")
-# Pages held are counted no more often than this, and in no more than this share of the time.
+# Reports come no more often than this, and take no more than this share of the time.
 SECONDS_BETWEEN = 0.5
 LARGEST_SHARE = 1 / 500
 
@@ -58,34 +58,44 @@ class Tally:
         return {n: dict(v) if isinstance(v, Counter) else v for n, v in counts.items()}
 
 
-class PagesHeld:
-    """Counts the pages that requests hold, now and then.
-
-    Every page is looked at, so how often it is done depends on how long it takes.
+class Reports:
+    """Counts and pages held, now and then: every page is looked at, and every counter is set.
 
     Args:
+        tally: what is counted.
         managers: of all groups, with the kind of each.
     """
 
-    def __init__(self, managers: Iterable[tuple[str, SingleTypeKVCacheManager]]) -> None:
-        self._managers = list(managers)
+    def __init__(
+        self, tally: Tally, managers: Iterable[tuple[str, SingleTypeKVCacheManager]]
+    ) -> None:
+        self._tally, self._managers = tally, list(managers)
         self._due = 0.0
 
-    def count(self, is_last: bool) -> dict[str, int] | None:
-        """Different pages held, by kind of group; ``None`` if it is not time yet.
+    def report(self, is_last: bool, seen_share: float | None) -> dict[str, Any] | None:
+        """What was counted since the last report, and pages held; ``None`` if it is not time yet.
 
         Args:
-            is_last: no request is left, so no later step would say that nothing is held.
+            is_last: no request is left, so no later step would say what this one has to.
+            seen_share: kept tokens per token of all requests that have ended.
         """
         start = monotonic()
         if start < self._due and not is_last:
             return None
+        counts = self._tally.take()
+        if "shares" in counts:
+            counts["seen_share"] = seen_share
+        counts["held"] = self._held()
+        end = monotonic()
+        self._due = end + max(SECONDS_BETWEEN, (end - start) / LARGEST_SHARE)
+        return counts
+
+    def _held(self) -> dict[str, int]:
+        """Different pages that requests hold, by kind of group."""
         held = dict.fromkeys((kind for kind, _ in self._managers), 0)
         for kind, manager in self._managers:
             lists = manager.req_to_blocks.values()
             held[kind] += len({p.block_id for pages in lists for p in pages if not p.is_null})
-        end = monotonic()
-        self._due = end + max(SECONDS_BETWEEN, (end - start) / LARGEST_SHARE)
         return held
 
 

@@ -23,7 +23,6 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.core.kv_cache_utils import (
     generate_scheduler_kv_cache_config,
-    get_kv_cache_configs,
     get_request_block_hasher,
     init_none_hash,
     resolve_kv_cache_block_sizes,
@@ -34,9 +33,10 @@ from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
+from vllm_sepllm.engine.compat import kv_cache_configs
 from vllm_sepllm.engine.scheduling.kept_manager import KeptManager
 from vllm_sepllm.engine.scheduling.scheduler import SepLLMAsyncScheduler
-from vllm_sepllm.engine.scheduling.spec import KeptSpec, WindowSpec
+from vllm_sepllm.engine.scheduling.spec import KeptSpec, WindowSpec, kept_spec, window_spec
 from vllm_sepllm.engine.startup.settings import Settings
 
 HEADS = {"num_kv_heads": 4, "head_size": 32, "dtype": torch.bfloat16}
@@ -242,8 +242,8 @@ class Simulation:
         layout = CPUAttentionBackend.supported_kv_cache_layouts()[0]
         config.cache_config.kv_cache_layout = layout.name
         specs = self._specs(config, num_layers, num_dense)
-        kv_cache_configs = get_kv_cache_configs(config, [specs], [memory_bytes])
-        kv_cache_config = generate_scheduler_kv_cache_config(kv_cache_configs)
+        configs = kv_cache_configs(config, [specs], [memory_bytes])
+        kv_cache_config = generate_scheduler_kv_cache_config(configs)
         config.cache_config.num_gpu_blocks = kv_cache_config.num_blocks
         self.kv_cache_config, self.config = kv_cache_config, config
         self.groups: dict[type, list[int]] = {FullAttentionSpec: [], WindowSpec: [], KeptSpec: []}
@@ -266,14 +266,8 @@ class Simulation:
         if self.rule is None:
             return {f"layer{i}": FullAttentionSpec(**common) for i in range(num_layers)}
         dense = {f"dense{i}": FullAttentionSpec(**common) for i in range(num_dense)}
-        window = WindowSpec(**common, sliding_window=self.rule.window_size)
-        kept = KeptSpec(
-            **common,
-            window_size=self.rule.window_size,
-            num_sink_tokens=self.rule.num_sink_tokens,
-            planned_share=Settings.of(config).plan.planned_share,
-            max_separator_tokens=self.rule.max_separator_tokens,
-        )
+        settings, layer = Settings.of(config), FullAttentionSpec(**common)
+        window, kept = window_spec(layer, settings), kept_spec(layer, settings)
         layers = range(num_layers)
         ours = {f"layer{i}": window for i in layers} | {f"layer{i}.kept": kept for i in layers}
         return dense | ours

@@ -36,6 +36,7 @@ def test_greedy_tokens_equal_the_reference(
 ):
     sepllm = {"window_size": window, "num_sink_tokens": sinks, "max_separator_tokens": bound}
     engine = engines(sepllm=sepllm, block_size=block_size, max_num_batched_tokens=chunk)
+    engine.check_size()
     texts = [book[:800], book[100:102], book[3000:3342], list(separator_ids[:2]) * 150]
     for prompt, tokens in zip(texts, engine.tokens(texts, max_tokens=30), strict=True):
         check(prompt, tokens, bound, window, sinks)

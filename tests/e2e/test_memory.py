@@ -46,6 +46,7 @@ def test_pages_held_stay_within_the_bound(
         block_size=block_size,
         max_num_batched_tokens=chunk,
     )
+    engine.check_size()
     prompts = {"long": book[:1700], "short": book[5:20], "other": book[4000:4900]}
     _, history = run(engine, prompts, max_tokens=90)
     assert len(history) > 90
@@ -221,7 +222,9 @@ def test_a_request_that_outgrows_the_pool_ends_with_an_error(engines, separator_
 
 def test_metrics_of_an_offline_engine(engines, book, separator_ids):
     """``LLM.get_metrics`` has them where statistics are on, and they are what was held."""
-    engine = engines(sepllm={"window_size": 64}, disable_log_stats=False)
+    options = {"window_size": 64, "dense_layers": [0]}
+    engine = engines(sepllm=options, disable_log_stats=False)
+    engine.check_size()
     held = []
 
     def look(step):

@@ -111,7 +111,8 @@ class Engine:
         if sepllm is not None:
             defaults["attention_backend"] = "sepllm"
             defaults["additional_config"] = {"sepllm": sepllm}
-        self.llm = LLM(model, **{**defaults, **options})
+        self.arguments: dict[str, Any] = {"model": model, **defaults, **options}
+        self.llm = LLM(**self.arguments)
         self.core = self.llm.llm_engine.engine_core.engine_core
         self.scheduler = self.core.scheduler
         self._check_runner()
@@ -244,6 +245,20 @@ class Engine:
 
         self.scheduler.make_spec_decoding_stats = count
         return counts
+
+    def check_size(self) -> None:
+        """What the command ``size`` says is what this engine has, and has logged."""
+        from vllm_sepllm.engine.sizing import sizes
+
+        arguments = dict(self.arguments)
+        memory = arguments.pop("kv_cache_memory_bytes")
+        options = arguments.pop("additional_config")["sepllm"]
+        del arguments["attention_backend"]
+        found = sizes(arguments, options, memory).sepllm
+        cache = self.llm.llm_engine.vllm_config.cache_config
+        logged = cache.kv_cache_size_tokens, cache.kv_cache_max_concurrency
+        assert (found.num_tokens, found.concurrency) == logged
+        assert found.num_pages == cache.num_gpu_blocks == self.pool.num_gpu_blocks
 
     def close(self) -> None:
         from vllm_sepllm.engine.in_process import clean_up

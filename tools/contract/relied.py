@@ -54,7 +54,10 @@ MEMBERS: dict[str, tuple[str, ...]] = {
 }
 
 # Other names that must exist, and constants that must have a value.
-NAMES: tuple[str, ...] = ("vllm.v1.attention.selector:AttentionSelectorConfig",)
+NAMES: tuple[str, ...] = (
+    "vllm.v1.attention.selector:AttentionSelectorConfig",
+    "vllm.v1.engine.core:get_kv_cache_configs",
+)
 # Attributes that a function of vLLM's (among `ASSUMED`) sets on its objects, which no class shows.
 SET_FROM_OUTSIDE: tuple[str, ...] = ("_k_scale_float", "_v_scale_float")
 VALUES: dict[str, str] = {

@@ -1,5 +1,5 @@
 """The command ``vllm-sepllm``: ``inspect`` shows what is attended, ``doctor`` what is installed,
-``eval`` what it costs, ``tune`` finds options.
+``eval`` what it costs, ``tune`` finds options, ``size`` says what fits.
 
 torch, transformers and vLLM are imported where they are needed, so that ``--help`` is quick.
 """
@@ -29,6 +29,7 @@ from vllm_sepllm.cli.evaluate import evaluate
 from vllm_sepllm.cli.inspection import inspect_text, visible_text
 from vllm_sepllm.cli.inspection_html import html_page
 from vllm_sepllm.cli.inspection_terminal import print_inspection
+from vllm_sepllm.cli.sizing import size
 from vllm_sepllm.cli.tuning import tune
 from vllm_sepllm.config import ConfigError, SepLLMConfig
 
@@ -101,6 +102,7 @@ def inspect(
 
 app.command("eval")(evaluate)
 app.command("tune")(tune)
+app.command("size")(size)
 
 
 @app.command()

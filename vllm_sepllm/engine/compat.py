@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
@@ -47,6 +48,22 @@ CUDA_CAUTION = (
 def groups_own_kv_cache(model_config: Any) -> bool:
     """Whether the model itself says which layers share pages; vLLM 0.32 knows no such models."""
     return bool(getattr(model_config, "supports_kv_cache_grouping", False))
+
+
+def kv_cache_configs(vllm_config: Any, specs: list[Any], memory: list[int]) -> list[Any]:
+    """vLLM's plan of the KV cache of each worker.
+
+    Args:
+        vllm_config: its ``VllmConfig``.
+        specs: of each worker, the KV-cache specs of its layers by name.
+        memory: bytes of each worker.
+    """
+    found = vars(import_module("vllm.v1.engine.core"))  # where every version has them
+    more: tuple[Any, ...] = ()
+    if "get_global_kv_cache_groups" in found:  # since 0.33 it is a step of its own
+        more = (found["get_global_kv_cache_groups"](vllm_config, specs),)
+    configs: list[Any] = found["get_kv_cache_configs"](vllm_config, specs, memory, *more)
+    return configs
 
 
 def vllm_version() -> str | None:

@@ -14,17 +14,19 @@ Both draw pages of the same size from vLLM's one block pool.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.utils.math_utils import cdiv
-from vllm.v1.kv_cache_interface import AttentionSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec, SlidingWindowSpec, replace_as
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cache_spec
 
 from vllm_sepllm.engine.scheduling.kept_manager import KeptManager
 from vllm_sepllm.engine.scheduling.window_manager import WindowManager
+from vllm_sepllm.engine.startup.settings import Settings
 from vllm_sepllm.planning import expected_kept_pages
 from vllm_sepllm.policy import SeenStream
 
@@ -111,3 +113,32 @@ class KeptSpec(AttentionSpec):
         return window.max_admission_blocks_per_request(
             vllm_config.max_in_flight_tokens, vllm_config.model_config.max_model_len
         )
+
+
+# Fields of a full-attention layer's spec that its groups do not have.
+_DROPPED = ("sliding_window", "attention_chunk_size", "non_causal")
+
+
+def window_spec(spec: AttentionSpec, settings: Settings) -> WindowSpec:
+    """Of the window group of a layer whose spec with full attention is ``spec``."""
+    size = settings.config.window_size
+    return replace_as(spec, WindowSpec, drop=_DROPPED, sliding_window=size)
+
+
+def kept_spec(spec: AttentionSpec, settings: Settings) -> KeptSpec:
+    """Of the kept group of the same layer, with pages like the window group's."""
+    options = settings.config
+    return replace_as(
+        spec,
+        KeptSpec,
+        drop=_DROPPED,
+        window_size=options.window_size,
+        num_sink_tokens=options.num_sink_tokens,
+        planned_share=settings.plan.planned_share,
+        max_separator_tokens=options.max_separator_tokens,
+    )
+
+
+def window_specs(specs: Mapping[str, KVCacheSpec]) -> list[WindowSpec]:
+    """Those of window groups."""
+    return [spec for spec in specs.values() if isinstance(spec, WindowSpec)]

@@ -8,6 +8,7 @@ any layer's, and this layer's implementation finds them by name.
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -18,11 +19,11 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionType
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
-from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheSpec, replace_as
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheSpec
 
 from vllm_sepllm.config import ConfigError
 from vllm_sepllm.engine.names import BACKEND_NAME
-from vllm_sepllm.engine.scheduling.spec import KeptSpec, WindowSpec
+from vllm_sepllm.engine.scheduling.spec import kept_spec, window_spec
 from vllm_sepllm.engine.startup.checks import OTHER_BACKEND
 from vllm_sepllm.engine.startup.settings import Settings
 from vllm_sepllm.engine.worker.metadata import WindowMetadata
@@ -30,8 +31,6 @@ from vllm_sepllm.engine.worker.rotation import Rotation
 from vllm_sepllm.layers import Layer, LayerPlan
 
 KEPT_SUFFIX = ".kept"
-# Fields of a layer's spec that its groups do not have.
-_DROPPED = ("sliding_window", "attention_chunk_size", "non_causal")
 
 
 def layer_index(name: str) -> int:
@@ -64,8 +63,7 @@ class SepLLMBackend(AttentionBackend):
         """Full attention in, the window group out; the kept group's own and others stay."""
         if type(spec) is not FullAttentionSpec:
             return spec
-        options = Settings.of(get_current_vllm_config()).config
-        return replace_as(spec, WindowSpec, drop=_DROPPED, sliding_window=options.window_size)
+        return window_spec(spec, Settings.of(get_current_vllm_config()))
 
 
 class KeptLayer(torch.nn.Module, AttentionLayerBase):
@@ -88,18 +86,8 @@ class KeptLayer(torch.nn.Module, AttentionLayerBase):
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
         """The kept group's spec, with pages like the window group's."""
-        settings = Settings.of(vllm_config)
-        options, plan = settings.config, settings.plan
-        return replace_as(
-            self._window_spec,
-            KeptSpec,
-            drop=_DROPPED,
-            block_size=vllm_config.cache_config.block_size,
-            window_size=options.window_size,
-            num_sink_tokens=options.num_sink_tokens,
-            planned_share=plan.planned_share,
-            max_separator_tokens=options.max_separator_tokens,
-        )
+        spec = replace(self._window_spec, block_size=vllm_config.cache_config.block_size)
+        return kept_spec(spec, Settings.of(vllm_config))
 
 
 class SepLLMImpl(AttentionImpl):

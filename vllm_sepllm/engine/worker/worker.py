@@ -10,7 +10,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from vllm_sepllm.config import ConfigError
-from vllm_sepllm.engine.scheduling.spec import WindowSpec
+from vllm_sepllm.engine.scheduling.spec import window_specs
 from vllm_sepllm.engine.startup.settings import Settings
 from vllm_sepllm.engine.worker.adapters import check_adapters
 from vllm_sepllm.engine.worker.backend import KEPT_SUFFIX, SepLLMImpl, is_dense, layer_index
@@ -115,8 +115,3 @@ class SepLLMWorker(Worker):
         """Attention layers of this rank that are not dense, by name."""
         layers = get_layers_from_vllm_config(self.vllm_config, Attention)
         return {n: layer for n, layer in layers.items() if isinstance(layer.impl, SepLLMImpl)}
-
-
-def window_specs(specs: dict[str, Any]) -> list[WindowSpec]:
-    """Those of window groups."""
-    return [spec for spec in specs.values() if isinstance(spec, WindowSpec)]

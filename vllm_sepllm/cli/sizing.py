@@ -1,0 +1,157 @@
+"""``vllm-sepllm size``: what fits into a KV cache, before anything is started."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from vllm_sepllm.cli.common import (
+    InputError,
+    engine_options,
+    exit_with,
+    first_line,
+    output,
+    parse_options,
+    read_text,
+)
+from vllm_sepllm.cli.inspection import visible_text
+from vllm_sepllm.config import ConfigError
+
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def parse_memory(given: str) -> int:
+    """``"24GiB"`` in bytes.
+
+    Raises:
+        InputError: it is no size.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", given)
+    unit = found and UNITS.get(found[2].upper().removesuffix("B") + "B" if found[2] else "")
+    size = int(float(found[1]) * unit) if found and unit else 0
+    if size < 1:
+        raise InputError(
+            f"--memory {given!r}: must be a size such as 24GiB, 24GB, 512MiB or a number of bytes"
+        )
+    return size
+
+
+def size(
+    model: Annotated[str, typer.Option(help="Folder or name of the model; only its config.")],
+    memory: Annotated[
+        str,
+        typer.Option(
+            metavar="SIZE",
+            help="Memory of the KV cache on each rank, e.g. 24GiB: what vLLM's "
+            "--kv-cache-memory-bytes says, not that of the whole GPU.",
+        ),
+    ],
+    context: Annotated[
+        int | None, typer.Option(metavar="TOKENS", help="As vLLM's --max-model-len.")
+    ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="UTF-8 text like those to be served (planning_text)."),
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--option", "-o", metavar="KEY=VALUE", help="SepLLM option, e.g. -o window_size=64."
+        ),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="As vLLM's --dtype.")] = "auto",
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE", help="Argument of vLLM, e.g. --engine tensor_parallel_size=2."
+        ),
+    ] = None,
+) -> None:
+    """Say how many requests fit into a KV cache, beside full attention, and start nothing."""
+    try:
+        options = _options(option, text)
+        arguments = {**engine_options(engine), "model": model, "dtype": dtype}
+        for name, instead in (
+            ("max_model_len", "--context"),
+            ("kv_cache_memory_bytes", "--memory"),
+        ):
+            if name in arguments:
+                raise InputError(f"--engine {name}: is {instead} here; give that")
+        if context is not None:
+            arguments["max_model_len"] = context
+        found = _sizes(arguments, options, parse_memory(memory))
+    except (InputError, ConfigError) as error:
+        raise exit_with(str(error), 2) from None
+    with output() as console:
+        console.print(_table(found))
+        plan = found.plan
+        console.print(
+            visible_text(
+                f"Memory is planned for {plan.share:.1%} kept ({plan.source}), "
+                f"{plan.planned_share:.1%} with its margin."
+            )
+        )
+        console.print(
+            "A request holds the most pages while its prompt is computed; vLLM's log takes each "
+            "for one of these.",
+        )
+
+
+def _options(given: list[str] | None, text: str | None) -> dict[str, Any]:
+    """SepLLM's, with the text that memory is planned for."""
+    options = parse_options(given or [])
+    if text is None:
+        return options
+    if "planning_text" in options:
+        raise InputError("--text with -o planning_text: drop one of them")
+    read_text(text)
+    return {**options, "planning_text": text}
+
+
+def _sizes(arguments: dict[str, Any], options: dict[str, Any], memory: int) -> Any:
+    try:
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "CRITICAL")
+        from vllm_sepllm.engine.in_process import sentence_of
+        from vllm_sepllm.engine.sizing import sizes
+    except ImportError as error:
+        raise exit_with(
+            f"vLLM cannot be imported ({first_line(error)}): install it with pip install "
+            "'vllm-sepllm[cpu]' or 'vllm-sepllm[cuda]'",
+            1,
+        ) from None
+    try:
+        return sizes(arguments, options, memory)
+    except Exception as error:  # what vLLM raises differs by model and by option
+        raise InputError(sentence_of(error)) from error
+
+
+def _table(found: Any) -> Table:
+    columns = {
+        "SepLLM": found.sepllm,
+        "full attention": found.full,
+        "full attention, FP8": found.full_fp8,
+    }
+    table = Table(f"requests of {found.length:,} tokens", header_style="bold")
+    for name in columns:
+        table.add_column(name, justify="right")
+    decoding = {name: (c.num_pages - 1) / c.pages_decoding for name, c in columns.items()}
+    full = decoding["full attention"]
+    rows: dict[str, Callable[[str, Any], str]] = {
+        "pages of the KV cache": lambda _, c: f"{c.num_pages:,}",
+        "tokens of a page": lambda _, c: f"{c.page_size}",
+        "pages of a request at most": lambda _, c: f"{c.pages_per_request:,}",
+        "at once, as vLLM logs it": lambda _, c: f"{c.concurrency:,.2f}",
+        "pages while it decodes": lambda _, c: f"{c.pages_decoding:,}",
+        "MiB while it decodes": lambda _, c: f"{c.bytes_decoding / 2**20:,.1f}",
+        "requests decoding at once": lambda name, _: f"{decoding[name]:,.2f}",
+        "beside full attention": lambda name, _: f"{decoding[name] / full:.2f}x",
+    }
+    for title, cell in rows.items():
+        table.add_row(title, *(cell(name, c) for name, c in columns.items()))
+    return table

@@ -118,6 +118,7 @@ def _configuration(arguments: dict[str, Any]) -> VllmConfig:
     """As ``vllm serve`` makes it."""
     args = EngineArgs(**arguments)
     config: VllmConfig = args.create_engine_config(UsageContext.OPENAI_API_SERVER)
+    current_platform.update_block_size_for_backend(config)  # the engine does, behind loading
     # Of no consequence where all pages have one size, but vLLM asks for it.
     config.cache_config.kv_cache_layout = _backend().supported_kv_cache_layouts()[0].name
     return config

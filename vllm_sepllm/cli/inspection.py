@@ -34,8 +34,6 @@ class TokenClass(StrEnum):
     DROPPED = "dropped"
 
 
-CLASSES = tuple(TokenClass)
-
 
 @dataclass(frozen=True)
 class Token:
@@ -109,6 +107,7 @@ class Inspection:
         missing: texts asked for that are no token, by the name of their list, "" without one.
         better: where the text has next to none of the separators, what has more.
         token_ids, texts, kinds: ``[num_tokens]``, as in :class:`Token`.
+        reasons: ``[num_tokens]``, see :func:`kept_kinds`.
         summary: counts over all tokens.
     """
 
@@ -119,6 +118,7 @@ class Inspection:
     token_ids: list[int]
     texts: list[str]
     kinds: list[str]
+    reasons: list[str]
     summary: Summary
 
     def ends(self, limit: int) -> Excerpt:
@@ -167,7 +167,8 @@ def inspect_text(tokenizer: Any, config: SepLLMConfig, text: str, block_size: in
         between = ids[start : start + summary.num_between]
         better = better_separators(config, token_texts(tokenizer), between)
     missing = missing_texts(config, found.separators)
-    return Inspection(config, found, missing, better, ids, parts, kinds, summary)
+    reasons = kept_kinds(ids, rule, found.by_class)
+    return Inspection(config, found, missing, better, ids, parts, kinds, reasons, summary)
 
 
 def classify(
@@ -183,39 +184,39 @@ def classify(
         rule: sinks, window and what is kept beside them.
         by_class: ids of each class that is kept; one of several classes is of the first.
     """
+    reasons = kept_kinds(token_ids, rule, by_class)
+    start = int(rule.window_start(len(reasons) - 1))
+    entries = [i for i, kind in enumerate(reasons[:start]) if kind is not TokenClass.DROPPED]
+    for position in entries[rule.num_sink_tokens : rule.seen.first_entry(len(entries))]:
+        reasons[position] = TokenClass.DROPPED  # beyond the bound
+    return reasons[:start] + [TokenClass.WINDOW] * (len(reasons) - start)
+
+
+def kept_kinds(
+    token_ids: Sequence[int], rule: KeepRule, by_class: Mapping[str, Sequence[int]] | None = None
+) -> list[str]:
+    """Why each of ``token_ids`` is kept, wherever the window is; ``DROPPED`` if it is not.
+
+    It depends on the tokens up to each one alone. Arguments are those of :func:`classify`.
+    """
     if not len(token_ids):
         return []
-    kinds = [CLASSES[code] for code in _codes(token_ids, rule)]
     kind_of: dict[int, str] = {}
     for name, ids in (by_class or {}).items():
         kind_of = {**dict.fromkeys(ids, kind_of_class(name)), **kind_of}
     if rule.spans is not None:
         others = set(token_ids).difference(np.flatnonzero(rule.is_kept).tolist())
         kind_of |= dict.fromkeys(others, BEHIND)
-    return [
-        kind_of.get(token_id, kind) if kind is TokenClass.CHOSEN else kind
-        for token_id, kind in zip(token_ids, kinds, strict=True)
-    ]
+    kinds: list[str] = []
+    for token_id, is_kept in zip(token_ids, rule.kept_flags(token_ids).tolist(), strict=True):
+        kind = kind_of.get(token_id, TokenClass.CHOSEN) if is_kept else TokenClass.DROPPED
+        kinds.append(TokenClass.SINK if len(kinds) < rule.num_sink_tokens else kind)
+    return kinds
 
 
 def kind_of_class(name: str) -> str:
     """Why a token of a class of ``keep`` is seen."""
     return TokenClass.CHOSEN if name == SEPARATORS else name
-
-
-def _codes(token_ids: Sequence[int], rule: KeepRule) -> list[int]:
-    """Indices into ``CLASSES``, without those of ``keep``."""
-    kept = rule.kept_flags(token_ids)
-    position = np.arange(kept.size)
-    start = int(rule.window_start(kept.size - 1))
-    first_entry = rule.seen.first_entry(int(kept[:start].sum()))
-    entries = kept.cumsum() - 1  # of kept tokens
-    unseen = (rule.num_sink_tokens <= entries) & (entries < first_entry)
-    window, sink = position >= start, position < rule.num_sink_tokens
-    reasons = {TokenClass.WINDOW: window, TokenClass.DROPPED: ~kept | unseen, TokenClass.SINK: sink}
-    chosen = CLASSES.index(TokenClass.CHOSEN)
-    codes = np.select(list(reasons.values()), [CLASSES.index(kind) for kind in reasons], chosen)
-    return [int(code) for code in codes]
 
 
 def summarize(

@@ -1,125 +1,134 @@
-"""``vllm-sepllm inspect --html``: one page without outside references."""
+"""``vllm-sepllm inspect --html``: one page with a slider for the position, without outside
+references.
+
+The page has the beginning of a text, not both ends as a terminal has: its slider goes through it
+from the first token, and what is seen and held at a position depends on the tokens up to it alone.
+``page/`` holds the parts. ``rule.js`` there says what is seen and held, as ``policy.py`` does here.
+"""
 
 from __future__ import annotations
 
+import json
+from base64 import b64encode
 from collections.abc import Iterable
+from hashlib import sha256
 from html import escape
+from importlib.resources import files
+from string import Template
+from typing import Any
 
-from vllm_sepllm.cli.inspection import Excerpt, Inspection, Token, TokenClass, visible_text
-from vllm_sepllm.cli.inspection_words import (
-    describe,
-    labels,
-    legend,
-    notices,
-    summary_rows,
-)
+from vllm_sepllm.cli.inspection import Inspection, TokenClass, visible_text
+from vllm_sepllm.cli.inspection_memory import KVShape, kv_bytes
+from vllm_sepllm.cli.inspection_words import describe, labels, legend, notices
+from vllm_sepllm.config import SepLLMConfig
+from vllm_sepllm.layers import LayerPlan
 
 _PART = 500  # tokens, about; a browser draws the parts of a long text when they come into view
-
-_STYLE = """
-:root { color-scheme: light dark; --page: #fbfbf9; --ink: #1c1c1a; --faint: #6f6f69;
-  --line: #dddcd6; --sink: #a9d0f5; --chosen: #ffc46b; --window: #b5e5c8;
-  --class0: #dcc6f3; --class1: #f7b9b6; --class2: #ece29a; --class3: #d3d8de; }
-@media (prefers-color-scheme: dark) { :root { --page: #191a1c; --ink: #ececea; --faint: #96968f;
-  --line: #3a3b3e; --sink: #1d5b92; --chosen: #965e00; --window: #1e6442;
-  --class0: #5f3f82; --class1: #8a3a37; --class2: #6d6413; --class3: #4a525b; } }
-body { margin: 2.5rem auto; max-width: 60rem; padding: 0 1.25rem; background: var(--page);
-  color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.35rem; margin: 0 0 .25rem; }
-.about, .gap { color: var(--faint); }
-.about { margin: 0 0 1.25rem; }
-.legend { display: flex; flex-wrap: wrap; gap: .4rem 1.25rem; margin: 0 0 1.25rem; padding: 0;
-  list-style: none; font-size: .9rem; }
-.legend span { padding: .1rem .5rem; margin-right: .4rem; }
-.text { border: 1px solid var(--line); border-radius: .5rem; padding: 1rem 1.25rem;
-  font: 15px/1.9 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
-.part { content-visibility: auto; contain-intrinsic-size: auto 40rem; }
-.notice { border-left: .25rem solid var(--chosen); margin: 0 0 1.25rem; padding-left: .75rem; }
-.token { border-radius: .2rem; padding: .15rem 0; box-decoration-break: clone; }
-.token:hover { outline: 2px solid var(--ink); }
-.token:empty::before { content: "\\00b7"; }
-.gap { display: block; margin: .5rem 0; font-style: italic; }
-.sink { background: var(--sink); }
-.chosen { background: var(--chosen); }
-.class0 { background: var(--class0); }
-.class1 { background: var(--class1); }
-.class2 { background: var(--class2); }
-.class3 { background: var(--class3); }
-.window { background: var(--window); }
-.dropped { color: var(--faint); }
-table { border-collapse: collapse; margin-top: 1.5rem; }
-th, td { text-align: left; font-weight: normal; padding: .3rem 1.5rem .3rem 0;
-  border-bottom: 1px solid var(--line); }
-td { font-variant-numeric: tabular-nums; }
-"""
+_SCRIPTS = "rule.js", "strip.js", "page.js"
 
 
-def html_page(model: str, inspection: Inspection, shown: Excerpt) -> str:
-    """A page of tokens coloured by class, a legend and a table.
+def html_page(model: str, inspection: Inspection, limit: int, shape: KVShape | None = None) -> str:
+    """The page, of the first ``limit`` tokens.
 
     Args:
         model: its name, for the heading.
-        inspection: options and counts.
-        shown: the tokens.
+        inspection: options, tokens, and why each is kept.
+        limit: tokens; 0 is all.
+        shape: of the model's KV cache, for bytes; without it the page counts pages alone.
     """
     config = inspection.config
-    names = labels(config)
-    css = _css_classes(names)
+    total = len(inspection.token_ids)
+    shown = min(limit or total, total)
+    css = _css_classes(labels(config))
+    style, script = _part("page.css"), "\n".join(_part(name) for name in _SCRIPTS)
     title = escape(visible_text(f"{config.method.title} on {model}"))
-    meanings = "\n".join(
-        f'<li><span class="{css[kind]}">{escape(names[kind])}</span>{escape(words)}</li>'
-        for kind, words in legend(config).items()
+    said = [*notices(inspection), *_left_out(shown, total)]
+    return Template(_part("page.html")).substitute(
+        title=title,
+        about=escape(visible_text(describe(inspection))),
+        notices="\n".join(f'<p class="notice">{escape(visible_text(each))}</p>' for each in said),
+        text=_text(inspection.texts[:shown]),
+        data=_json(_data(inspection, css, shown, shape)),
+        style=style,
+        script=script,
+        style_hash=_hash(style),
+        script_hash=_hash(script),
     )
-    hidden = shown.num_hidden
-    gap = f'<span class="gap">{hidden:,} tokens not shown</span>' if hidden else ""
-    tokens = _parts(shown.head, names, css) + gap + _parts(shown.tail, names, css)
-    table = "\n".join(
-        f"<tr><th>{escape(what)}</th><td>{escape(value)}</td></tr>"
-        for what, value in summary_rows(inspection)
-    )
-    warnings = "\n".join(f'<p class="notice">{escape(each)}</p>' for each in notices(inspection))
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{_STYLE}</style>
-</head>
-<body>
-<h1>{title}</h1>
-<p class="about">{escape(describe(inspection))}</p>
-{warnings}
-<ul class="legend">
-{meanings}
-</ul>
-<div class="text" dir="auto">{tokens}</div>
-<table>
-{table}
-</table>
-</body>
-</html>
-"""
+
+
+def _part(name: str) -> str:
+    return files("vllm_sepllm.cli").joinpath("page", name).read_text(encoding="utf-8")
+
+
+def _hash(source: str) -> str:
+    """What a content security policy calls an inline script or style that may run."""
+    return b64encode(sha256(source.encode()).digest()).decode()
+
+
+def _left_out(shown: int, total: int) -> list[str]:
+    if shown == total:
+        return []
+    return [
+        f"this page has the first {shown:,} of {total:,} tokens; what it says of them is exact, as "
+        "nothing depends on later tokens: --limit 0 makes a page of all"
+    ]
 
 
 def _css_classes(kinds: Iterable[str]) -> dict[str, str]:
-    """CSS class of each kind of token; those of ``keep`` beside separators take four in turn."""
+    """CSS class of each kind of token; those of ``keep`` beside separators take five in turn."""
     found = {kind: kind for kind in kinds if kind in set(TokenClass)}
     others = [kind for kind in kinds if kind not in found]
-    return {**found, **{kind: f"class{i % 4}" for i, kind in enumerate(others)}}
+    return {**found, **{kind: f"class{i % 5}" for i, kind in enumerate(others)}}
 
 
-def _parts(tokens: list[Token], names: dict[str, str], css: dict[str, str]) -> str:
+def _text(texts: Iterable[str]) -> str:
     """The tokens in parts that end with a line, so that cutting them changes no line."""
     parts: list[list[str]] = [[]]
-    for token in tokens:
-        parts[-1].append(_token(token, names[token.kind], css[token.kind]))
-        if len(parts[-1]) >= _PART and token.text.endswith("\n"):
+    for text in texts:
+        parts[-1].append(f"<span>{escape(visible_text(text))}</span>")
+        if len(parts[-1]) >= _PART and text.endswith("\n"):
             parts.append([])
     return "".join(f'<div class="part">{"".join(part)}</div>' for part in parts if part)
 
 
-def _token(token: Token, name: str, css: str) -> str:
-    hover = f"position {token.position}, token id {token.token_id}, {escape(name)}"
-    text = escape(visible_text(token.text)).replace("\n", "<br>")
-    return f'<span class="token {css}" title="{hover}">{text}</span>'
+def _data(
+    inspection: Inspection, css: dict[str, str], shown: int, shape: KVShape | None
+) -> dict[str, Any]:
+    """What the page's script is given; ``kept`` has an index into ``kinds`` or -1 of each token."""
+    config, names, meanings = inspection.config, labels(inspection.config), legend(inspection.config)
+    kinds = [kind for kind in names if kind not in (TokenClass.WINDOW, TokenClass.DROPPED)]
+    index = {kind: i for i, kind in enumerate(kinds)} | {TokenClass.DROPPED: -1}
+    return {
+        "title": config.method.title,
+        "isStreaming": config.policy == "streaming",
+        "sinks": config.num_sink_tokens,
+        "window": config.window_size,
+        "bound": config.max_separator_tokens,
+        "blockSize": inspection.summary.block_size,
+        "cachePositions": config.position_mode == "cache",
+        "ids": inspection.token_ids[:shown],
+        "kept": [index[kind] for kind in inspection.reasons[:shown]],
+        "kinds": [
+            {"css": css[kind], "label": names[kind], "meaning": meanings[kind]} for kind in kinds
+        ],
+        "bytesPerPage": _bytes_per_page(config, inspection.summary.block_size, shape),
+    }
+
+
+def _bytes_per_page(
+    config: SepLLMConfig, block_size: int, shape: KVShape | None
+) -> dict[str, int] | None:
+    """Of a page in all layers that SepLLM changes, and in those that it leaves dense."""
+    if shape is None:
+        return None
+    num_dense = len(LayerPlan.of(config.dense_layers, shape.num_layers).dense)
+    return {
+        "kept": kv_bytes(shape, block_size, shape.num_layers - num_dense),
+        "dense": kv_bytes(shape, block_size, num_dense),
+    }
+
+
+def _json(data: dict[str, Any]) -> str:
+    """JSON that ends no script element, whatever texts it holds."""
+    text = json.dumps(data, ensure_ascii=True, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

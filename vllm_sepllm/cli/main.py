@@ -28,6 +28,7 @@ from vllm_sepllm.cli.common import (
 from vllm_sepllm.cli.evaluate import evaluate
 from vllm_sepllm.cli.inspection import inspect_text, visible_text
 from vllm_sepllm.cli.inspection_html import html_page
+from vllm_sepllm.cli.inspection_memory import read_shape
 from vllm_sepllm.cli.inspection_terminal import print_inspection
 from vllm_sepllm.cli.sizing import size
 from vllm_sepllm.cli.tuning import tune
@@ -40,7 +41,8 @@ SAMPLE = (
     "and regulating the circulation.\n"
 )
 SAMPLE_WINDOW = 16
-SHOWN = 2000  # tokens, on a page and in a pipe
+SHOWN = 2000  # tokens, in a pipe
+ON_A_PAGE = 20_000  # tokens
 
 app = typer.Typer(
     help="Tools around SepLLM attention for vLLM.", no_args_is_help=True, add_completion=False
@@ -66,8 +68,9 @@ def inspect(
     limit: Annotated[
         int | None,
         typer.Option(
-            help="Tokens shown, from both ends; 0 is --full. By default what fits into a "
-            f"terminal, and {SHOWN} on a page or in a pipe.",
+            help="Tokens shown; 0 is --full. A page has the first ones, a terminal those of both "
+            f"ends. By default {ON_A_PAGE} on a page, {SHOWN} in a pipe, and what fits into a "
+            "terminal.",
             show_default=False,
         ),
     ] = None,
@@ -89,8 +92,8 @@ def inspect(
         except ValueError as error:
             raise InputError(str(error)) from error
         if html is not None:
-            shown = inspection.ends(SHOWN if limit is None else limit)
-            _write(html, html_page(model, inspection, shown), text)
+            shown = ON_A_PAGE if limit is None else limit
+            _write(html, html_page(model, inspection, shown, read_shape(model)), text)
     except (InputError, ConfigError) as error:
         raise exit_with(f"{error}{_shell_hint(options)}", 2) from None
     if limit is None and not (sys.stdout and sys.stdout.isatty()):  # None where it is closed

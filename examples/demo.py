@@ -32,6 +32,8 @@ NEW_TOKENS = 128
 SAMPLE_PROMPT_TOKENS = 500  # for the text shown; the model was trained on 1,024 tokens at a time
 BLOCK_SIZE = 32
 KV_BYTES = 30 * 2**20
+PAGE = HERE.parent / "build" / "demo.html"
+PAGE_CHARACTERS = 12_000
 
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -189,6 +191,25 @@ def show(results: dict[str, dict[str, Any]]) -> None:
         console.print(f"[bold]{NAMES[name]}[/] continues the book: [dim]{escape(text)} ...[/]")
 
 
+def write_page(path: Path) -> None:
+    """The book's beginning, with a slider: what each token sees, and what has been freed."""
+    from transformers import AutoTokenizer
+
+    from vllm_sepllm.cli.inspection import inspect_text
+    from vllm_sepllm.cli.inspection_html import html_page
+    from vllm_sepllm.cli.inspection_memory import read_shape
+    from vllm_sepllm.config import SepLLMConfig
+
+    folder = str(HERE.parent / MODEL)
+    text = BOOK.read_text(encoding="utf-8")[:PAGE_CHARACTERS]
+    config = SepLLMConfig(window_size=WINDOW)
+    inspection = inspect_text(AutoTokenizer.from_pretrained(folder), config, text, BLOCK_SIZE)
+    page = html_page(MODEL, inspection, 0, read_shape(folder))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, encoding="utf-8")
+    print(f"What is kept of the book, to open in a browser: {path}\n")
+
+
 def show_next_step() -> None:
     options = json.dumps({"sepllm": {"window_size": WINDOW}})
     print(f"""
@@ -209,6 +230,7 @@ def main() -> None:
     )
     parser.add_argument("--run", choices=NAMES, help="run this engine only")
     parser.add_argument("--json", type=Path, help="with --run: where the result is written")
+    parser.add_argument("--output", type=Path, default=PAGE, help="the page that is written")
     args = parser.parse_args()
     os.environ.update(ENVIRONMENT | os.environ)  # what the user has set stays
     if args.run:
@@ -220,6 +242,7 @@ def main() -> None:
     for name, result in results.items():
         result["share_visible"] = share_visible(name, result["outputs"])
     show(results)
+    write_page(args.output)
     if (HERE.parent / ANSWERS_MODEL).is_dir():
         show_answers()
     else:

@@ -194,3 +194,39 @@ def test_admission_counts_pages_that_leave_once():
     assert setup.manager.get_num_blocks_to_allocate(*arguments) == 250
     capped = setup.manager.get_num_blocks_to_allocate(*arguments, apply_admission_cap=True)
     assert capped == setup.manager.most_pages("r", 1000, 16) == 9
+
+
+@pytest.mark.parametrize("bound", [None, 1, 9])
+def test_inspect_counts_the_pages_that_are_held(bound):
+    """At every position, what ``summarize`` says and both managers of a request hold."""
+    import torch
+    from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
+    from vllm.v1.kv_cache_interface import SlidingWindowSpec
+
+    from vllm_sepllm.cli.inspection import summarize
+
+    setup = Setup(num_blocks=200, bound=bound)
+    spec = SlidingWindowSpec(
+        block_size=4, num_kv_heads=1, head_size=8, dtype=torch.float32, sliding_window=8
+    )
+    window = SlidingWindowManager(
+        spec,
+        block_pool=setup.pool,
+        enable_caching=False,
+        kv_cache_group_id=0,
+        scheduler_block_size=4,
+    )
+    text = [SEPARATOR if i % 3 == 0 or 40 < i < 60 else WORD for i in range(120)]
+    setup.request("r", text)
+    rule = KeepRule(2, 8, table_of([SEPARATOR], 10), max_separator_tokens=bound)
+    for position in range(len(text)):
+        for manager in (window, setup.manager):
+            manager.remove_skipped_blocks("r", position)
+        window.allocate_new_blocks("r", position + 1, position + 1)
+        setup.allocate("r", position + 1)
+        summary = summarize(text[: position + 1], rule, 4)
+        held = [
+            sum(not block.is_null for block in manager.req_to_blocks["r"])
+            for manager in (window, setup.manager)
+        ]
+        assert held == [summary.window_pages, summary.kept_pages]

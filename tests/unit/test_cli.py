@@ -1,4 +1,5 @@
-import html
+import base64
+import hashlib
 import re
 import subprocess
 import sys
@@ -6,6 +7,7 @@ import types
 from pathlib import Path
 
 import pytest
+from inspection_pages import read_page
 from made_tokenizers import ListedWords
 from typer.testing import CliRunner
 
@@ -206,16 +208,14 @@ def test_standard_input(invoke):
 
 
 @pytest.mark.parametrize(("limit", "shown"), [(1, 1), (2, 2), (7, 7), (0, 86), (500, 86)])
-def test_limit_shows_both_ends(invoke, tmp_path, limit, shown):
+def test_limit_shows_both_ends_and_a_page_the_beginning(invoke, tmp_path, limit, shown):
     page = tmp_path / "page.html"
     result = invoke("--limit", limit, "--html", page)
-    tokens = re.findall(r'title="position (\d+),', page.read_text(encoding="utf-8"))
-    assert len(tokens) == shown
-    assert len(set(tokens)) == shown
-    assert tokens[0] == "0"
-    if shown > 1:
-        assert tokens[-1] == "85"
+    found = read_page(page.read_text(encoding="utf-8"))
+    assert len(found.texts) == shown
+    assert found.texts[0] == "<s>"
     assert (f"{86 - shown} tokens not shown" in result.output) is (shown < 86)
+    assert (f"first {shown} of 86 tokens" in found.source) is (shown < 86)
     assert table_row(result.output, "tokens") == "86"
 
 
@@ -226,19 +226,29 @@ def test_html_holds_the_text_the_classes_and_nothing_from_outside(invoke, tokeni
     assert f"wrote {page}\n" in result.output
     source = page.read_text(encoding="utf-8")
     assert not re.search(r"https?:|src=|href=|@import|url\(", source)
-    spans = re.findall(r'<span class="token (\w+)" title="([^"]*)">(.*?)</span>', source, re.S)
-    ids = tokenizer(AWKWARD)["input_ids"]
-    texts = [html.unescape(text.replace("↵<br>", "\n")) for _, _, text in spans]
-    assert "".join(texts) == "<s>" + AWKWARD.replace("\x1b", "␛").replace("\r", "␍")
-    assert not any("<" in text.replace("↵<br>", "") for _, _, text in spans)
-    for position, (kind, title, _) in enumerate(spans):
-        name = "separator" if kind == "chosen" else kind
-        assert title == f"position {position}, token id {ids[position]}, {name}"
-    assert [kind for kind, _, _ in spans[-5:]] == ["window"] * 5
-    assert [kind for kind, _, _ in spans[:4]] == ["sink"] * 4
-    middle = dict(zip(texts[4:-5], [kind for kind, _, _ in spans[4:-5]], strict=True))
+    found = read_page(source)
+    assert found.data["ids"] == tokenizer(AWKWARD)["input_ids"]
+    shown = AWKWARD.replace("\x1b", "␛").replace("\r", "␍").replace("\n", "↵\n")
+    assert "".join(found.texts) == "<s>" + shown
+    kinds = [kind for kind, _ in found.kinds()]
+    assert kinds[-5:] == ["window"] * 5
+    assert kinds[:4] == ["sink"] * 4
+    middle = dict(zip(found.texts[4:-5], kinds[4:-5], strict=True))
     assert middle["."] == middle[" "] == middle["\t"] == "chosen"
     assert "dropped" in middle.values()
+
+
+def test_only_the_scripts_of_a_page_may_run(invoke, tmp_path):
+    page = tmp_path / "page.html"
+    assert invoke("--html", page).exit_code == 0
+    source = page.read_text(encoding="utf-8")
+    [policy] = re.findall(r'<meta http-equiv="Content-Security-Policy" content="(.*?)">', source)
+    allowed = dict(part.split(" ", 1) for part in policy.split("; "))
+    assert allowed["default-src"] == "'none'"
+    for tag, name in (("script", "script-src"), ("style", "style-src")):
+        [inline] = re.findall(rf"<{tag}>(.*?)</{tag}>", source, re.S)
+        digest = base64.b64encode(hashlib.sha256(inline.encode()).digest()).decode()
+        assert allowed[name] == f"'sha256-{digest}'"
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,10 @@ def test_every_module_is_in_the_wheel(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {name for name in names if name.endswith(".py")} == expected
     assert "vllm_sepllm/py.typed" in names
+    folder = SOURCES["vllm_sepllm"]
+    parts = {path.relative_to(folder).as_posix() for path in (folder / "cli/page").iterdir()}
+    assert len(parts) > 3
+    assert {f"vllm_sepllm/{part}" for part in parts} <= names
 
 
 def test_it_works_in_an_empty_environment(wheel, tmp_path):

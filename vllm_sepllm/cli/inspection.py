@@ -34,7 +34,6 @@ class TokenClass(StrEnum):
     DROPPED = "dropped"
 
 
-
 @dataclass(frozen=True)
 class Token:
     """One token as shown.

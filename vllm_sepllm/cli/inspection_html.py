@@ -23,8 +23,10 @@ from vllm_sepllm.cli.inspection_words import describe, labels, legend, notices
 from vllm_sepllm.config import SepLLMConfig
 from vllm_sepllm.layers import LayerPlan
 
-_PART = 500  # tokens, about; a browser draws the parts of a long text when they come into view
-_SCRIPTS = "rule.js", "strip.js", "page.js"
+# Tokens of a part, a browser draws the parts of a long text when they come into view: at least so
+# many, up to the end of a line, and at most.
+_PART, _LONGEST_PART = 500, 1000
+_SCRIPTS = "rule.js", "words.js", "strip.js", "page.js"
 
 
 def html_page(model: str, inspection: Inspection, limit: int, shape: KVShape | None = None) -> str:
@@ -82,11 +84,14 @@ def _css_classes(kinds: Iterable[str]) -> dict[str, str]:
 
 
 def _text(texts: Iterable[str]) -> str:
-    """The tokens in parts that end with a line, so that cutting them changes no line."""
+    """The tokens in parts that end with a line, so that cutting them changes no line.
+
+    A line that is longer than a part is broken there, as it is at the edge of the page.
+    """
     parts: list[list[str]] = [[]]
     for text in texts:
         parts[-1].append(f"<span>{escape(visible_text(text))}</span>")
-        if len(parts[-1]) >= _PART and text.endswith("\n"):
+        if len(parts[-1]) >= (_PART if text.endswith("\n") else _LONGEST_PART):
             parts.append([])
     return "".join(f'<div class="part">{"".join(part)}</div>' for part in parts if part)
 
@@ -95,7 +100,11 @@ def _data(
     inspection: Inspection, css: dict[str, str], shown: int, shape: KVShape | None
 ) -> dict[str, Any]:
     """What the page's script is given; ``kept`` has an index into ``kinds`` or -1 of each token."""
-    config, names, meanings = inspection.config, labels(inspection.config), legend(inspection.config)
+    config, names, meanings = (
+        inspection.config,
+        labels(inspection.config),
+        legend(inspection.config),
+    )
     kinds = [kind for kind in names if kind not in (TokenClass.WINDOW, TokenClass.DROPPED)]
     index = {kind: i for i, kind in enumerate(kinds)} | {TokenClass.DROPPED: -1}
     return {

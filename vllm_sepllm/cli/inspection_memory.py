@@ -59,7 +59,8 @@ def shape_of(config: Mapping[str, Any]) -> KVShape | None:
         KeyError, TypeError, ValueError: a number is missing, or is none.
     """
     text = config.get("text_config") or config
-    if any(text.get(key) for key in _OTHER_CACHES):
+    switched_off = {"sliding_window"} if text.get("use_sliding_window") is False else set()
+    if any(text.get(key) for key in set(_OTHER_CACHES) - switched_off):
         return None
     if set(text.get("layer_types") or ()) - {"full_attention"}:
         return None

@@ -1,4 +1,5 @@
-// The page itself: where the slider is, which method is looked at, and which token.
+// The page itself: where the slider is, which method is looked at, and which token. Tokens are
+// coloured first, then come words and tables, then what moves them.
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const by = (id) => document.getElementById(id);
@@ -16,8 +17,6 @@ const now = { method: "served", position: last, looked: null };
 const shown = new Array(tokens.length).fill(""); // class names as set
 const labels = new Array(tokens.length).fill(""); // what each is counted as
 const counts = new Map(); // tokens of each label
-
-// ---- Tokens -------------------------------------------------------------------------------
 
 // How a token looks, as class names, and under which label of the legend it is counted.
 function lookOf(rule, k, p) {
@@ -57,45 +56,11 @@ function repaint(from, to) {
   }
 }
 
-// ---- Words --------------------------------------------------------------------------------
-
-function when(position, done, later) {
-  if (position > last) return "";
-  return position <= now.position ? `${done} at position ${number(position)}` :
-    `${later} at position ${number(position)}`;
-}
-
-// What happened to a token, one part of a sentence after the other.
-function history(rule, k) {
-  const page = Math.floor(k / rule.blockSize);
-  const state = rule.state(k, now.position);
-  if (state === "future") return ["not there yet"];
-  const parts = [
-    state === "query" ? "the token that looks back" :
-      state === "window" ? (rule.window === Infinity ? "seen" : "in the window") : "",
-    when(rule.leaves(k), "left the window", "leaves the window"),
-  ];
-  if (rule.kept[k] >= 0) {
-    const entry = rule.prefix[k];
-    const stream = Math.floor(entry / rule.blockSize);
-    parts.push(
-      `kept as ${data.kinds[rule.kept[k]].label}: entry ${number(entry)} of the stream, on its ` +
-        `page ${number(stream)}`,
-      when(rule.entryUnseen(entry), "fell behind the bound", "falls behind the bound"),
-      when(rule.streamPageFreed(stream), "that page was freed", "that page is freed"),
-    );
-  }
-  const freed = when(rule.windowPageFreed(page), "was freed", "is freed");
-  parts.push(freed ? `window page ${number(page)} ${freed}` : state === "dropped" ?
-    `window page ${number(page)} still held` : "");
-  return parts.filter(Boolean);
-}
-
 function describe(k) {
   const rule = found[now.method];
   const text = element("b", { dir: "auto" }, tokens[k].textContent.replaceAll("\n", ""));
-  const about = `” at position ${number(k)} (id ${data.ids[k]}): ${history(rule, k).join("; ")}.`;
-  by("details").replaceChildren("“", text, about);
+  const about = `” at position ${number(k)} (id ${data.ids[k]}): `;
+  by("details").replaceChildren("“", text, about, `${history(rule, k, now.position).join("; ")}.`);
   return by("details").textContent;
 }
 
@@ -128,8 +93,6 @@ function tell(words) {
   clearTimeout(telling);
   telling = setTimeout(() => { by("live").textContent = words(); }, QUIET);
 }
-
-// ---- Tables -------------------------------------------------------------------------------
 
 const legend = [
   ...data.kinds,
@@ -202,8 +165,6 @@ function makeStrips() {
   strips = [window, stream].filter((each) => each.numPages)
     .map((each) => new Strip(by("strips"), each));
 }
-
-// ---- Moving -------------------------------------------------------------------------------
 
 function showAll() {
   const p = now.position;

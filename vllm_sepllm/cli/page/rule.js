@@ -9,9 +9,10 @@
 // of B tokens each. A page is counted from the step that first needs it to the step that frees it.
 
 class Rule {
-  // sinks, window, bound: tokens; Infinity is no limit. kept: of each token, an index or -1.
-  constructor({ sinks, window, bound, blockSize, kept }) {
-    Object.assign(this, { sinks, window, bound, blockSize, kept });
+  // sinks, window, bound: tokens; Infinity is no limit. kept: of each token, an index into kinds,
+  // or -1.
+  constructor({ sinks, window, bound, blockSize, kept, kinds }) {
+    Object.assign(this, { sinks, window, bound, blockSize, kept, kinds });
     this.length = kept.length;
     this.prefix = new Int32Array(kept.length + 1); // kept tokens below each position
     for (let k = 0; k < kept.length; k++) {
@@ -113,16 +114,16 @@ class Rule {
 
 // The three methods that the page compares, by the names that its buttons have.
 function rules(data) {
-  const { sinks, window, blockSize, kept } = data;
+  const { sinks, kept } = data;
+  const unbounded = { ...data, bound: Infinity };
   const none = new Array(kept.length).fill(-1);
-  const bound = data.bound ?? Infinity;
   const found = {
-    served: new Rule({ sinks, window, bound, blockSize, kept }),
-    full: new Rule({ sinks: 0, window: Infinity, bound: Infinity, blockSize, kept: none }),
+    served: new Rule({ ...data, bound: data.bound ?? Infinity }),
+    full: new Rule({ ...unbounded, sinks: 0, window: Infinity, kept: none }),
   };
   if (!data.isStreaming) {
     const first = kept.map((kind, k) => (k < sinks ? kind : -1));
-    found.streaming = new Rule({ sinks, window, bound: Infinity, blockSize, kept: first });
+    found.streaming = new Rule({ ...unbounded, kept: first });
   }
   return found;
 }

@@ -16,17 +16,6 @@ function drawn(tag, attributes) {
   return made;
 }
 
-const number = (value) => value.toLocaleString("en-US");
-const share = (part, whole) => `${((100 * part) / whole).toFixed(1)}%`;
-const counted = (value, one) => `${number(value)} ${one}${value === 1 ? "" : "s"}`;
-
-function bytes(value) {
-  const units = ["bytes", "KiB", "MiB", "GiB", "TiB"];
-  let at = 0;
-  for (; value >= 1024 && at < units.length - 1; at++) value /= 1024;
-  return `${value >= 100 || at === 0 ? Math.round(value) : value.toFixed(1)} ${units[at]}`;
-}
-
 // Pixels of a cell, so that so many fill a few rows.
 function cellSize(numPages) {
   const fitting = [16, 12, 9, 6].find((size) => numPages * size * size <= 60000);

@@ -270,7 +270,10 @@ function readWithKeys(event) {
 function makeTheme() {
   const dark = matchMedia("(prefers-color-scheme: dark)").matches;
   let next = dark ? "light" : "dark";
-  const say = () => { by("theme").textContent = next === "dark" ? "Dark" : "Light"; };
+  const say = () => {
+    by("theme").textContent = next === "dark" ? "Dark" : "Light";
+    by("theme").setAttribute("aria-label", `Switch to ${next} colours`);
+  };
   by("theme").addEventListener("click", () => {
     document.documentElement.dataset.theme = next;
     next = next === "dark" ? "light" : "dark";

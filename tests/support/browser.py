@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
-import pytest
+from tools_needed import missing, program
 
-REQUIRED = "SEPLLM_REQUIRE_BROWSER"
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
@@ -18,20 +15,11 @@ FLAGS = (
 )
 
 
-def missing(reason: str) -> None:
-    """Skip, or fail where a browser has to be there."""
-    if os.environ.get(REQUIRED) == "1":
-        pytest.fail(f"{REQUIRED}=1 is set, and {reason}")
-    pytest.skip(reason)
-
-
 def start_chromium(folder: Path) -> Any:
     """A driver of Selenium that notes what the page asks of the network and of the console."""
     names = "chromium", "chromium-browser", "google-chrome"
-    binary = next((path for path in map(shutil.which, names) if path), None)
-    driver = shutil.which("chromedriver")
-    if binary is None or driver is None:
-        missing("needs Chromium and chromedriver (Debian: apt install chromium chromium-driver)")
+    binary = program(*names, package="chromium")
+    driver = program("chromedriver", package="chromium-driver")
     try:
         from selenium import webdriver
     except ImportError:

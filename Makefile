@@ -5,7 +5,7 @@ PYTEST_ARGS ?=
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo test lint bench bench-train stream peers gpu-bench gpu-tune soak fuzz clean
+.PHONY: help setup model demo test lint bench bench-serve bench-train stream peers gpu-bench gpu-tune soak fuzz clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## /make \1\t/p' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ lint: setup  ## ruff and mypy
 
 bench: setup  ## CPU benchmark; writes benchmarks/results
 	@$(PY) benchmarks/cpu.py
+
+bench-serve: model  ## vllm bench serve beside full attention, as much KV memory (ARGS="--smoke")
+	@$(PY) benchmarks/serve.py $(ARGS)
 
 bench-train: setup  ## training on a CPU or GPU beside dense attention; writes benchmarks/results
 	@$(PY) benchmarks/training.py

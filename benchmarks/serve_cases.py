@@ -64,20 +64,21 @@ CASES = {
         window=256,
         traces=(
             (Documents(count=6, tokens=4000, questions=6, output_tokens=48), 0.5),
-            (Chat(users=12, turns=10, output_tokens=32), 1.0),
-            (Short(count=160, output_tokens=64), 2.0),
+            (Chat(users=10, turns=8, output_tokens=32), 1.0),
+            (Short(count=160, output_tokens=64), 4.0),
         ),
     ),
     "smollm2": Case(
         model="build/models/SmolLM2-135M-Instruct",
         max_len=4096,
-        kv_mib=160,
+        kv_mib=128,
         window=256,
         traces=(
-            (Documents(count=5, tokens=1800, questions=5, output_tokens=32), 0.25),
-            (Chat(users=6, turns=6, output_tokens=32), 0.25),
-            (Short(count=48, output_tokens=48), 0.5),
+            (Documents(count=4, tokens=1800, questions=5, output_tokens=32), 0.25),
+            (Chat(users=6, turns=6, output_tokens=32), 0.5),
+            (Short(count=48, output_tokens=48), 1.0),
         ),
+        max_seqs=16,
     ),
 }
 SMOKE = {
@@ -88,8 +89,8 @@ SMOKE = {
         window=64,
         traces=(
             (Documents(count=4, tokens=1200, questions=3, output_tokens=24), 64.0),
-            (Chat(users=3, turns=3, output_tokens=16), 16.0),
-            (Short(count=12, output_tokens=16), 16.0),
+            (Chat(users=3, turns=3, output_tokens=16), 4.0),
+            (Short(count=12, output_tokens=16), 8.0),
         ),
         max_seqs=16,
     )

@@ -12,7 +12,8 @@ import sys
 import threading
 import time
 import urllib.request
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -54,12 +55,28 @@ def total(metrics: dict[str, float], name: str) -> float:
     return sum(value for key, value in metrics.items() if key.partition("{")[0] == name)
 
 
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Let signals that would end this script wait, so that nothing is half done."""
+    held: list[int] = []
+    ends = signal.SIGINT, signal.SIGTERM
+    before = {number: signal.signal(number, lambda got, _: held.append(got)) for number in ends}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for number in held[:1]:
+        signal.raise_signal(number)
+
+
 class Server:
     """`vllm serve` with options, ready inside the ``with`` and ended behind it, however it ends."""
 
     def __init__(self, model: str, options: list[str], log: Path) -> None:
         self.log = log
         self.port = free_port()
+        self._process: subprocess.Popen[bytes] | None = None
         self._command = [str(Path(sys.executable).parent / "vllm"), "serve", model, *options]
         self._command += ["--host", "127.0.0.1", "--port", str(self.port)]
 
@@ -74,12 +91,12 @@ class Server:
         env.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
         env["VLLM_LOGGING_LEVEL"] = "INFO"
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("w") as out:
-            # A session of its own: Ctrl-C reaches this script alone, which then ends the server.
-            self._process = subprocess.Popen(
-                self._command, stdout=out, stderr=out, env=env, start_new_session=True
-            )
         try:
+            with signals_held(), self.log.open("w") as out:
+                # A session of its own: Ctrl-C reaches this script alone, which ends the server.
+                self._process = subprocess.Popen(
+                    self._command, stdout=out, stderr=out, env=env, start_new_session=True
+                )
             self._wait()
         except BaseException:
             self.stop()
@@ -107,11 +124,13 @@ class Server:
         raise ServerError(f"The server {what}. The end of its log, {self.log}:\n" + "\n".join(end))
 
     def is_running(self) -> bool:
-        return self._process.poll() is None
+        return self._process is not None and self._process.poll() is None
 
     def stop(self) -> None:
         """End the process, and whatever it started."""
-        if self.is_running():
+        if self._process is None:
+            return
+        if self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(30)

@@ -99,6 +99,7 @@ def plot(content: dict[str, Any], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     settings = content["settings"]
     models = [model for model in settings if select(content["points"], model=model)]
@@ -122,7 +123,10 @@ def plot(content: dict[str, Any], path: Path) -> None:
                         rate, place, (3, 4), textcoords="offset points", fontsize=7, color=color
                     )
             panel.set(title=f"{model}, {trace}", xscale="log", ylim=(0, None))
+            panel.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            panel.xaxis.set_major_formatter("{x:g}")
+            panel.xaxis.set_minor_formatter(NullFormatter())
             panel.set(xlabel="TTFT P99, seconds", ylabel="output tokens per second")
     panels[0][0].legend(fontsize=8)
-    figure.suptitle("Points are labelled with requests sent per second", fontsize=9)
+    figure.suptitle("At each point: requests sent per second, or all at once", fontsize=9)
     figure.savefig(path, dpi=90)

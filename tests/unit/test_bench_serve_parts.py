@@ -5,6 +5,8 @@ import json
 import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -130,7 +132,8 @@ def sweep(capacity, is_single=False):
 
 def test_rates_double_until_saturation():
     assert sweep(3.0) == [0.5, 1, 2, 4, 8, "inf"]
-    assert sweep(0.1) == [0.5, 1, "inf"]
+    assert sweep(0.3) == [0.5, 1, "inf"]
+    assert sweep(0.1) == [0.5, "inf"]
     assert sweep(3.0, is_single=True) == [0.5]
     assert len(sweep(1e9)) == 9
 
@@ -253,5 +256,8 @@ Server("model", [], Path({str(tmp_path / "log")!r})).__enter__()
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 143
     psutil = pytest.importorskip("psutil", reason="needs psutil")
-    if psutil.pid_exists(child):
-        assert psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+    deadline = time.monotonic() + 60  # it was killed; who collects it is up to the machine
+    with suppress(psutil.NoSuchProcess):
+        while psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)

@@ -55,6 +55,11 @@ def total(metrics: dict[str, float], name: str) -> float:
     return sum(value for key, value in metrics.items() if key.partition("{")[0] == name)
 
 
+def is_counter(name: str) -> bool:
+    """Whether a metric, labels and all, only ever grows; a histogram is two of them."""
+    return name.partition("{")[0].endswith(("_total", "_count", "_sum"))
+
+
 @contextmanager
 def signals_held() -> Iterator[None]:
     """Let signals that would end this script wait, so that nothing is half done."""
@@ -207,6 +212,6 @@ class Watch:
             "sepllm": {
                 name.removeprefix("vllm:sepllm_"): value
                 for name, value in grown.items()
-                if name.startswith("vllm:sepllm_")
+                if name.startswith("vllm:sepllm_") and is_counter(name)
             },
         }

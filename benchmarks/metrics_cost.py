@@ -91,7 +91,8 @@ def measure(folder: Path) -> dict[str, Any]:
             start = perf_counter()
             llm.llm_engine.step()
             steps.append(perf_counter() - start)
-        assert len(scheduler.running) == BATCH
+        if len(scheduler.running) != BATCH:
+            raise RuntimeError(f"{len(scheduler.running)} of {BATCH} requests run at the end")
     total = sum(spent.values())
     return {
         "batch": BATCH,

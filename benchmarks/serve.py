@@ -111,7 +111,9 @@ def figures(found: dict[str, Any]) -> dict[str, Any]:
 class Results:
     """The file, as it grows."""
 
-    def __init__(self, path: Path, about: dict[str, Any], is_fresh: bool) -> None:
+    def __init__(
+        self, path: Path, about: dict[str, Any], is_fresh: bool, is_part: bool = False
+    ) -> None:
         self.path = path
         self.content: dict[str, Any] = {**about, "is_whole": False, "points": []}
         if path.exists() and not is_fresh:
@@ -119,6 +121,11 @@ class Results:
             is_same = all(before.get(key) == about[key] for key in about.keys() - {"date"})
             if is_same and not before["is_whole"]:
                 self.content = before
+            elif is_part:
+                raise ServerError(
+                    f"{path} is of a whole run, or of another commit: a part of it cannot be "
+                    "measured again; --output names another file, --fresh drops this one."
+                )
 
     def points(self, **key: str) -> list[dict[str, Any]]:
         """Those of a model, a way and a trace, in the order of measurement."""
@@ -235,7 +242,8 @@ def run(given: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Measure what is asked for and is not in the file yet."""
     device = gpu()
     cases = available(SMOKE if given.smoke else CASES, console)
-    results = Results(given.output, about(cases, device), given.fresh)
+    is_part = bool(given.models or given.traces)
+    results = Results(given.output, about(cases, device), given.fresh, is_part)
     if results.content["points"]:
         console.print(f"{given.output} has {len(results.content['points'])} points: going on")
     todo = [

@@ -46,7 +46,12 @@ def test_only_full_attention_layers_of_a_mixed_model(
     extra |= {"num_hidden_layers": 4, "layer_types": kinds, "query_pre_attn_scalar": 32}
     cls = {"gemma3": Gemma3TextConfig, "gemma2": Gemma2Config}[family]
     model = save_random_model(cls(**SIZES, **extra), tmp_path)
-    engine = engines(sepllm={"window_size": window}, model=str(tmp_path), max_model_len=1024)
+    engine = engines(
+        sepllm={"window_size": window},
+        model=str(tmp_path),
+        max_model_len=1024,
+        disable_log_stats=False,
+    )
     kept_layers = [
         type(g.kv_cache_spec).__name__ for g in engine.scheduler.kv_cache_config.kv_cache_groups
     ]
@@ -59,6 +64,8 @@ def test_only_full_attention_layers_of_a_mixed_model(
             "sliding_attention": bias(sepllm_mask(ids, (), 0, sliding)),
         }
         assert greedy_difference(model, prompt, tokens, masks) is None
+    held = [m for m in engine.llm.get_metrics() if m.name == "vllm:sepllm_pages_held"]
+    assert {m.labels["group"] for m in held} == {"window", "kept", "other"}
     long = book[:600]
     tokens = engine.tokens([long], max_tokens=30)[0]
     size = len(long + tokens)

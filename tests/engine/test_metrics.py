@@ -1,7 +1,11 @@
 """The metrics: what the scheduler counts is what happened, and where it is shown."""
 
 import logging
+import os
+import pickle
 import re
+import subprocess
+import sys
 from itertools import chain
 from types import SimpleNamespace
 
@@ -164,6 +168,30 @@ def test_requests_in_small_chunks_are_counted_once():
     simulation.settle()
     assert simulation.finished == {"it": "length"}
     assert simulation.sum("small_chunks") == 1
+
+
+def test_what_is_dropped_is_counted_where_nothing_is_kept():
+    simulation = simulate(
+        {"policy": "streaming", "num_sink_tokens": 0, "separator_token_ids": None}
+    )
+    simulation.add("it", TEXT, 2)
+    simulation.settle()
+    assert simulation.sum("tokens_kept") == 0
+    assert simulation.sum("tokens_dropped") == (501 - 64) // SIZE * SIZE
+
+
+def test_a_session_that_waits_for_its_user_does_not_hide_the_end_of_others():
+    """No step follows that could tell it later."""
+    simulation = simulate()
+    reports = simulation.scheduler._reports
+    simulation.turn("session", TEXT[:40], 2)
+    simulation.settle()
+    del reports.report  # as it is, twice a second at most
+    reports._due = float("inf")
+    simulation.add("it", TEXT, 2)
+    simulation.settle()
+    assert simulation.counts[-1]["shares"]
+    assert sum(simulation.counts[-1]["held"].values()) == simulation.num_held > 0
 
 
 def test_nothing_is_collected_without_statistics():
@@ -331,6 +359,37 @@ def test_a_line_beside_vllms_own(lines, manager):
     assert "put into small chunks: 2 requests, refused: 1 requests" in line
     manager.log()
     assert lines == [line], "nothing has happened since"
+
+
+def test_groups_of_a_models_own_layers(manager):
+    """vLLM's sliding-window groups are held too; only their numbers say that they are there."""
+    record(manager, 0, held={"window": 1, "kept": 2, "full": 3, "other": 4})
+    assert shown()["pages_held", 'engine="0"', 'group="other"'] == 4
+    assert ("pages_held", 'engine="1"', 'group="other"') not in shown()
+
+
+CHILD = """
+import pickle, sys
+config = pickle.load(sys.stdin.buffer)
+from vllm.v1.metrics.loggers import StatLoggerManager
+from vllm.v1.metrics.stats import SchedulerStats
+manager = StatLoggerManager(config)
+stats = SchedulerStats(ec_connector_stats={"sepllm": {"copies": 7}})
+manager.record(stats, None)
+from prometheus_client import generate_latest
+print([line for line in generate_latest().decode().splitlines() if "write_total{" in line])
+"""
+
+
+def test_a_process_that_is_given_its_configuration_shows_them():
+    """Ray Serve makes the configuration in another process than the engine's front end."""
+    given = pickle.dumps(config_of())
+    child = [sys.executable, "-c", CHILD]
+    env = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO"}  # so that vLLM writes its own line
+    result = subprocess.run(child, input=given, capture_output=True, env=env, timeout=300)
+    assert result.returncode == 0, result.stderr.decode()[-3000:]
+    assert b"vllm:sepllm_copies_on_write_total" in result.stdout
+    assert b" 7.0" in result.stdout
 
 
 def test_no_line_where_vllm_writes_none(lines):

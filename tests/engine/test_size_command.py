@@ -83,6 +83,32 @@ def json_of(model):
     return json.loads((Path(model) / "config.json").read_text())
 
 
+def test_what_full_attention_has_no_room_for():
+    code, shown = run(
+        "--model",
+        MODEL,
+        "--memory",
+        "9MiB",
+        "--engine",
+        "max_num_batched_tokens=64",
+        "--dtype",
+        "float32",
+    )
+    assert code == 0, shown
+    [line] = [line for line in shown.splitlines() if "pages of the KV cache" in line]
+    assert line.count("no room for one") == 1, "a byte per element is enough"
+    [line] = [line for line in shown.splitlines() if "beside full attention" in line]
+    assert "x" not in line.replace("beside full attention", "")
+
+
+def test_texts_longer_than_the_models_positions():
+    options = {"position_mode": "cache", "max_separator_tokens": 64, "window_size": 64}
+    found = sizes({"model": MODEL, "max_model_len": 100_000, "dtype": "float32"}, options, 64 << 20)
+    assert found.length == 100_000
+    assert found.sepllm.pages_decoding < 20
+    assert found.full is None
+
+
 def test_ranks_and_stages_share_layers_and_heads():
     """Two ranks have half the heads each, two stages half the layers: twice the blocks."""
     arguments = {"model": MODEL, "max_model_len": 2048, "dtype": "float32"}
@@ -102,7 +128,8 @@ GOOD = ("--model", MODEL, "--memory", "64MiB")
     [
         (("--memory", "no"), "--memory 'no': must be a size such as 24GiB"),
         (("--memory", "1MiB"), "KV cache"),
-        (("--context", "0"), "max_model_len"),
+        (("--context", "0"), "--context 0: must be at least 1"),
+        (("--context", "-1"), "--context -1: must be at least 1"),
         (("--context", "100000"), "max_model_len"),
         (("-o", "window_size=0"), "window_size=0"),
         (("--text", "nowhere.txt"), "'nowhere.txt' cannot be read"),

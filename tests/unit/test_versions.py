@@ -49,3 +49,25 @@ def test_documents_name_them(releases):
     table = (ROOT / "docs/works-with.md").read_text()
     for version in releases[1]:
         assert f"| {version} |" in table
+
+
+@pytest.mark.parametrize("has_groups", [False, True], ids=["0.32", "0.33"])
+def test_plans_of_the_kv_cache_in_both_shapes(monkeypatch, has_groups):
+    import sys
+    from types import ModuleType
+
+    from vllm_sepllm.engine import compat
+
+    core = ModuleType("vllm.v1.engine.core")
+    core.get_kv_cache_configs = lambda *given: ["planned", *given]
+    if has_groups:
+        core.get_global_kv_cache_groups = lambda config, specs: ("groups", config, specs)
+    monkeypatch.setitem(sys.modules, "vllm.v1.engine.core", core)
+    for name in ("vllm", "vllm.v1", "vllm.v1.engine"):
+        if name not in sys.modules:
+            monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    more = [("groups", "config", ["specs"])] if has_groups else []
+    assert compat.kv_cache_configs("config", ["specs"], [5]) == [
+        *("planned", "config", ["specs"], [5]),
+        *more,
+    ]

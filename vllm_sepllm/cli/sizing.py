@@ -12,6 +12,7 @@ from rich.table import Table
 
 from vllm_sepllm.cli.common import (
     InputError,
+    check_least,
     engine_options,
     exit_with,
     first_line,
@@ -84,6 +85,7 @@ def size(
             if name in arguments:
                 raise InputError(f"--engine {name}: is {instead} here; give that")
         if context is not None:
+            check_least("--context", context, 1, "it is the longest request, in tokens")
             arguments["max_model_len"] = context
         found = _sizes(arguments, options, parse_memory(memory))
     except (InputError, ConfigError) as error:
@@ -140,7 +142,7 @@ def _table(found: Any) -> Table:
     table = Table(f"requests of {found.length:,} tokens", header_style="bold")
     for name in columns:
         table.add_column(name, justify="right")
-    decoding = {name: (c.num_pages - 1) / c.pages_decoding for name, c in columns.items()}
+    decoding = {n: (c.num_pages - 1) / c.pages_decoding if c else 0.0 for n, c in columns.items()}
     full = decoding["full attention"]
     rows: dict[str, Callable[[str, Any], str]] = {
         "pages of the KV cache": lambda _, c: f"{c.num_pages:,}",
@@ -150,8 +152,10 @@ def _table(found: Any) -> Table:
         "pages while it decodes": lambda _, c: f"{c.pages_decoding:,}",
         "MiB while it decodes": lambda _, c: f"{c.bytes_decoding / 2**20:,.1f}",
         "requests decoding at once": lambda name, _: f"{decoding[name]:,.2f}",
-        "beside full attention": lambda name, _: f"{decoding[name] / full:.2f}x",
+        "beside full attention": lambda name, _: f"{decoding[name] / full:.2f}x" if full else "",
     }
-    for title, cell in rows.items():
-        table.add_row(title, *(cell(name, c) for name, c in columns.items()))
+    for i, (title, cell) in enumerate(rows.items()):
+        no_room = "no room for one" if i == 0 else ""
+        cells = (cell(name, c) if c else no_room for name, c in columns.items())
+        table.add_row(title, *cells)
     return table

@@ -26,8 +26,9 @@ SHARES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0)
 COUNTERS = {
     "tokens_kept": (
         "tokens_kept",
-        "Tokens that have left the window and stay in the KV cache. Counted in whole blocks, and "
-        "again where a preempted request is computed again.",
+        "Tokens that have left the window and stay in the KV cache, those that newer ones have "
+        "replaced under a bound included. Counted in whole blocks, and again where a preempted "
+        "request is computed again.",
     ),
     "tokens_dropped": (
         "tokens_dropped",
@@ -39,8 +40,8 @@ COUNTERS = {
     ),
     "small_chunks": (
         "requests_in_small_chunks",
-        "Requests whose prompt fits into the KV cache only if it is computed in chunks smaller "
-        "than max_num_batched_tokens.",
+        "Times that a request was put into chunks smaller than max_num_batched_tokens, as its "
+        "prompt fits into the KV cache in no larger ones.",
     ),
 }
 # The same with one label: its name and its values.
@@ -89,10 +90,10 @@ class EngineMetrics:
             name: {value: metrics[name].labels(*labels, value) for value in values}
             for name, (_, _, _, values) in LABELLED.items()
         }
-        self._held = {group: metrics["held"].labels(*labels, group) for group in groups}
+        self._metrics, self._labels = metrics, labels
+        for group in groups:
+            metrics["held"].labels(*labels, group).set(0)
         self._shares = metrics["shares"].labels(*labels)
-        # There is none before the first request has ended, so it is not shown before.
-        self._seen_share = metrics["seen_share"], labels
         metrics["planned_share"].labels(*labels).set(planned_share)
         self._planned_share = planned_share
         self._since: Counter[str] = Counter()  # the last line of the log
@@ -116,12 +117,12 @@ class EngineMetrics:
                 self._set(name, value)
 
     def _set(self, name: str, value: Any) -> None:
+        """Set gauges; there are none of what has not been reported."""
         if name == "seen_share":
-            gauge, labels = self._seen_share
-            gauge.labels(*labels).set(value)
+            self._metrics[name].labels(*self._labels).set(value)
         else:
             for group, number in value.items():
-                self._held[group].set(number)
+                self._metrics[name].labels(*self._labels, group).set(number)
 
     def line(self) -> str | None:
         """What has happened since the last call, for people; ``None`` if nothing has."""

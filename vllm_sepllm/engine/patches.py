@@ -6,6 +6,7 @@ original, and adds nothing where a configuration does not select SEPLLM.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from functools import wraps
@@ -124,6 +125,8 @@ def show_metrics() -> None:
         original(self, vllm_config, *args, **kwargs)
         if not is_selected(vllm_config):
             return
+        if "vllm.v1.engine.async_llm" in sys.modules:  # and its configuration made elsewhere
+            tell_clients_why()
         loggers = self.stat_loggers
         prometheus = next(each for each in loggers if isinstance(each, PrometheusStatLogger))
         single = [getattr(each, "per_engine_stat_loggers", {}).values() for each in loggers]

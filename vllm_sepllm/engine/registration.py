@@ -60,7 +60,11 @@ def _reduce_backend(member: Any) -> tuple[Any, tuple[str]]:
 
 
 def _load_backend(name: str) -> Any:
+    """A member of the enumeration, in a process that was given its configuration."""
+    from vllm_sepllm.engine.patches import show_metrics
+
     _register_backend()
+    show_metrics()  # it may be one that serves requests, as with Ray Serve
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     return AttentionBackendEnum[name]

@@ -65,15 +65,15 @@ class Sizes:
         length: tokens of a request.
         plan: what share of a text memory is planned for.
         sepllm: under the options.
-        full: full attention.
-        full_fp8: full attention with a byte per element of the cache.
+        full: full attention; ``None`` if not one request fits.
+        full_fp8: full attention with a byte per element of the cache; the same.
     """
 
     length: int
     plan: Plan
     sepllm: Capacity
-    full: Capacity
-    full_fp8: Capacity
+    full: Capacity | None
+    full_fp8: Capacity | None
 
 
 def sizes(arguments: dict[str, Any], options: dict[str, Any], memory: int) -> Sizes:
@@ -89,9 +89,10 @@ def sizes(arguments: dict[str, Any], options: dict[str, Any], memory: int) -> Si
     """
     ours = {"attention_backend": "sepllm", "additional_config": {OPTIONS_KEY: options}}
     config: VllmConfig = _configuration({**arguments, **ours})
-    plain: VllmConfig = _configuration(arguments)
+    plain: VllmConfig = _configuration({**arguments, "max_model_len": None})
     settings = Settings.of(config)
     model: ModelConfig = config.model_config
+    plain.model_config.max_model_len = model.max_model_len  # in cache positions above vLLM's limit
     _check_layers(model)
 
     def sepllm(name: str, index: int, spec: FullAttentionSpec) -> Mapping[str, KVCacheSpec]:
@@ -109,8 +110,8 @@ def sizes(arguments: dict[str, Any], options: dict[str, Any], memory: int) -> Si
         model.max_model_len,
         settings.plan,
         _capacity(config, sepllm, memory, reserves=current_platform.is_cpu()),
-        _capacity(plain, full, memory),
-        _capacity(plain, fp8, memory),
+        _capacity_if_any(plain, full, memory),
+        _capacity_if_any(plain, fp8, memory),
     )
 
 
@@ -138,14 +139,23 @@ def _check_layers(model: ModelConfig) -> None:
     """Raises:
     ConfigError: the model has layers whose pages are not counted here.
     """
-    kinds = set(getattr(model.hf_text_config, "layer_types", None) or ()) - {"full_attention"}
-    if model.is_hybrid and not kinds:
-        kinds = {"of another kind than attention"}
+    types = getattr(model.hf_text_config, "layer_types", None) or ()
+    kinds = set(types) - {"full_attention", "attention"}
+    if (model.is_hybrid or model.has_noops) and not kinds:
+        kinds = {"not attention"}
     if kinds:
         raise ConfigError(
             f"{model.model} has layers of other kinds ({', '.join(sorted(kinds))}), whose pages "
             "are not counted here: start the engine, whose log says what fits"
         )
+
+
+def _capacity_if_any(config: VllmConfig, make_specs: MakeSpecs, memory: int) -> Capacity | None:
+    """The same; ``None`` where vLLM would not start, as not one request fits."""
+    try:
+        return _capacity(config, make_specs, memory)
+    except ValueError:
+        return None
 
 
 def _capacity(

@@ -221,11 +221,10 @@ class KeptManager(SingleTypeKVCacheManager):
     ) -> None:
         """Give back pages whose entries no token from here on sees; none without a bound."""
         rule = self._rule
-        if not self.req_to_blocks.get(request_id):
-            return
-        if self.counts_tokens:
-            self._count_left(request_id, processed_computed_tokens)
-        if rule.max_separator_tokens is None:
+        stream = self._streams.get(request_id) if self.counts_tokens else None
+        if stream is not None and processed_computed_tokens >= stream.leaves_at:
+            self._count_left(request_id, stream, processed_computed_tokens)
+        if rule.max_separator_tokens is None or not self.req_to_blocks.get(request_id):
             return
         counts = self._counts(request_id, processed_computed_tokens)
         # Where ids are not known yet, fewer are taken for kept: rather a page too late.
@@ -234,14 +233,14 @@ class KeptManager(SingleTypeKVCacheManager):
         unseen = rule.seen.unseen_pages(limit, self.block_size)
         self._remove_blocks_in_range(request_id, *unseen)
 
-    def _count_left(self, request_id: str, num_computed: int) -> None:
+    def _count_left(self, request_id: str, stream: RequestStream, num_computed: int) -> None:
         """Count tokens behind the window for the metrics, a block of them at a time."""
-        stop = (num_computed - self._rule.window_size + 1) // self.block_size
-        stream = self._stream(request_id)
-        if stop <= stream.num_left:
+        if request_id not in self.req_to_blocks:  # it begins with this step
             return
+        stop = max(0, num_computed - self._rule.window_size + 1) // self.block_size
         self._counts(request_id, stop * self.block_size)
         kept, dropped = stream.leave(stop, self.block_size)
+        stream.leaves_at = (stream.num_left + 1) * self.block_size + self._rule.window_size - 1
         self._pool.tally.tokens_kept += kept
         self._pool.tally.tokens_dropped += dropped
 

@@ -20,6 +20,7 @@ class RequestStream:
         most: tokens known, tokens in flight, and the pages these take at most; as last counted.
         num_shared: with a bound, pages up to its last junction, which other requests resume at.
         num_left: token blocks that have left the window, as far as they are counted.
+        leaves_at: tokens computed with which the next one may leave.
         has_started: its first step was seen.
         pending: keys of this step's pages: key, page, tokens of the prefix.
     """
@@ -28,6 +29,7 @@ class RequestStream:
     most: tuple[int, int, int] | None = None
     num_shared: int = 0
     num_left: int = 0
+    leaves_at: int = 0
     has_started: bool = False
     pending: list[tuple[BlockHash, KVCacheBlock, int]] = field(default_factory=list)
 

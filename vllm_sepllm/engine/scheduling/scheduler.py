@@ -17,7 +17,10 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.request_queue import RequestQueue
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
+from vllm.v1.core.single_type_kv_cache_manager import (
+    FullAttentionManager,
+    SingleTypeKVCacheManager,
+)
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
@@ -29,6 +32,7 @@ from vllm_sepllm.engine.scheduling.tally import (
     FULL,
     KEPT,
     MEMORY,
+    OTHER,
     POSITIONS,
     WINDOW,
     Reports,
@@ -285,6 +289,11 @@ class SepLLMScheduler(Scheduler):
                 logger.warning("%s.", warning)
         return super()._free_request(request, *args, **kwargs)
 
+    @property
+    def _is_at_rest(self) -> bool:
+        """Whether no step follows until a client sends something; sessions may wait for one."""
+        return not self.has_unfinished_requests()
+
     def _num_cached_tokens(self, request: Request) -> int:
         """Tokens of a request in the prefix cache, for the counts of what was added to it.
 
@@ -319,7 +328,7 @@ class SepLLMScheduler(Scheduler):
                 client.outputs.append(output)
         for client in outputs.values():
             if client.scheduler_stats is not None:
-                counts = self._reports.report(not self.requests, self._traffic.seen)
+                counts = self._reports.report(self._is_at_rest, self._traffic.seen)
                 if counts is not None:
                     put(client.scheduler_stats, counts)
         return outputs
@@ -329,7 +338,9 @@ def _kind(manager: SingleTypeKVCacheManager) -> str:
     """Of a group: what it holds of a request."""
     if isinstance(manager, KeptManager):
         return KEPT
-    return WINDOW if isinstance(manager, WindowManager) else FULL
+    if isinstance(manager, WindowManager):
+        return WINDOW
+    return FULL if isinstance(manager, FullAttentionManager) else OTHER
 
 
 class SepLLMAsyncScheduler(SepLLMScheduler, AsyncScheduler):

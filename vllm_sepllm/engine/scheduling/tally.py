@@ -17,8 +17,8 @@ from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.metrics.stats import SchedulerStats
 
 STATS_KEY = "sepllm"
-# Kinds of KV-cache groups; the last one is of dense layers.
-WINDOW, KEPT, FULL = GROUPS = ("window", "kept", "full")
+# Kinds of KV-cache groups. Full ones are of dense layers, others of a model's own kinds of layers.
+WINDOW, KEPT, FULL, OTHER = "window", "kept", "full", "other"
 # What a request may not fit into.
 MEMORY, POSITIONS = LIMITS = ("memory", "positions")
 # Reports come no more often than this, and take no more than this share of the time.

@@ -13,9 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from helpers import ROOT
-from tools_needed import program
-
+ROOT = Path(__file__).resolve().parent.parent
 DASHBOARD = ROOT / "examples/grafana/dashboards/sepllm.json"
 START_SECONDS = 60
 
@@ -24,12 +22,12 @@ class Prometheus:
     """Runs until :meth:`stop`.
 
     Args:
+        binary: of Prometheus.
         folder: for its configuration and its data.
         port: of the server that is asked once a second.
     """
 
-    def __init__(self, folder: Path, port: int) -> None:
-        binary = program("prometheus", package="prometheus")
+    def __init__(self, binary: str, folder: Path, port: int) -> None:
         given = (ROOT / "examples/grafana/prometheus.yml").read_text(encoding="utf8")
         assert "5s" in given
         assert "127.0.0.1:8000" in given
@@ -43,17 +41,20 @@ class Prometheus:
         command += ["--storage.tsdb.path", str(folder / "data")]
         self._log = (folder / "log.txt").open("w")
         self.process = subprocess.Popen(command, stdout=self._log, stderr=subprocess.STDOUT)
-        self._wait(folder)
+        try:
+            self._wait(folder)
+        except BaseException:
+            self.stop()
+            raise
 
     def _wait(self, folder: Path) -> None:
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline and self.process.poll() is None:
-            with suppress(OSError):
+            with suppress(OSError, ValueError):
                 up = self.ask("query", query="up")["result"]  # it looks for targets every 5 s
                 if up and up[0]["value"][1] == "1":
                     return
             time.sleep(0.2)
-        self.stop()
         raise RuntimeError(f"no Prometheus:\n{(folder / 'log.txt').read_text()[-3000:]}")
 
     def ask(self, path: str, **parameters: Any) -> Any:

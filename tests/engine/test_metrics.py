@@ -160,6 +160,7 @@ def test_refused_requests_are_counted_with_the_step_that_ends_them():
     assert simulation.finished == {"it": "error"}
     assert simulation.counts[-1]["refused"] == {"memory": 1}
     assert simulation.counts[-1]["held"] == {"window": 0, "kept": 0}
+    assert "shares" not in simulation.counts[-1], "it is no part of the traffic that is served"
 
 
 def test_requests_in_small_chunks_are_counted_once():

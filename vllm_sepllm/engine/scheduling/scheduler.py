@@ -280,7 +280,7 @@ class SepLLMScheduler(Scheduler):
         return tokens, stopped
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
-        if self._kept_managers:
+        if self._kept_managers and request.num_computed_tokens:  # else it was refused at once
             num_kept, num_tokens = self._kept_managers[0].counted(request.request_id)
             if num_tokens and self.log_stats:
                 self._tally.shares.append(num_kept / num_tokens)

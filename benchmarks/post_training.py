@@ -1,19 +1,20 @@
 """What post-training SmolLM2 under SepLLM wins back, beside dense attention and StreamingLLM.
 
-    python benchmarks/post_training.py [--ways "SepLLM 64, by logits"] [--texts FOLDER]
+    python benchmarks/post_training.py --train adapter [--ways "SepLLM 64, by logits"]
     python benchmarks/post_training.py --join FILE FILE
 
 Every way sees the same tokens in the same order, by the recipe ``examples/training/post_train.py``:
 AdamW with a cosine, all weights or an adapter. The loss is that of the text, or the distance from
 what the untrained model predicts with full attention ("by logits"). StreamingLLM's window is as
-wide as SepLLM's last query sees tokens at 2,048. Books of the repository are trained on, and the
-``*.txt`` files of a folder.
+wide as SepLLM's last query sees tokens at 2,048. Two books and chats about them are trained on
+(:mod:`make_chats`), and the ``*.txt`` files of a folder.
 
 Before and after, and perplexity while training goes on, on held-out pieces of 2,048 tokens:
 
 * perplexity of their second halves,
 * agreement: where the likeliest token is that of the untrained model with full attention,
-* questions about facts in long texts (:mod:`retrieval`), the window being the way's own.
+* questions about facts in long texts of held-out books (:mod:`retrieval`), asked of the served
+  model when all ways are trained, the window being the way's own.
 
 What is finished is not done again. On a CPU training goes on where it stopped; on a GPU, where it
 takes a minute, a way begins anew. Ways can be shared out among processes, each with an ``--output``
@@ -27,18 +28,20 @@ import hashlib
 import json
 import os
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from record import ROOT, provenance, write
-from retrieval import NEW_TOKENS, make_documents
-from rich.console import Console
-from rich.table import Table
+from post_training_report import plot, show
+from record import ROOT, processor, provenance, write
+from retrieval import make_documents
+from retrieval import measure as ask
 
 from vllm_sepllm.config import SepLLMConfig
 from vllm_sepllm.evaluation.share import num_attended, window_of_equal_share
@@ -49,9 +52,13 @@ from common import Rows, likeliest, perplexity, pieces, train
 from post_train import DistillationTrainer, with_adapter
 
 MODEL = ROOT / "build/models/SmolLM2-135M-Instruct"
-OUTPUT = ROOT / "benchmarks/results/post_training.json"
+OUTPUTS = {
+    "all": ROOT / "benchmarks/results/post_training.json",
+    "adapter": ROOT / "benchmarks/results/post_training_adapters.json",
+}
+LEARNING_RATES = {"all": 2e-4, "adapter": 1e-3}
 FOLDER = ROOT / "build/training/smollm2"
-TRAINED_ON = ["benchmarks/data/5396.txt.gz", "benchmarks/data/22424.txt.gz"]
+TRAINED_ON = [f"benchmarks/data/{name}" for name in ("5396.txt.gz", "22424.txt.gz", "chats.gz")]
 HELD_OUT = ["benchmarks/data/35205.txt.gz", "examples/data/860.txt"]
 HELD_OUT_LENGTH, HELD_OUT_PIECES = 2048, 4  # of each book
 ADAPTER = {"r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
@@ -62,22 +69,16 @@ RULES: dict[str, dict[str, Any]] = {
     "facts": {"preset": "facts"},
 }
 UNTRAINED = "full attention, untrained"
-WITH_ADAPTER = ", adapter"
 ON_GPU = torch.cuda.is_available()
 AT_ONCE = 4 if ON_GPU else 1  # texts
 
 
 @dataclass(frozen=True)
 class Way:
-    """Options (``None`` is full attention), loss, and whether only an adapter is trained."""
+    """Options (``None`` is full attention), and the loss."""
 
     options: dict[str, Any] | None
     loss: str
-    is_adapter: bool = False
-
-    def learning_rate(self, of_all_weights: float) -> float:
-        """An adapter's few weights take larger steps."""
-        return of_all_weights * (5 if self.is_adapter else 1)
 
 
 def ways(tokenizer: Any, held_out: Rows) -> dict[str, Way]:
@@ -90,7 +91,6 @@ def ways(tokenizer: Any, held_out: Rows) -> dict[str, Way]:
         for loss in (TEXT, LOGITS):
             found[f"{rule}, {loss}"] = Way(options, loss)
             found[f"StreamingLLM, as much KV as {rule}, {loss}"] = Way(streaming, loss)
-        found[f"{rule}{WITH_ADAPTER}, {LOGITS}"] = Way(options, LOGITS, is_adapter=True)
     return found
 
 
@@ -99,35 +99,66 @@ def load() -> Any:
     return model.to("cuda") if ON_GPU else model
 
 
+class Teacher(torch.nn.Module):
+    """The untrained model; what its last layer gave for a text is kept for the next way."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self._states: dict[tuple[int, ...], torch.Tensor] = {}
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
+        """An object with ``logits``."""
+        states = []
+        for ids in input_ids:
+            key = tuple(ids.tolist())
+            if key not in self._states:
+                found = self.model.model(input_ids=ids[None], use_cache=use_cache)
+                is_lower = torch.is_autocast_enabled(ids.device.type)  # as the head then reads it
+                dtype = torch.bfloat16 if is_lower else torch.float32
+                self._states[key] = found.last_hidden_state[0].to(dtype)
+            states.append(self._states[key])
+        return SimpleNamespace(logits=self.model.lm_head(torch.stack(states)))
+
+
 def agreement(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
     """Share of the places where two models' likeliest tokens are the same."""
     same = torch.cat(found) == torch.cat(wanted)
     return float(same.float().mean())
 
 
-@torch.no_grad()
-def right_answers(model: Any, tokenizer: Any, num_documents: int) -> dict[str, int]:
-    """Facts told, by kind."""
-    was_training = model.training
-    model.eval()
-    found: dict[str, int] = {}
-    for document in make_documents(tokenizer, num_documents):
-        prompts = [document.prompt(tokenizer, fact) for fact in document.facts]
-        longest = max(len(ids) for ids in prompts)
-        padded = [[0] * (longest - len(ids)) + list(ids) for ids in prompts]
-        mask = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]
-        answers = model.generate(
-            input_ids=torch.tensor(padded, device=model.device),
-            attention_mask=torch.tensor(mask, device=model.device),
-            max_new_tokens=NEW_TOKENS,
-            do_sample=False,
-            pad_token_id=0,
-        )
-        for fact, ids in zip(document.facts, answers[:, longest:], strict=True):
-            is_right = fact.is_right(tokenizer.decode(ids, skip_special_tokens=True))
-            found[fact.kind] = found.get(fact.kind, 0) + is_right
-    model.train(was_training)
-    return found
+class Asked:
+    """How many facts a served model can tell, by kind; asked once per model and options."""
+
+    def __init__(self, tokenizer: Any, num_documents: int) -> None:
+        every = make_documents(tokenizer, 2 * num_documents)
+        self._documents = every[::2]  # the others are of books that are trained on
+        self._untrained: dict[str, dict[str, int]] = {}
+
+    def before(self, options: dict[str, Any] | None) -> dict[str, int]:
+        """Of the untrained model."""
+        key = json.dumps(options)
+        if key not in self._untrained:
+            self._untrained[key] = self._of(MODEL, options)
+        return self._untrained[key]
+
+    def after(self, options: dict[str, Any] | None, folder: Path) -> dict[str, int]:
+        """Of a trained model or adapter."""
+        if not (folder / "adapter_config.json").exists():
+            return self._of(folder, options)
+        from peft import PeftModel
+
+        with tempfile.TemporaryDirectory() as merged:
+            model: Any = PeftModel.from_pretrained(load(), folder)
+            model.merge_and_unload().save_pretrained(merged)
+            transformers.AutoTokenizer.from_pretrained(MODEL).save_pretrained(merged)
+            return self._of(Path(merged), options)
+
+    def _of(self, model: Path, options: dict[str, Any] | None) -> dict[str, int]:
+        found: dict[str, int] = {}
+        for row in ask(options, self._documents, model)["rows"]:
+            found[row["kind"]] = found.get(row["kind"], 0) + row["right"]
+        return found
 
 
 class Curve(transformers.TrainerCallback):  # type: ignore[misc]
@@ -154,16 +185,17 @@ class Curve(transformers.TrainerCallback):  # type: ignore[misc]
 
 
 def run(
-    name: str, way: Way, rows: Rows, given: argparse.Namespace, curve: Curve, tokenizer: Any
+    name: str, way: Way, rows: Rows, given: argparse.Namespace, curve: Curve, teacher: Teacher
 ) -> Any:
     """Train one way; the model."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL)
     model = load()
-    if way.is_adapter:
+    if given.train == "adapter":
         torch.manual_seed(0)
         model = with_adapter(model, ADAPTER)
     if way.options is not None:
         apply(model, way.options, tokenizer)
-    folder = FOLDER / name.replace(", ", "-").replace(" ", "_")
+    folder = folder_of(name, given)
     curve.note(0, model)
     at_once = min(given.batch, AT_ONCE)
     arguments: dict[str, Any] = {
@@ -171,18 +203,18 @@ def run(
         "max_steps": given.steps,
         "per_device_train_batch_size": at_once,
         "gradient_accumulation_steps": given.batch // at_once,
-        "learning_rate": way.learning_rate(given.learning_rate),
+        "learning_rate": given.learning_rate,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 10,
         "save_strategy": "no" if ON_GPU else "steps",
         "save_steps": 10,
         "logging_steps": 5,
-        "bf16": ON_GPU,
+        "bf16": given.bfloat16,
         "disable_tqdm": ON_GPU,
     }
     kind: Any = transformers.Trainer
     if way.loss == LOGITS:
-        DistillationTrainer.teacher = load().eval()
+        DistillationTrainer.teacher = teacher
         kind = DistillationTrainer
     trainer = train(model, rows, arguments, kind, callbacks=[curve])
     trainer.save_model(str(folder / "model"))
@@ -190,37 +222,10 @@ def run(
     return trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
 
 
-def plot(result: dict[str, Any], path: Path) -> None:
-    """Held-out perplexity by training tokens."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(10, 6), layout="constrained")
-    for number, (name, found) in enumerate(result["ways"].items()):
-        tokens = [point["step"] * result["tokens_of_a_step"] / 1e6 for point in found["curve"]]
-        line = "--" if name.startswith("StreamingLLM") else "-"
-        points = [point["perplexity"] for point in found["curve"]]
-        axes.plot(tokens, points, line, color=f"C{number % 10}", label=name)
-    axes.set(xlabel="training tokens, millions", ylabel="perplexity of held-out books")
-    axes.legend(fontsize=8)
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
-
-
-def show(result: dict[str, Any]) -> None:
-    columns = "KV at 2,048", "tokens", "perplexity", "after", "agreement", "after", "facts"
-    table = Table("", *columns)
-    for name, found in result["ways"].items():
-        points = [point["perplexity"] for point in found["curve"]]
-        tokens = found["curve"][-1]["step"] * result["tokens_of_a_step"]
-        cells = [f"{found['share_attended']:.1%}", f"{tokens:,}", f"{points[0]:.2f}"]
-        cells += [f"{points[-1]:.2f}", *(f"{x:.1%}" for x in found.get("agreement", ()))]
-        if found.get("right"):
-            cells.append(f"{sum(found['right'].values())} of {12 * result['documents']}")
-        table.add_row(name, *cells)
-    Console(width=150).print(table)
+def folder_of(name: str, given: argparse.Namespace) -> Path:
+    """Checkpoints of one way under one set of settings, and the trained model."""
+    key = hashlib.sha256(json.dumps(about(given)).encode()).hexdigest()[:16]
+    return FOLDER / key / name.replace(", ", "-").replace(" ", "_")
 
 
 def training_rows(tokenizer: Any, given: argparse.Namespace) -> Rows:
@@ -243,7 +248,8 @@ def about(given: argparse.Namespace) -> dict[str, Any]:
     return {
         "model": MODEL.name,
         "device": torch.cuda.get_device_name() if ON_GPU else "CPU",
-        "dtype": "bfloat16 under autocast" if ON_GPU else "float32",
+        "dtype": "bfloat16 under autocast" if given.bfloat16 else "float32",
+        "train": given.train,
         "steps": given.steps,
         "length": given.length,
         "tokens_of_a_step": given.batch * given.length,
@@ -255,22 +261,27 @@ def about(given: argparse.Namespace) -> dict[str, Any]:
 
 def about_of(result: dict[str, Any]) -> dict[str, Any]:
     """Of a file, what :func:`about` wrote."""
-    return {key: x for key, x in result.items() if key not in ("ways", UNTRAINED, "note")}
+    others = "ways", "processor", UNTRAINED, "note"
+    return {key: value for key, value in result.items() if key not in others}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--length", type=int, default=1024, help="of a text, tokens")
-    parser.add_argument("--batch", type=int, default=4, help="texts of a step")
-    parser.add_argument("--learning-rate", type=float, default=6e-5)
+    parser.add_argument("--train", choices=OUTPUTS, default="all", help="weights to train")
+    parser.add_argument("--bfloat16", action="store_true", default=ON_GPU, help="under autocast")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--length", type=int, default=2048, help="of a text, tokens")
+    parser.add_argument("--batch", type=int, default=2 * AT_ONCE, help="texts of a step")
+    parser.add_argument("--learning-rate", type=float, help="its default depends on --train")
     parser.add_argument("--texts", type=Path, default=FOLDER / "texts", help="folder of more texts")
-    parser.add_argument("--documents", type=int, default=0, help="with facts to be told")
+    parser.add_argument("--documents", type=int, default=4, help="with twelve facts each")
     parser.add_argument("--every", type=int, default=25, help="steps between points of the curve")
     parser.add_argument("--ways", help="only these, with semicolons between them")
     parser.add_argument("--join", type=Path, nargs="+", help="files of several processes")
-    parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument("--output", type=Path, help="its default depends on --train")
     given = parser.parse_args()
+    given.output = given.output or OUTPUTS[given.train]
+    given.learning_rate = given.learning_rate or LEARNING_RATES[given.train]
     if given.batch > AT_ONCE and given.batch % AT_ONCE:
         parser.error(f"--batch {given.batch}: must be a multiple of {AT_ONCE} here")
     if given.join:
@@ -291,13 +302,14 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL)
     held_out = pieces(tokenizer, HELD_OUT, HELD_OUT_LENGTH, HELD_OUT_PIECES)
-    result: dict[str, Any] = {**about(given), "ways": {}}
+    result: dict[str, Any] = {**about(given), "ways": {}, "processor": processor()}
     if given.output.exists():
         earlier = json.loads(given.output.read_text(encoding="utf8"))
         if all(earlier.get(key) == result[key] for key in about(given)):
             result = earlier
     rows = training_rows(tokenizer, given)
     untrained = load()
+    teacher = Teacher(untrained)
     result[UNTRAINED], wanted = likeliest(untrained, held_out)
     curve = Curve(result, given.output, held_out, given.every)
     every = ways(tokenizer, held_out)
@@ -314,19 +326,30 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
             result["ways"].pop(name, None)
         of_way = result["ways"].setdefault(name, {"curve": []})
         of_way |= {**provenance("torch", "transformers"), "options": way.options, "loss": way.loss}
-        of_way["learning_rate"] = way.learning_rate(given.learning_rate)
         of_way["share_attended"] = sum(seen) / len(seen) / HELD_OUT_LENGTH
         before = agreement(likeliest(untrained, held_out)[1], wanted)
         if way.options is not None:
             attached.remove()
         curve.begin(of_way)
-        model = run(name, way, rows, given, curve, tokenizer)
+        model = run(name, way, rows, given, curve, teacher)
         of_way["agreement"] = [before, agreement(likeliest(model, held_out)[1], wanted)]
-        if given.documents:
-            of_way["right"] = right_answers(model, tokenizer, given.documents)
         of_way["seconds"] = time.monotonic() - began
         write(given.output, result)
+    if given.documents:
+        ask_all(result, given, tokenizer)
     return result
+
+
+def ask_all(result: dict[str, Any], given: argparse.Namespace, tokenizer: Any) -> None:
+    """Ask every trained model that is still there about facts."""
+    asked = Asked(tokenizer, given.documents)
+    for name, of_way in result["ways"].items():
+        folder = folder_of(name, given) / "model"
+        if "right" in of_way or "seconds" not in of_way or not folder.is_dir():
+            continue
+        options = of_way["options"]
+        of_way["right"] = [asked.before(options), asked.after(options, folder)]
+        write(given.output, result)
 
 
 if __name__ == "__main__":

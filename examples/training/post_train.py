@@ -40,7 +40,8 @@ class DistillationTrainer(transformers.Trainer):
             wanted = self.teacher(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
         outputs = model(input_ids=ids, use_cache=False)
         found = outputs.logits.float().log_softmax(-1)
-        loss = (wanted.exp() * (wanted - found)).sum(-1).mean()
+        nats = torch.nn.functional.kl_div(found, wanted, log_target=True, reduction="sum")
+        loss = nats / ids.numel()
         return (loss, outputs) if return_outputs else loss
 
 

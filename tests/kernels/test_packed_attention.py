@@ -164,7 +164,7 @@ def test_tensors_as_models_have_them():
 @pytest.mark.parametrize("seed", range(4))
 def test_flex_attention(seed):
     """The same result; each block that holds a visible pair is listed, and full ones hold nothing
-    else."""
+    else. Others are listed only for queries of several texts."""
     plan = random_plan(torch.Generator().manual_seed(300 + seed))
     blocks = flex.block_mask(plan)
     num_stream = flex.padded_stream(plan)
@@ -190,7 +190,10 @@ def test_flex_attention(seed):
     assert not (full * partial).any()
     assert (held[full == 1] == (rows * flex.BLOCK).expand_as(held)[full == 1]).all()
     assert (full + partial)[held > 0].all()
-    assert (full + partial).sum() <= (held > 0).sum() + 4, "beside the seams of texts"
+    begins = torch.cat([plan.mask().sum(1) == 1, torch.zeros(flex.BLOCK, dtype=torch.bool)])
+    several = begins[: len(held) * flex.BLOCK].reshape(-1, flex.BLOCK)[:, 1:].any(1)
+    assert torch.equal((full + partial)[~several] > 0, held[~several] > 0)
+    assert not several.all()
     given = [tensor.detach() for tensor in inputs(plan, HEADS[seed % 3], seed)[:3]]
     found = flex.packed_attention_flex(*given, plan, 0.3)
     assert furthest([found], [masked(*given, plan.mask(), 0.3)]) < 1e-10

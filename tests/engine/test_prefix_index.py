@@ -228,12 +228,18 @@ def test_the_index_is_bounded_and_belongs_to_its_pool():
     assert PoolState.of(pools[1]).prefixes is not index
     hashes = [BlockHash(bytes([i, j])) for i in range(4) for j in range(COUNTS_PER_PAGE)]
     for i, block_hash in enumerate(hashes):
-        index.store(block_hash, i)
+        index.store(block_hash, i, hashes[i - 1] if i else None)
         index.kept_count(hashes[0])  # in use, so it stays
     assert len(index) == 3 * COUNTS_PER_PAGE
     assert index.kept_count(hashes[0]) == 0
     assert index.kept_count(hashes[1]) is None
     assert index.kept_count(hashes[-1]) == len(hashes) - 1
+    known = [block_hash for block_hash in hashes[:-1] if index.kept_count(block_hash) is not None]
+    assert [index.is_continued(block_hash) for block_hash in known] == [True] * len(known)
+    assert not index.is_continued(hashes[-1]), "no text goes on behind it"
+    assert not index.is_continued(hashes[1]), "what is forgotten takes no room"
+    index.store(BlockHash(b"new"), 0, hashes[1])
+    assert not index.is_continued(hashes[1])
 
 
 @pytest.mark.parametrize(("max_model_len", "texts"), [(17, 3), (COUNTS_PER_PAGE * 16 - 3, 4)])

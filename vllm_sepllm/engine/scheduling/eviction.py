@@ -13,7 +13,10 @@ VISITS = 2
 
 
 class Junctions:
-    """Points at which more than one request has resumed, such as the end of a system prompt.
+    """Points where texts part, such as the end of a system prompt or of a document.
+
+    These are points behind which two requests went on differently, and points at which more than
+    one has resumed.
 
     With full attention, whoever uses a prefix also uses everything before it, so the shared part of
     many conversations stays in the cache by itself. Here a conversation that resumes at its own end
@@ -29,16 +32,21 @@ class Junctions:
         self._group: int | None = None
         self._visits: OrderedDict[BlockHash, int] = OrderedDict()
 
-    def visit(self, block_hash: BlockHash, group_id: int) -> None:
+    def visit(self, block_hash: BlockHash, group_id: int, is_parting: bool = False) -> None:
         """Count a request that resumes, or could have, behind the block of this hash.
 
         Groups resume together, so one of them counts: whichever comes first.
+
+        Args:
+            block_hash: of the block.
+            group_id: of the group that counts.
+            is_parting: an earlier text went on from here; then this is a junction at once.
         """
         if self._group is None:
             self._group = group_id
         if group_id != self._group:
             return
-        self._visits[block_hash] = self._visits.pop(block_hash, 0) + 1
+        self._visits[block_hash] = self._visits.pop(block_hash, 0) + (VISITS if is_parting else 1)
         if len(self._visits) > self._capacity:
             self._visits.popitem(last=False)
 

@@ -226,12 +226,14 @@ class KeptManager(SingleTypeKVCacheManager):
             self._count_left(request_id, stream, processed_computed_tokens)
         if rule.max_separator_tokens is None or not self.req_to_blocks.get(request_id):
             return
+        tail, size = self._pool.tails.get(request_id, range(0)), self.block_size
+        if tail and processed_computed_tokens >= tail.start * size:
+            self._streams[request_id].num_shared = self.num_pages(request_id, tail.stop * size)
         counts = self._counts(request_id, processed_computed_tokens)
         # Where ids are not known yet, fewer are taken for kept: rather a page too late.
         start = int(rule.window_start(processed_computed_tokens))
         limit = int(counts.prefix[min(start, counts.num_tokens)])
-        unseen = rule.seen.unseen_pages(limit, self.block_size)
-        self._remove_blocks_in_range(request_id, *unseen)
+        self._remove_blocks_in_range(request_id, *rule.seen.unseen_pages(limit, size))
 
     def _count_left(self, request_id: str, stream: RequestStream, num_computed: int) -> None:
         """Count tokens behind the window for the metrics, a block of them at a time."""
@@ -271,7 +273,7 @@ class KeptManager(SingleTypeKVCacheManager):
         self._pending.append(stream)
         for i in range(first, stop):
             before, count = int(kept_prefix[i * size]), int(kept_prefix[(i + 1) * size])
-            self._pool.prefixes.store(hashes[i], count)
+            self._pool.prefixes.store(hashes[i], count, hashes[i - 1] if i else None)
             if count // size > before // size:
                 pending.append((done_key(hashes[i]), pages[before // size], (i + 1) * size))
             if count % size:
@@ -339,11 +341,8 @@ class KeptManager(SingleTypeKVCacheManager):
         assert not drop_eagle_block, "speculative decoding is refused at start-up"
         size = kv_cache_spec.block_size
         hashes = resolve_block_hashes(block_hashes, block_pool.hash_block_size, size)
+        hashes = hashes[: max_length // size]
         pages, length = PoolState.of(block_pool).prefixes.find(
-            hashes[: max_length // size],
-            block_pool,
-            kv_cache_group_ids,
-            kv_cache_spec,
-            alignment_tokens,
+            hashes, block_pool, kv_cache_group_ids, kv_cache_spec, alignment_tokens
         )
         return tuple(pages), length

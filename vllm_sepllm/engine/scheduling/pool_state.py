@@ -20,6 +20,8 @@ class PoolState:
         prefixes: kept tokens of known prefixes.
         spare: pages to evict first.
         junctions: points to evict last.
+        tails: of each live request the token blocks before its prompt's end that the next one is
+            likely to need, which may be none; noted by the group that comes first.
         tally: what is counted for the metrics.
     """
 
@@ -27,6 +29,7 @@ class PoolState:
         self.prefixes = PrefixIndex(block_pool.num_gpu_blocks)
         self.spare = SparePages(block_pool)
         self.junctions = Junctions(block_pool.num_gpu_blocks)
+        self.tails: dict[str, range] = {}
         self.tally = Tally()
 
     @staticmethod

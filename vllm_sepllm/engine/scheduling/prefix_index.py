@@ -63,6 +63,7 @@ class PrefixIndex:
     def __init__(self, num_pages: int) -> None:
         self._capacity = COUNTS_PER_PAGE * num_pages
         self._kept_count: OrderedDict[BlockHash, int] = OrderedDict()
+        self._continued: set[BlockHash] = set()
 
     def __len__(self) -> int:
         return len(self._kept_count)
@@ -71,12 +72,21 @@ class PrefixIndex:
         """Remember a few texts of the full length, however small the pool is."""
         self._capacity = max(self._capacity, LONG_TEXTS * cdiv(max_model_len, block_size))
 
-    def store(self, block_hash: BlockHash, kept_count: int) -> None:
-        """Remember the kept tokens of a prefix."""
+    def store(
+        self, block_hash: BlockHash, kept_count: int, before: BlockHash | None = None
+    ) -> None:
+        """Remember the kept tokens of a prefix, and that it is that of ``before`` and a block."""
         self._kept_count[block_hash] = kept_count
         self._kept_count.move_to_end(block_hash)
+        if before in self._kept_count:
+            self._continued.add(before)
         if len(self._kept_count) > self._capacity:
-            self._kept_count.popitem(last=False)
+            forgotten, _ = self._kept_count.popitem(last=False)
+            self._continued.discard(forgotten)
+
+    def is_continued(self, block_hash: BlockHash) -> bool:
+        """Whether a longer text with this prefix is known."""
+        return block_hash in self._continued
 
     def kept_count(self, block_hash: BlockHash) -> int | None:
         """Kept tokens of a prefix, or ``None`` if it is not known."""

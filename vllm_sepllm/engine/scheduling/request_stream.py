@@ -18,7 +18,8 @@ class RequestStream:
     Attributes:
         counts: of its tokens whose ids are known.
         most: tokens known, tokens in flight, and the pages these take at most; as last counted.
-        num_shared: with a bound, pages up to its last junction, which other requests resume at.
+        num_shared: with a bound, pages up to its last junction, or to its prompt's end where its
+            tail is kept: other requests resume there.
         num_left: token blocks that have left the window, as far as they are counted.
         leaves_at: tokens computed with which the next one may leave.
         has_started: its first step was seen.

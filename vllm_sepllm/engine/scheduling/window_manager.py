@@ -9,9 +9,16 @@ other window pages serve only requests that part from the text in just that plac
     turn 2  [system prompt ][question ][answer ][question ][answer ]
 
 So a page that leaves the window becomes spare: still found while there is memory, evicted before
-anything else. The exception are pages before a *junction*, a point at which requests have
-resumed, or would have, more than once: the end of a shared system prompt. A conversation's
-last window needs no rule: its pages are given back with the stream when the request ends.
+anything else. Two kinds of pages do not. Pages before a *junction*, a point where texts part: the
+end of a shared system prompt. And those before the end of a long text that nobody has sent
+before, since the next question about it will part from this one there::
+
+    question 1  [document                           ][question ][answer ]
+    pages        . . . . . . . . . . . . . . o o o o  o o            two windows
+    question 2  [document                           ][question ][answer ]
+
+A conversation's last window needs no rule: its pages are given back with the stream when the
+request ends.
 """
 
 from __future__ import annotations
@@ -28,6 +35,10 @@ from vllm_sepllm.engine.scheduling.eviction import leaving_pages, refresh
 from vllm_sepllm.engine.scheduling.pool_state import PoolState
 from vllm_sepllm.engine.scheduling.tally import WINDOW
 
+# What is kept of the end of a prompt is at most this share of its new text, so that short turns of
+# conversations, which nobody resumes in their middle, leave no more behind than they did.
+SHARE_OF_NEW_TEXT = 0.25
+
 
 class WindowManager(SlidingWindowManager):
     """vLLM's manager of a sliding window, with spare pages and junctions."""
@@ -36,8 +47,8 @@ class WindowManager(SlidingWindowManager):
         super().__init__(*args, **kwargs)
         self._pool = PoolState.of(self.block_pool)
         self._pages_for_hit = cdiv(self.sliding_window - 1, self.block_size)
-        # Junctions of each live request, in token blocks.
-        self._junctions: dict[str, list[int]] = {}
+        # Of each live request: ranges of token blocks whose pages do not become spare.
+        self._lasting: dict[str, list[range]] = {}
 
     def add_local_computed_blocks(self, request_id: str, *args: Any, **kwargs: Any) -> None:
         """vLLM's; the pages found in the cache are counted."""
@@ -56,15 +67,15 @@ class WindowManager(SlidingWindowManager):
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         """vLLM's; at a request's first step also find the junctions it passes."""
-        if request.request_id not in self._junctions:
-            self._junctions[request.request_id] = self._visit_junctions(request)
+        if request.request_id not in self._lasting:
+            self._lasting[request.request_id] = self._visit_junctions(request)
         super().cache_blocks(request, num_tokens, *args, **kwargs)
 
-    def _visit_junctions(self, request: Request) -> list[int]:
+    def _visit_junctions(self, request: Request) -> list[range]:
         """Count where this request resumed, and where it would have with memory to spare.
 
         Returns:
-            The junctions in its prompt, in token blocks.
+            Token blocks before the junctions in its prompt, and before a long prompt's end.
         """
         hashes: Sequence[BlockHash] = resolve_block_hashes(
             request.block_hashes, self.block_pool.hash_block_size, self.block_size
@@ -74,13 +85,18 @@ class WindowManager(SlidingWindowManager):
         while known < len(hashes) and self._pool.prefixes.kept_count(hashes[known]) is not None:
             known += 1
         for end in {found, known} - {0}:
-            self._pool.junctions.visit(hashes[end - 1], self.kv_cache_group_id)
-        ends = self._pool.junctions.among(hashes)
-        for end in ends:
+            is_parting = end == known and self._pool.prefixes.is_continued(hashes[end - 1])
+            self._pool.junctions.visit(hashes[end - 1], self.kv_cache_group_id, is_parting)
+        lasting = []
+        for end in self._pool.junctions.among(hashes):
+            lasting.append(range(max(0, end - self._pages_for_hit), end))
             if end < found:  # behind the window it resumed with, so not touched yet
-                first = max(0, end - self._pages_for_hit)
-                refresh(self.block_pool, hashes[first:end], self.kv_cache_group_id)
-        return ends
+                window = hashes[lasting[-1].start : end]
+                refresh(self.block_pool, window, self.kv_cache_group_id)
+        end, two_windows = request.num_prompt_tokens // self.block_size, 2 * self._pages_for_hit
+        first = end - two_windows if two_windows <= SHARE_OF_NEW_TEXT * (end - known) else end
+        lasting.append(self._pool.tails.setdefault(request.request_id, range(first, end)))
+        return lasting
 
     def _remove_blocks_in_range(self, request_id: str, first_block: int, last_block: int) -> None:
         leaving = leaving_pages(self.req_to_blocks.get(request_id, []), first_block, last_block)
@@ -88,12 +104,13 @@ class WindowManager(SlidingWindowManager):
             return  # most steps; vLLM's own walk compares pages field by field
         super()._remove_blocks_in_range(request_id, first_block, last_block)
         self._pool.tally.returned[WINDOW] += len(leaving)
-        junctions = self._junctions.get(request_id, ())
+        lasting = self._lasting.get(request_id, ())
         for block, page in reversed(leaving):
-            if not any(end - self._pages_for_hit <= block < end for end in junctions):
+            if not any(block in blocks for blocks in lasting):
                 self._pool.spare.add(page)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """Forget a request that ended or was preempted; returns its pages."""
-        self._junctions.pop(request_id, None)
+        self._lasting.pop(request_id, None)
+        self._pool.tails.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)

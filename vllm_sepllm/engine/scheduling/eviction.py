@@ -15,13 +15,15 @@ VISITS = 2
 class Junctions:
     """Points where texts part, such as the end of a system prompt or of a document.
 
-    These are points behind which two requests went on differently, and points at which more than
-    one has resumed.
+    These are points that an earlier text went on from, and points at which more than one request
+    has resumed. With full attention, whoever uses a prefix also uses everything before it, so the
+    shared part of many conversations stays in the cache by itself. Here a conversation that resumes
+    at its own end reads neither the window pages nor the partly filled stream page of the system
+    prompt's end: they would be evicted while every user still relies on them.
 
-    With full attention, whoever uses a prefix also uses everything before it, so the shared part of
-    many conversations stays in the cache by itself. Here a conversation that resumes at its own end
-    reads neither the window pages nor the partly filled stream page of the system prompt's end:
-    they would be evicted while every user still relies on them.
+    A point where texts have parted once may be needed by nobody again: a chat that leaves the
+    reasoning of earlier turns out makes one in each turn. So it keeps the pages of the request that
+    made it, and only later visits *confirm* it.
 
     Args:
         capacity: points remembered; the least recent are forgotten.
@@ -40,7 +42,7 @@ class Junctions:
         Args:
             block_hash: of the block.
             group_id: of the group that counts.
-            is_parting: an earlier text went on from here; then this is a junction at once.
+            is_parting: an earlier text went on from here, so this is a junction at once.
         """
         if self._group is None:
             self._group = group_id
@@ -59,14 +61,9 @@ class Junctions:
                 ends.append(end)
         return ends
 
-
-def refresh(block_pool: BlockPool, block_hashes: Iterable[BlockHash], group_id: int) -> None:
-    """Let cached pages count as just used, so that they are evicted last."""
-    for block_hash in block_hashes:
-        pages = block_pool.get_cached_block(block_hash, [group_id])
-        if pages is not None:
-            block_pool.touch(pages)
-            block_pool.free_blocks(pages)
+    def is_confirmed(self, block_hash: BlockHash) -> bool:
+        """Whether requests came back to a junction after it became one."""
+        return self._visits.get(block_hash, 0) > VISITS
 
 
 def leaving_pages(
@@ -94,6 +91,7 @@ class SparePages:
     """
 
     def __init__(self, block_pool: BlockPool) -> None:
+        self._block_pool = block_pool
         self._free = block_pool.free_block_queue
         self._evict = block_pool._maybe_evict_cached_block
         self._pages: OrderedDict[int, tuple[KVCacheBlock, BlockHashWithGroupId]] = OrderedDict()
@@ -103,6 +101,24 @@ class SparePages:
         if page.ref_cnt == 0 and page.block_hash is not None:
             self._pages[page.block_id] = page, page.block_hash
             self._pages.move_to_end(page.block_id)
+
+    def discard(self, pages: Iterable[KVCacheBlock]) -> None:
+        """Forget that pages were spare: they are in use again, or worth keeping."""
+        for page in pages:
+            self._pages.pop(page.block_id, None)
+
+    def refresh(self, block_hashes: Iterable[BlockHash], group_id: int) -> None:
+        """Let cached pages count as just used, so that they are evicted last."""
+        for block_hash in block_hashes:
+            pages = self._block_pool.get_cached_block(block_hash, [group_id])
+            if pages is not None:
+                self.use(pages)
+
+    def use(self, pages: Sequence[KVCacheBlock]) -> None:
+        """Let pages that are in the cache count as just used."""
+        self.discard(pages)
+        self._block_pool.touch(pages)
+        self._block_pool.free_blocks(pages)
 
     def make_room(self, num_pages: int) -> None:
         """Let the next pages that the pool hands out be empty or spare, as far as there are any.

@@ -37,7 +37,7 @@ from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.request import Request
 
-from vllm_sepllm.engine.scheduling.eviction import leaving_pages, refresh
+from vllm_sepllm.engine.scheduling.eviction import leaving_pages
 from vllm_sepllm.engine.scheduling.pool_state import PoolState
 from vllm_sepllm.engine.scheduling.prefix_index import done_key
 from vllm_sepllm.engine.scheduling.request_stream import RequestStream
@@ -183,6 +183,7 @@ class KeptManager(SingleTypeKVCacheManager):
         full, tail = divmod(self.num_kept(request_id, num_local_computed_tokens), self.block_size)
         assert len(new_computed_blocks) == full + (tail > 0)
         self.block_pool.touch(new_computed_blocks)
+        self._pool.spare.discard(new_computed_blocks)
         blocks.extend(new_computed_blocks)
         self.num_cached_block[request_id] = num_local_computed_tokens // self.block_size
         self._pool.tally.found[KEPT] += sum(not page.is_null for page in new_computed_blocks)
@@ -226,14 +227,11 @@ class KeptManager(SingleTypeKVCacheManager):
             self._count_left(request_id, stream, processed_computed_tokens)
         if rule.max_separator_tokens is None or not self.req_to_blocks.get(request_id):
             return
-        tail, size = self._pool.tails.get(request_id, range(0)), self.block_size
-        if tail and processed_computed_tokens >= tail.start * size:
-            self._streams[request_id].num_shared = self.num_pages(request_id, tail.stop * size)
         counts = self._counts(request_id, processed_computed_tokens)
         # Where ids are not known yet, fewer are taken for kept: rather a page too late.
         start = int(rule.window_start(processed_computed_tokens))
         limit = int(counts.prefix[min(start, counts.num_tokens)])
-        self._remove_blocks_in_range(request_id, *rule.seen.unseen_pages(limit, size))
+        self._remove_blocks_in_range(request_id, *rule.seen.unseen_pages(limit, self.block_size))
 
     def _count_left(self, request_id: str, stream: RequestStream, num_computed: int) -> None:
         """Count tokens behind the window for the metrics, a block of them at a time."""
@@ -251,9 +249,8 @@ class KeptManager(SingleTypeKVCacheManager):
         super()._remove_blocks_in_range(request_id, first_block, last_block)
         self._pool.tally.returned[KEPT] += len(leaving)
         stream = self._streams.get(request_id)
-        num_shared = 0 if stream is None else stream.num_shared
         for index, page in reversed(leaving):
-            if index >= num_shared:
+            if stream is None or not any(index in pages for pages in stream.lasting):
                 self._pool.spare.add(page)
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
@@ -264,7 +261,7 @@ class KeptManager(SingleTypeKVCacheManager):
         stream = self._stream(request_id)
         if not stream.has_started:
             stream.has_started = True
-            self._visit_junctions(stream, hashes, first)
+            self._visit_junctions(request_id, hashes, first)
         stop = min(num_tokens // size, len(hashes))
         if stop <= first:
             return
@@ -283,21 +280,20 @@ class KeptManager(SingleTypeKVCacheManager):
         if not self._scheduling:  # asynchronous scheduling also notes what a past step computed
             self.step_is_scheduled()
 
-    def _visit_junctions(
-        self, stream: RequestStream, hashes: Sequence[BlockHash], found: int
-    ) -> None:
-        """Keep what others need at the junctions along a prompt.
+    def _visit_junctions(self, request_id: str, hashes: Sequence[BlockHash], found: int) -> None:
+        """Keep what others need at the junctions along a prompt, and at its tail.
 
         These are the partly filled pages of those that the request has passed by a hit of
-        ``found`` blocks, and with a bound all pages up to the last one.
+        ``found`` blocks, and with a bound the pages that a request which resumes there sees.
         """
-        is_bounded = self._rule.max_separator_tokens is not None
-        for end in self._pool.junctions.among(hashes if is_bounded else hashes[:found]):
-            if end <= found:
-                refresh(self.block_pool, hashes[end - 1 : end], self.kv_cache_group_id)
-            if is_bounded:
-                count = self._pool.prefixes.kept_count(hashes[end - 1]) or 0
-                stream.num_shared = cdiv(count, self.block_size)
+        ends = self._pool.junctions.among(hashes)
+        for end in ends:
+            if end <= found and self._pool.junctions.is_confirmed(hashes[end - 1]):
+                self._pool.spare.refresh(hashes[end - 1 : end], self.kv_cache_group_id)
+        if self._rule.max_separator_tokens is not None:
+            self._counts(request_id, len(hashes) * self.block_size)
+            tail = self._pool.tails.get(request_id, range(0))
+            self._streams[request_id].keep(self._rule, ends, tail, self.block_size)
 
     def new_step_starts(self) -> None:
         """vLLM begins to schedule a step."""

@@ -20,8 +20,8 @@ class PoolState:
         prefixes: kept tokens of known prefixes.
         spare: pages to evict first.
         junctions: points to evict last.
-        tails: of each live request the token blocks before its prompt's end that the next one is
-            likely to need, which may be none; noted by the group that comes first.
+        tails: of each live request the token blocks before its prompt's end that the next request
+            is likely to need, which may be none; noted by the window group that comes first.
         tally: what is counted for the metrics.
     """
 

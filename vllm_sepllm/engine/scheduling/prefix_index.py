@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 # A page of the stream serves many token blocks: five or six on English text of 18 % separators.
 COUNTS_PER_PAGE = 32
 # With a bound on separators a text outgrows the pool, and its pages are found by way of all its
-# blocks. So many texts of the full length are remembered, about 200 bytes per block of tokens.
+# blocks. So many texts of the full length are remembered, about 250 bytes per block of tokens.
 LONG_TEXTS = 4
 
 
@@ -85,7 +85,7 @@ class PrefixIndex:
             self._continued.discard(forgotten)
 
     def is_continued(self, block_hash: BlockHash) -> bool:
-        """Whether a longer text with this prefix is known."""
+        """Whether a longer text with this prefix was known."""
         return block_hash in self._continued
 
     def kept_count(self, block_hash: BlockHash) -> int | None:

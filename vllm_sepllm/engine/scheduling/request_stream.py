@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from vllm.utils.math_utils import cdiv
 from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
 
 from vllm_sepllm.kept_counts import KeptCounts
@@ -18,8 +20,7 @@ class RequestStream:
     Attributes:
         counts: of its tokens whose ids are known.
         most: tokens known, tokens in flight, and the pages these take at most; as last counted.
-        num_shared: with a bound, pages up to its last junction, or to its prompt's end where its
-            tail is kept: other requests resume there.
+        lasting: with a bound, pages that those who resume at its junctions or its tail see.
         num_left: token blocks that have left the window, as far as they are counted.
         leaves_at: tokens computed with which the next one may leave.
         has_started: its first step was seen.
@@ -28,7 +29,7 @@ class RequestStream:
 
     counts: KeptCounts
     most: tuple[int, int, int] | None = None
-    num_shared: int = 0
+    lasting: Sequence[range] = ()
     num_left: int = 0
     leaves_at: int = 0
     has_started: bool = False
@@ -52,6 +53,24 @@ class RequestStream:
             pages = int((-(-ahead // block_size) - np.maximum(0, left)).max())
             self.most = len(prefix), num_in_flight, pages
         return self.most[2]
+
+    def keep(self, rule: KeepRule, ends: Sequence[int], tail: range, block_size: int) -> None:
+        """Note which pages last, under a bound on separators.
+
+        Args:
+            rule: with a bound.
+            ends: of junctions, in token blocks.
+            tail: token blocks; who resumes in it needs its first ones for the window.
+            block_size: tokens of a token block, and entries of a page.
+        """
+        prefix, lasting = self.counts.prefix, []
+        resumed = tail.start + cdiv(rule.window_size - 1, block_size)
+        for first, end in [*zip(ends, ends, strict=True), (min(resumed, tail.stop), tail.stop)]:
+            window_start = int(rule.window_start(first * block_size))
+            limit = int(prefix[window_start // block_size * block_size])  # as a hit is looked for
+            seen = rule.seen.unseen_pages(limit, block_size)[1]
+            lasting.append(range(seen, cdiv(int(prefix[end * block_size]), block_size)))
+        self.lasting = lasting
 
     def leave(self, stop: int, block_size: int) -> tuple[int, int]:
         """Count the token blocks before ``stop``, all behind the window now.

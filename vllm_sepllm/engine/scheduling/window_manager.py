@@ -10,15 +10,17 @@ other window pages serve only requests that part from the text in just that plac
 
 So a page that leaves the window becomes spare: still found while there is memory, evicted before
 anything else. Two kinds of pages do not. Pages before a *junction*, a point where texts part: the
-end of a shared system prompt. And those before the end of a long text that nobody has sent
-before, since the next question about it will part from this one there::
+end of a shared system prompt. And the *tail* of a long text that is new: where the next question
+about it will part from this one is not known yet, but it is not far from the prompt's end::
 
-    question 1  [document                           ][question ][answer ]
-    pages        . . . . . . . . . . . . . . o o o o  o o            two windows
-    question 2  [document                           ][question ][answer ]
+    request 1  [document                                  ][question ][answer ]
+    its tail                                        . . . . . . . . .
+    request 2  [document                                  ][question ][answer ]
+    it needs                                        o o o o
 
-A conversation's last window needs no rule: its pages are given back with the stream when the
-request ends.
+A request that only goes on from the end of a known text, as a conversation does, has no tail. A
+conversation's last window needs no rule: its pages are given back with the stream when the request
+ends.
 """
 
 from __future__ import annotations
@@ -27,17 +29,25 @@ from collections.abc import Sequence
 from typing import Any
 
 from vllm.utils.math_utils import cdiv
-from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock, resolve_block_hashes
+from vllm.v1.core.kv_cache_utils import (
+    BlockHash,
+    BlockHashWithGroupId,
+    KVCacheBlock,
+    resolve_block_hashes,
+)
 from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
 from vllm.v1.request import Request
 
-from vllm_sepllm.engine.scheduling.eviction import leaving_pages, refresh
+from vllm_sepllm.engine.scheduling.eviction import leaving_pages
 from vllm_sepllm.engine.scheduling.pool_state import PoolState
 from vllm_sepllm.engine.scheduling.tally import WINDOW
 
-# What is kept of the end of a prompt is at most this share of its new text, so that short turns of
-# conversations, which nobody resumes in their middle, leave no more behind than they did.
-SHARE_OF_NEW_TEXT = 0.25
+# Tokens that a prompt has behind the text that others share with it: a question, and what a chat
+# template puts around it.
+QUESTION_TOKENS = 128
+# A tail is at most this part of the text that is new. It would otherwise be most of what a short
+# prompt leaves in the cache.
+MOST_OF_NEW_TEXT = 0.25
 
 
 class WindowManager(SlidingWindowManager):
@@ -47,13 +57,17 @@ class WindowManager(SlidingWindowManager):
         super().__init__(*args, **kwargs)
         self._pool = PoolState.of(self.block_pool)
         self._pages_for_hit = cdiv(self.sliding_window - 1, self.block_size)
+        self._tail_pages = self._pages_for_hit + cdiv(QUESTION_TOKENS, self.block_size)
         # Of each live request: ranges of token blocks whose pages do not become spare.
         self._lasting: dict[str, list[range]] = {}
+        # Such pages that have left the window, with their keys.
+        self._left: dict[str, list[tuple[KVCacheBlock, BlockHashWithGroupId | None]]] = {}
 
     def add_local_computed_blocks(self, request_id: str, *args: Any, **kwargs: Any) -> None:
         """vLLM's; the pages found in the cache are counted."""
         super().add_local_computed_blocks(request_id, *args, **kwargs)
         pages = self.req_to_blocks[request_id]
+        self._pool.spare.discard(pages)
         self._pool.tally.found[WINDOW] += sum(not page.is_null for page in pages)
 
     def allocate_new_blocks(
@@ -90,13 +104,20 @@ class WindowManager(SlidingWindowManager):
         lasting = []
         for end in self._pool.junctions.among(hashes):
             lasting.append(range(max(0, end - self._pages_for_hit), end))
-            if end < found:  # behind the window it resumed with, so not touched yet
+            # Behind the window it resumed with, so not touched yet.
+            if end < found and self._pool.junctions.is_confirmed(hashes[end - 1]):
                 window = hashes[lasting[-1].start : end]
-                refresh(self.block_pool, window, self.kv_cache_group_id)
-        end, two_windows = request.num_prompt_tokens // self.block_size, 2 * self._pages_for_hit
-        first = end - two_windows if two_windows <= SHARE_OF_NEW_TEXT * (end - known) else end
-        lasting.append(self._pool.tails.setdefault(request.request_id, range(first, end)))
+                self._pool.spare.refresh(window, self.kv_cache_group_id)
+        tail = self._tail(request.num_prompt_tokens // self.block_size, known, hashes)
+        lasting.append(self._pool.tails.setdefault(request.request_id, tail))
         return lasting
+
+    def _tail(self, end: int, known: int, hashes: Sequence[BlockHash]) -> range:
+        """Token blocks of the tail of a prompt, of which ``known`` blocks are known; or none."""
+        goes_on = known > 0 and not self._pool.prefixes.is_continued(hashes[known - 1])
+        if goes_on or self._tail_pages > MOST_OF_NEW_TEXT * (end - known):
+            return range(end, end)
+        return range(end - self._tail_pages, end)
 
     def _remove_blocks_in_range(self, request_id: str, first_block: int, last_block: int) -> None:
         leaving = leaving_pages(self.req_to_blocks.get(request_id, []), first_block, last_block)
@@ -106,11 +127,19 @@ class WindowManager(SlidingWindowManager):
         self._pool.tally.returned[WINDOW] += len(leaving)
         lasting = self._lasting.get(request_id, ())
         for block, page in reversed(leaving):
-            if not any(block in blocks for blocks in lasting):
+            if any(block in blocks for blocks in lasting):
+                self._left.setdefault(request_id, []).append((page, page.block_hash))
+            else:
                 self._pool.spare.add(page)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
-        """Forget a request that ended or was preempted; returns its pages."""
+        """Forget a request that ended or was preempted; returns its pages.
+
+        Pages of it that are worth keeping are no older in the cache than those that it returns.
+        """
+        for page, key in self._left.pop(request_id, ()):
+            if page.ref_cnt == 0 and key is not None and page.block_hash is key:
+                self._pool.spare.use([page])
         self._lasting.pop(request_id, None)
         self._pool.tails.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)

@@ -120,6 +120,11 @@ class SparePages:
         self._block_pool.touch(pages)
         self._block_pool.free_blocks(pages)
 
+    def use_again(self, page: KVCacheBlock, block_hash: BlockHashWithGroupId | None) -> None:
+        """Let a page count as just used, if it is free and still what it was with this hash."""
+        if page.ref_cnt == 0 and block_hash is not None and page.block_hash is block_hash:
+            self.use([page])
+
     def make_room(self, num_pages: int) -> None:
         """Let the next pages that the pool hands out be empty or spare, as far as there are any.
 

@@ -60,7 +60,7 @@ class WindowManager(SlidingWindowManager):
         self._tail_pages = self._pages_for_hit + cdiv(QUESTION_TOKENS, self.block_size)
         # Of each live request: ranges of token blocks whose pages do not become spare.
         self._lasting: dict[str, list[range]] = {}
-        # Such pages that have left the window, with their keys.
+        # Such pages that have left the window, with the hashes they had.
         self._left: dict[str, list[tuple[KVCacheBlock, BlockHashWithGroupId | None]]] = {}
 
     def add_local_computed_blocks(self, request_id: str, *args: Any, **kwargs: Any) -> None:
@@ -137,9 +137,8 @@ class WindowManager(SlidingWindowManager):
 
         Pages of it that are worth keeping are no older in the cache than those that it returns.
         """
-        for page, key in self._left.pop(request_id, ()):
-            if page.ref_cnt == 0 and key is not None and page.block_hash is key:
-                self._pool.spare.use([page])
+        for page, block_hash in self._left.pop(request_id, ()):
+            self._pool.spare.use_again(page, block_hash)
         self._lasting.pop(request_id, None)
         self._pool.tails.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)

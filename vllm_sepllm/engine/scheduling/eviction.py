@@ -78,6 +78,15 @@ def leaving_pages(
     return leaving
 
 
+# A page, and its hash at some time: it is the same content as long as it has that hash.
+NamedPage = tuple[KVCacheBlock, BlockHashWithGroupId | None]
+
+
+def named(page: KVCacheBlock) -> NamedPage:
+    """A page as it is now."""
+    return page, page.block_hash
+
+
 class SparePages:
     """Free pages of a block pool that are still cached but least likely to be found again.
 
@@ -120,8 +129,9 @@ class SparePages:
         self._block_pool.touch(pages)
         self._block_pool.free_blocks(pages)
 
-    def use_again(self, page: KVCacheBlock, block_hash: BlockHashWithGroupId | None) -> None:
-        """Let a page count as just used, if it is free and still what it was with this hash."""
+    def use_again(self, named: NamedPage) -> None:
+        """Let a page count as just used, if it is free and still what it was when it was named."""
+        page, block_hash = named
         if page.ref_cnt == 0 and block_hash is not None and page.block_hash is block_hash:
             self.use([page])
 

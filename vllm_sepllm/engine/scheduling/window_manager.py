@@ -31,14 +31,13 @@ from typing import Any
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.kv_cache_utils import (
     BlockHash,
-    BlockHashWithGroupId,
     KVCacheBlock,
     resolve_block_hashes,
 )
 from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
 from vllm.v1.request import Request
 
-from vllm_sepllm.engine.scheduling.eviction import leaving_pages
+from vllm_sepllm.engine.scheduling.eviction import NamedPage, leaving_pages, named
 from vllm_sepllm.engine.scheduling.pool_state import PoolState
 from vllm_sepllm.engine.scheduling.tally import WINDOW
 
@@ -61,7 +60,7 @@ class WindowManager(SlidingWindowManager):
         # Of each live request: ranges of token blocks whose pages do not become spare.
         self._lasting: dict[str, list[range]] = {}
         # Such pages that have left the window, with the hashes they had.
-        self._left: dict[str, list[tuple[KVCacheBlock, BlockHashWithGroupId | None]]] = {}
+        self._left: dict[str, list[NamedPage]] = {}
 
     def add_local_computed_blocks(self, request_id: str, *args: Any, **kwargs: Any) -> None:
         """vLLM's; the pages found in the cache are counted."""
@@ -128,7 +127,7 @@ class WindowManager(SlidingWindowManager):
         lasting = self._lasting.get(request_id, ())
         for block, page in reversed(leaving):
             if any(block in blocks for blocks in lasting):
-                self._left.setdefault(request_id, []).append((page, page.block_hash))
+                self._left.setdefault(request_id, []).append(named(page))
             else:
                 self._pool.spare.add(page)
 
@@ -137,8 +136,8 @@ class WindowManager(SlidingWindowManager):
 
         Pages of it that are worth keeping are no older in the cache than those that it returns.
         """
-        for page, block_hash in self._left.pop(request_id, ()):
-            self._pool.spare.use_again(page, block_hash)
+        for page in self._left.pop(request_id, ()):
+            self._pool.spare.use_again(page)
         self._lasting.pop(request_id, None)
         self._pool.tails.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)

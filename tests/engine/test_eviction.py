@@ -122,7 +122,7 @@ def test_with_a_bound_what_nobody_resumes_at_is_spare(book):
     cache = Cache(sepllm={"max_separator_tokens": 64}, max_num_batched_tokens=4096)
     cache.ask(book[: 2 * DOCUMENT], BOOK_FREE)
     kept = cache.simulation.groups[KeptSpec]
-    spare = [key[1] for key in cache.pool.spare._pages.values()]
+    spare = [named.block_hash for named in cache.pool.spare._pages.values()]
     assert sum(get_group_id(key) in kept for key in spare) > 4
 
 

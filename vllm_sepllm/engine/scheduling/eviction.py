@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHash, BlockHashWithGroupId, KVCacheBlock
@@ -78,13 +79,23 @@ def leaving_pages(
     return leaving
 
 
-# A page, and its hash at some time: it is the same content as long as it has that hash.
-NamedPage = tuple[KVCacheBlock, BlockHashWithGroupId | None]
+@dataclass(frozen=True)
+class NamedPage:
+    """A page and its hash at some time: it holds the same as long as it has that hash."""
 
+    page: KVCacheBlock
+    block_hash: BlockHashWithGroupId | None
 
-def named(page: KVCacheBlock) -> NamedPage:
-    """A page as it is now."""
-    return page, page.block_hash
+    @staticmethod
+    def of(page: KVCacheBlock) -> NamedPage:
+        """A page as it is now."""
+        return NamedPage(page, page.block_hash)
+
+    @property
+    def is_free_and_cached(self) -> bool:
+        """Whether nobody holds it, and it is still what it was."""
+        is_same = self.block_hash is not None and self.page.block_hash is self.block_hash
+        return is_same and self.page.ref_cnt == 0
 
 
 class SparePages:
@@ -103,12 +114,12 @@ class SparePages:
         self._block_pool = block_pool
         self._free = block_pool.free_block_queue
         self._evict = block_pool._maybe_evict_cached_block
-        self._pages: OrderedDict[int, tuple[KVCacheBlock, BlockHashWithGroupId]] = OrderedDict()
+        self._pages: OrderedDict[int, NamedPage] = OrderedDict()
 
     def add(self, page: KVCacheBlock) -> None:
         """Note a page that a request has given back; nothing if it is in use or not cached."""
         if page.ref_cnt == 0 and page.block_hash is not None:
-            self._pages[page.block_id] = page, page.block_hash
+            self._pages[page.block_id] = NamedPage.of(page)
             self._pages.move_to_end(page.block_id)
 
     def discard(self, pages: Iterable[KVCacheBlock]) -> None:
@@ -131,9 +142,8 @@ class SparePages:
 
     def use_again(self, named: NamedPage) -> None:
         """Let a page count as just used, if it is free and still what it was when it was named."""
-        page, block_hash = named
-        if page.ref_cnt == 0 and block_hash is not None and page.block_hash is block_hash:
-            self.use([page])
+        if named.is_free_and_cached:
+            self.use([named.page])
 
     def make_room(self, num_pages: int) -> None:
         """Let the next pages that the pool hands out be empty or spare, as far as there are any.
@@ -147,11 +157,10 @@ class SparePages:
             num_pages -= 1
         evicted = []
         while num_pages > 0 and self._pages:
-            page, block_hash = self._pages.popitem(last=False)[1]
-            # Since it was noted it may have been found again, or evicted by others.
-            if page.ref_cnt == 0 and page.block_hash is block_hash:
-                self._evict(page)
-                self._free.remove(page)
-                evicted.append(page)
+            named = self._pages.popitem(last=False)[1]
+            if named.is_free_and_cached:  # it may have been evicted by others
+                self._evict(named.page)
+                self._free.remove(named.page)
+                evicted.append(named.page)
                 num_pages -= 1
         self._free.prepend_n(evicted)

@@ -37,7 +37,7 @@ from vllm.v1.core.kv_cache_utils import (
 from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
 from vllm.v1.request import Request
 
-from vllm_sepllm.engine.scheduling.eviction import NamedPage, leaving_pages, named
+from vllm_sepllm.engine.scheduling.eviction import NamedPage, leaving_pages
 from vllm_sepllm.engine.scheduling.pool_state import PoolState
 from vllm_sepllm.engine.scheduling.tally import WINDOW
 
@@ -127,7 +127,7 @@ class WindowManager(SlidingWindowManager):
         lasting = self._lasting.get(request_id, ())
         for block, page in reversed(leaving):
             if any(block in blocks for blocks in lasting):
-                self._left.setdefault(request_id, []).append(named(page))
+                self._left.setdefault(request_id, []).append(NamedPage.of(page))
             else:
                 self._pool.spare.add(page)
 

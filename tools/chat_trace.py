@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from helpers import ROOT, book_tokens, tokenizer
-from simulation import Simulation
+from simulation import NextToken, Simulation
 from vllm.v1.core.kv_cache_utils import get_max_concurrency_for_kv_cache_config
 
 BLOCK_SIZE = 32
@@ -67,6 +67,24 @@ def encode(text: str) -> list[int]:
     return ids
 
 
+def simulation_of(
+    sepllm: dict[str, Any] | None, next_token: NextToken, num_blocks: int
+) -> Simulation:
+    """The scheduler that traces are sent to; see :class:`Simulation`."""
+    if sepllm is not None:
+        sepllm = {"planned_kept_share": PLANNED_KEPT_SHARE, **sepllm}
+    return Simulation(
+        sepllm,
+        next_token,
+        num_blocks=num_blocks,
+        max_model_len=MAX_LEN,
+        hf_overrides={"max_position_embeddings": MAX_LEN},
+        max_num_batched_tokens=512,
+        max_num_seqs=8,
+        block_size=BLOCK_SIZE,
+    )
+
+
 class Replay:
     """A trace on its way through a scheduler."""
 
@@ -76,18 +94,7 @@ class Replay:
         self._trace, self._rng = trace, random.Random(seed)
         self._answers: dict[str, tuple[int, list[int]]] = {}
         self._history = [list(trace.system) for _ in trace.users]
-        if sepllm is not None:
-            sepllm = {"planned_kept_share": PLANNED_KEPT_SHARE, **sepllm}
-        self.simulation = Simulation(
-            sepllm,
-            self._next_token,
-            num_blocks=num_blocks,
-            max_model_len=MAX_LEN,
-            hf_overrides={"max_position_embeddings": MAX_LEN},
-            max_num_batched_tokens=512,
-            max_num_seqs=8,
-            block_size=BLOCK_SIZE,
-        )
+        self.simulation = simulation_of(sepllm, self._next_token, num_blocks)
 
     def _next_token(self, name: str, position: int, identity: int) -> int:
         start, answer = self._answers[name]

@@ -10,9 +10,8 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-from chat_trace import BLOCK_SIZE, MAX_LEN, PLANNED_KEPT_SHARE, encode
+from chat_trace import BLOCK_SIZE, encode, simulation_of
 from helpers import BOOK
-from simulation import Simulation
 
 FIRST_QUESTION = 3  # of them; any token is as good as another
 MAX_GAP = 24  # steps between two requests, at most
@@ -61,17 +60,10 @@ class DocumentTrace:
         for i, (document, asked) in enumerate(self.questions):
             due.append((at, f"question {i}", self.documents[document] + asked))
             at += rng.randint(0, MAX_GAP)
-        if sepllm is not None:
-            sepllm = {"planned_kept_share": PLANNED_KEPT_SHARE, **sepllm}
-        simulation = Simulation(
+        simulation = simulation_of(
             sepllm,
             lambda name, position, identity: FIRST_QUESTION + (7919 * position + identity) % 2000,
-            num_blocks=num_blocks,
-            max_model_len=MAX_LEN,
-            hf_overrides={"max_position_embeddings": MAX_LEN},
-            max_num_batched_tokens=512,
-            max_num_seqs=8,
-            block_size=BLOCK_SIZE,
+            num_blocks,
         )
         step, num_tokens = 0, sum(len(prompt) for _, _, prompt in due)
         while due or simulation.scheduler.has_unfinished_requests():

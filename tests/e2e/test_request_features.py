@@ -262,6 +262,21 @@ def test_seeded_samples(engine, intruder, book, reference):
     assert sample(reference.rows(second, tokens), 11, **narrow) == tokens
 
 
+def test_seeded_samples_of_prompts_in_chunks(engine, intruder, book, reference):
+    """A step that computes a part of a prompt draws nothing, at first and after preemption."""
+    first, second = book[1000:1590], book[3000:3310]
+    drawn = {"max_tokens": 40, "temperature": 1.0}
+    requests = {
+        "long": {"prompt": first, "seed": 5, **drawn},
+        "other": {"prompt": second, "n": 2, "seed": 9, **drawn},
+    }
+    answers = engine.serve(requests, intruder)
+    for name, prompt, seed in (("long", first, 5), ("other", second, 9)):
+        for i, output in enumerate(answers[name].outputs):
+            tokens = list(output.token_ids)
+            assert sample(reference.rows(prompt, tokens), seed + i) == tokens
+
+
 def test_samples_share_the_pages_of_their_prompt(engine, book, separator_ids, reference):
     """A prompt of two chunks, cold: the first sample computes it, the others find its first."""
     prompt, chunk = book[1000:1700], SMALL_POOL["max_num_batched_tokens"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -10,6 +11,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_sepllm.engine.cpu.counts import HostCounts
 from vllm_sepllm.engine.cpu.reserve import memory_for_blocks, staging_bytes
+from vllm_sepllm.engine.cpu.seeds import draw_for_answers_only
 from vllm_sepllm.engine.worker.worker import SepLLMWorker
 
 logger = init_logger(f"vllm.{__name__}")
@@ -17,6 +19,12 @@ logger = init_logger(f"vllm.{__name__}")
 
 class SepLLMCPUWorker(SepLLMWorker, CPUWorker):
     """Set as ``worker_cls`` at start-up when the SEPLLM backend is selected on CPU."""
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """Load the model; the V1 runner then computes requests with a seed."""
+        super().load_model(*args, **kwargs)
+        if not self.use_v2_model_runner:
+            draw_for_answers_only(self.model_runner)
 
     def replace_model_state(self) -> None:
         """Have the V2 runner's builders find token ids."""

@@ -50,7 +50,7 @@ def main() -> None:
     from vllm import SamplingParams
 
     random = np.random.default_rng(0)
-    # With a seed for each request vLLM 0.26 ends where a prompt is cut in pieces on a CPU.
+    # With a seed for each request vLLM 0.32 ends where a prompt is cut in pieces on a CPU.
     drawn = SamplingParams(temperature=0.7, top_p=0.95, max_tokens=ANSWER)
     with engine(
         str(MODEL),

@@ -23,14 +23,13 @@ PERPLEXITY = "perplexity of held-out text"
 
 
 def curve(found: dict[str, Any]) -> list[dict[str, float]]:
-    """Loss by step; the time of a step is taken as equal."""
-    last = found["log"][-1]
-    steps, seconds = last["step"], last["train_runtime"]
+    """Loss by step."""
+    steps = found["log"][-1]["step"]
     return [
         {
             "tokens": entry["step"] / steps * found["tokens"],
             "operations": entry["step"] / steps * found["operations"],
-            "seconds": entry["step"] / steps * seconds,
+            "seconds": entry["seconds"],
             "loss": float(entry["loss"]),
         }
         for entry in found["log"]
@@ -81,7 +80,7 @@ def main() -> None:
     for folder in given.folders:
         for name, found in json.loads((folder / "summary.json").read_text(encoding="utf8")).items():
             figures = {key: found[key] for key in (PERPLEXITY, "tokens", "operations")}
-            seconds = found["log"][-1]["train_runtime"]
+            seconds = found["log"][-1]["seconds"]
             ways[name] = {**figures, "seconds": seconds, "curve": curve(found)}
     about = {**provenance("torch", "transformers"), "note": given.note, "recipe": recipes[0]}
     result = {**about, "ways": ways}

@@ -48,7 +48,8 @@ def main() -> None:
         folder = root / name.replace(" ", "_")
         trainer = train(model, rows, {**options, "output_dir": str(folder)})
         after = perplexity(model, held_out)
-        tokens = trainer.state.global_step * trainer.args.train_batch_size * length
+        batch = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps
+        tokens = trainer.state.global_step * batch * trainer.args.world_size * length
         found = {"before": before, "after": after, "saved": state.saved, "tokens": tokens}
         summary["ways"][name] = found
         print(f"{name}: perplexity {before:.2f}, after training {after:.2f}", flush=True)

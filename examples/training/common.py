@@ -7,6 +7,7 @@ import argparse
 import gzip
 import json
 import math
+import time
 import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,13 +54,34 @@ def claim(folder: Path, given: dict[str, Any]) -> None:
     free = ("output_dir", "max_steps", "save_steps", "save_total_limit", "logging_steps")
     options = {name: value for name, value in given["training"].items() if name not in free}
     mine, note = {**given, "training": options}, folder / "recipe.json"
-    if note.exists() and json.loads(note.read_text(encoding="utf8")) != mine:
+    is_other = note.exists() and json.loads(note.read_text(encoding="utf8")) != mine
+    if is_other and any(folder.rglob("checkpoint-*")):
         raise SystemExit(
             f"{folder} has checkpoints of a run with other settings ({note.name} there has them): "
             "remove the folder, or set training.output_dir to another"
         )
     folder.mkdir(parents=True, exist_ok=True)
     note.write_text(json.dumps(mine, indent=2), encoding="utf8")
+
+
+def one_of(place: str, value: str, *known: str) -> str:
+    """A value of the configuration that has to be one of some."""
+    if value not in known:
+        raise SystemExit(f"{place}={value!r}: must be one of {', '.join(known)}")
+    return value
+
+
+class Seconds(transformers.TrainerCallback):  # type: ignore[misc]
+    """Notes beside what is logged for how long was trained, over all sessions."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        del args, control, more
+        noted = [entry["seconds"] for entry in state.log_history if "seconds" in entry]
+        self._began = time.monotonic() - max(noted, default=0.0)
+
+    def on_log(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        del args, control, more
+        state.log_history[-1]["seconds"] = time.monotonic() - self._began
 
 
 class TrainableWeights(transformers.TrainerCallback):  # type: ignore[misc]
@@ -113,12 +136,17 @@ def train(
 ) -> Any:
     """Train with a progress bar; a checkpoint in ``output_dir`` is gone on from.
 
+    What is trained to the end already is loaded, and not trained any more.
+
     Args:
         model: changed.
         rows: token ids and labels.
         options: of ``transformers.TrainingArguments``.
         trainer: a Trainer of transformers.
         others: more for it.
+
+    Returns:
+        The Trainer; its ``state`` has what was logged, and the model is trained.
     """
     usual = {"report_to": [], "logging_steps": 10, "save_total_limit": 1, "seed": 0}
     usual["use_cpu"] = not torch.cuda.is_available()
@@ -130,9 +158,29 @@ def train(
         data_collator=transformers.default_data_collator,
         **others,
     )
+    made.add_callback(Seconds())
     folder = Path(arguments.output_dir)
-    made.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    done = None if last is None else final_state(folder, Path(last))
+    if done is not None and 0 < arguments.max_steps <= done.global_step:
+        made.state = done  # Trainer would go one step further
+        made._load_from_checkpoint(last)
+        for callback in others.get("callbacks", ()):
+            callback.on_train_begin(arguments, done, made.control, model=model)
+        return made
+    made.train(resume_from_checkpoint=last)
+    made.save_state()
     return made
+
+
+def final_state(folder: Path, checkpoint: Path) -> TrainerState:
+    """Of the last checkpoint; that of a training's end, if it was reached, has its last lines."""
+    states = [
+        TrainerState.load_from_json(str(each / "trainer_state.json"))
+        for each in (folder, checkpoint)
+        if (each / "trainer_state.json").exists()
+    ]
+    return max(states, key=lambda state: state.global_step)
 
 
 @torch.no_grad()

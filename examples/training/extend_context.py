@@ -14,7 +14,16 @@ import json
 from typing import Any
 
 import torch
-from common import ROOT, TrainableWeights, claim, configuration, perplexity, pieces, train
+from common import (
+    ROOT,
+    TrainableWeights,
+    claim,
+    configuration,
+    one_of,
+    perplexity,
+    pieces,
+    train,
+)
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -47,11 +56,8 @@ def with_adapter(model: Any, options: dict[str, Any]) -> Any:
 def main() -> None:
     given = configuration(__file__)
     data, options, how = given["data"], given["training"], given["method"]["attention"]
-    known = "interpolation", "full", "SepLLM", *GROUPS
-    if how not in known:
-        raise SystemExit(f"method.attention={how!r}: must be one of {', '.join(known)}")
+    one_of("method.attention", how, "interpolation", "full", "SepLLM", *GROUPS)
     folder = ROOT / options["output_dir"] / how
-    claim(folder, given)
     tokenizer = AutoTokenizer.from_pretrained(ROOT / given["model"]["path"])
     rows = pieces(tokenizer, data["texts"], data["length"])
     held_out = pieces(tokenizer, data["held_out"], data["length"], data["held_out_pieces"])
@@ -62,6 +68,7 @@ def main() -> None:
     elif how in GROUPS:
         share, sinks = GROUPS[how]
         attached = apply_sink_lora(model, data["length"] // 4, share, sinks)
+    claim(folder, given)
     summary: dict[str, Any] = {"attention": how}
     if how != "interpolation":
         options = {**options, "output_dir": str(folder)}

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import transformers
-from common import ROOT, claim, configuration, perplexity, pieces, train
+from common import ROOT, claim, configuration, one_of, perplexity, pieces, train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vllm_sepllm.training import apply
@@ -58,8 +58,9 @@ def with_adapter(model: Any, options: dict[str, Any]) -> Any:
 def main() -> None:
     given = configuration(__file__)
     data, options, method = given["data"], given["training"], given["method"]
+    one_of("method.loss", method["loss"], "cross-entropy", "distillation")
+    one_of("method.train", method["train"], "all weights", "adapter")
     folder = ROOT / options["output_dir"]
-    claim(folder, given)
     options["output_dir"] = str(folder)
     tokenizer = AutoTokenizer.from_pretrained(ROOT / given["model"]["path"])
     rows = pieces(tokenizer, data["texts"], data["length"])
@@ -70,6 +71,7 @@ def main() -> None:
     apply(model, given["sepllm"], tokenizer)
     summary: dict[str, Any] = {"before": perplexity(model, held_out)}
     print(f"perplexity of held-out text, before: {summary['before']:.2f}", flush=True)
+    claim(folder, given)
     if method["loss"] == "distillation":
         DistillationTrainer.teacher = load(given["model"]["path"]).eval()
         trainer = train(model, rows, options, DistillationTrainer)

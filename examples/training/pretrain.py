@@ -12,7 +12,7 @@ import json
 from typing import Any
 
 import torch
-from common import ROOT, claim, configuration, perplexity, pieces, train
+from common import ROOT, claim, configuration, one_of, perplexity, pieces, train
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from vllm_sepllm.training import apply
@@ -34,22 +34,27 @@ def pairs(pattern: KeptPattern, rows: list[dict[str, list[int]]]) -> float:
 def main() -> None:
     given = configuration(__file__)
     data, options = given["data"], given["training"]
+    names = given["model"]["attention"]
+    for name in [names] if isinstance(names, str) else names:
+        one_of("model.attention", name, "dense", "sepllm")
     tokenizer = AutoTokenizer.from_pretrained(ROOT / given["model"]["tokenizer"])
     rows = pieces(tokenizer, data["texts"], data["length"])
     held_out = pieces(tokenizer, data["held_out"], data["length"], data["held_out_pieces"])
     root, summary = ROOT / options["output_dir"], {}
     claim(root, given)
-    for name in given["model"]["attention"]:
+    for name in [names] if isinstance(names, str) else names:
         model = new_model(given["model"]["sizes"], given["model"]["seed"])
         num_pairs = float(causal_pairs(data["length"]))
         if name == "sepllm":
-            num_pairs = pairs(apply(model, given["sepllm"], tokenizer).pattern, rows)
+            attached = apply(model, given["sepllm"], tokenizer)
+            dense = len(attached.layers.dense) / model.config.num_hidden_layers
+            num_pairs = dense * num_pairs + (1 - dense) * pairs(attached.pattern, rows)
         folder = root / name
         trainer = train(model, rows, {**options, "output_dir": str(folder)})
         trainer.save_model(str(folder / "model"))
         tokenizer.save_pretrained(folder / "model")
         steps, batch = trainer.state.global_step, trainer.args.train_batch_size
-        batch *= trainer.args.gradient_accumulation_steps
+        batch *= trainer.args.gradient_accumulation_steps * trainer.args.world_size
         size = ModelSize.of(model)
         operations = size.operations(data["length"], round(num_pairs)) * batch * steps
         summary[name] = {

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 import pytest
 import torch
 from small_models import ARCHITECTURES, SEPARATORS, bias_of, make_ids, make_model
+from transformers import DynamicCache
 
 from vllm_sepllm.config import ConfigError
 from vllm_sepllm.layers import LayerPlan
@@ -292,10 +293,19 @@ def test_beams():
     assert float(found.sequences_scores[0]) == pytest.approx(score / 25, abs=1e-6)
 
 
-def test_layers_with_a_window_of_their_own_keep_it():
+EXPERTS = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 32}
+EXPERTS |= {"shared_expert_intermediate_size": 32}
+
+
+@pytest.mark.parametrize(("architecture", "more"), [("Qwen3", {}), ("Qwen2Moe", EXPERTS)])
+def test_layers_with_a_window_of_their_own_keep_it(architecture, more):
+    """Qwen2-MoE does not name it when it calls attention."""
     kinds = ["full_attention", "sliding_attention", "full_attention"]
-    options = {"layer_types": kinds, "sliding_window": 16, "use_sliding_window": True}
-    plain, model = make_model("Qwen3", **options), make_model("Qwen3", **options)
+    options = {"layer_types": kinds, "sliding_window": 16, "use_sliding_window": True, **more}
+    plain, model = make_model(architecture, **options), make_model(architecture, **options)
+    if more:
+        for each in (plain, model):
+            each.set_experts_implementation("eager")  # others have no float64
     apply(model, OPTIONS)
     [ids] = make_ids(120)
 
@@ -310,6 +320,19 @@ def test_layers_with_a_window_of_their_own_keep_it():
     cache = model(input_ids=torch.tensor([ids[:70]]), use_cache=True).past_key_values
     rest = model(input_ids=torch.tensor([ids[70:]]), past_key_values=cache).logits[0]
     assert (rest - wanted[70:]).abs().max() < EQUAL
+
+
+def test_compiled():
+    """Around what is worked out in numpy: padding, logits and gradients."""
+    plain, model = make_model(), make_model()
+    for each in (plain, model):
+        apply(each, OPTIONS)
+    compiled = torch.compile(model, backend="eager")
+    _, rows, real, _ = padded("left", 60, 100)
+    for given in ({"input_ids": rows}, {"input_ids": rows, "attention_mask": real}):
+        wanted, found = plain(**given).logits, compiled(**given).logits
+        assert torch.equal(found, wanted)
+        assert_equal_gradients(gradients(model, found), gradients(plain, wanted))
 
 
 def test_a_window_over_everything_is_full_attention():
@@ -380,6 +403,31 @@ def test_refused_models():
         apply(make_model("Gemma2", head_dim=8), OPTIONS)
 
 
+def test_refused_models_are_as_they_were():
+    import transformers
+
+    sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6}
+    both_ways = transformers.BertForMaskedLM(
+        transformers.BertConfig(vocab_size=96, intermediate_size=64, **sizes)
+    )
+    no_layers = transformers.ModernBertDecoderForCausalLM(
+        transformers.ModernBertDecoderConfig(vocab_size=96, pad_token_id=0, **sizes)
+    )
+    for model, sentence in ((both_ways, "is not causal"), (no_layers, "which has no layers")):
+        given = torch.tensor(make_ids(30))
+        wanted = model.eval()(input_ids=given).logits
+        with pytest.raises(ConfigError, match=sentence):
+            apply(model, OPTIONS)
+        assert torch.equal(model(input_ids=given).logits, wanted)
+
+
+def test_layers_that_hand_nothing_on():
+    model = make_model("StableLm")
+    apply(model, OPTIONS)
+    with pytest.raises(ValueError, match="do not hand arguments on to attention"):
+        model(input_ids=torch.tensor(make_ids(30)))
+
+
 def test_refused_inputs():
     """One sentence each, and the model goes on."""
     model = make_model(attention_dropout=0.1)
@@ -394,6 +442,8 @@ def test_refused_inputs():
         ({"input_ids": given, "attention_mask": four}, "attention_mask is \\[1, 1, 40, 40\\]"),
         ({"input_ids": given, "attention_mask": 0 * given}, "nothing but padding"),
         ({"input_ids": given, "position_ids": given[:, :7]}, "position_ids are \\[1, 7\\]"),
+        ({"input_ids": given, "position_ids": given.repeat(3, 1)}, "position_ids are \\[3, 40\\]"),
+        ({"input_ids": given, "is_causal": False}, "no token sees a later one"),
         ({"input_ids": given, "cu_seq_lens_q": torch.tensor([0, 40])}, "without position_ids"),
     ):
         with pytest.raises(ValueError, match=sentence):
@@ -403,6 +453,15 @@ def test_refused_inputs():
     model.eval()
     cache = make_model()(input_ids=given, use_cache=True).past_key_values
     with pytest.raises(ValueError, match="the ids of 0 are known"):
+        model(input_ids=given, past_key_values=cache)
+    cache = DynamicCache(config=model.config)
+    with pytest.raises(ValueError, match="attention_mask is"):
+        model(input_ids=given, attention_mask=four, past_key_values=cache)
+    again = model(input_ids=given, past_key_values=cache).logits
+    assert torch.equal(again, wanted), "the refused call left something in the cache"
+    cache = DynamicCache(config=model.config)
+    cache.offloading = True
+    with pytest.raises(ValueError, match="moved off the device"):
         model(input_ids=given, past_key_values=cache)
     with pytest.raises(ValueError, match="fixed length"):
         model.generate(given, cache_implementation="static", max_new_tokens=3, pad_token_id=0)

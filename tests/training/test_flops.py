@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from small_models import make_ids, make_model
 
 from vllm_sepllm.config import SepLLMConfig
@@ -20,11 +21,17 @@ def test_a_models_size():
     assert (size.num_layers, size.head_weights, size.attention_size) == (3, 96 * 48, 48)
 
 
-def test_the_counter_of_torch_agrees():
+@pytest.mark.parametrize("architecture", ["Llama", "GPT2"])
+def test_the_counter_of_torch_agrees(architecture):
     """On a forward pass of dense attention, where torch counts every product that is computed."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    model = make_model(attn_implementation="eager")
+    if architecture == "GPT2":
+        sizes = {"vocab_size": 96, "n_embd": 48, "n_layer": 3, "n_head": 6}
+        config = transformers.GPT2Config(**sizes, attn_implementation="eager")
+        model = transformers.GPT2LMHeadModel(config)
+    else:
+        model = make_model(attn_implementation="eager")
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
         model(input_ids=torch.tensor(make_ids(100)), use_cache=False)

@@ -1,5 +1,6 @@
 """The recipes of ``examples/training``, small: they train, stop, go on, and leave a model."""
 
+import importlib
 import importlib.util
 import json
 import shutil
@@ -42,17 +43,46 @@ def summary(folder):
 
 
 def test_pretrain(run, tmp_path):
-    """Both models see the same; the one under the rule carries it, and costs fewer operations."""
-    changes = ["sepllm.window_size=16", "training.max_steps=2"]
+    """Both models see the same; the one under the rule carries it, and costs fewer operations.
+    Started again, neither is trained any further."""
+    changes = ["sepllm.window_size=16", "training.max_steps=2", "training.logging_steps=1"]
     said = run("pretrain", *changes)
-    assert "--attention-backend sepllm" in said
     found = summary(tmp_path)
+    run("pretrain", *changes)
+    assert summary(tmp_path) == found
+    assert "--attention-backend sepllm" in said
     assert found["dense"]["tokens"] == found["sepllm"]["tokens"] == 2 * 192
     assert found["sepllm"]["operations"] < found["dense"]["operations"]
     assert found["sepllm"]["perplexity of held-out text"] < 6000
     config = json.loads((tmp_path / "sepllm/model/config.json").read_text())
     assert config["sepllm"] == {"num_sink_tokens": 4, "window_size": 16}
     assert "sepllm" not in json.loads((tmp_path / "dense/model/config.json").read_text())
+
+
+def test_curves_of_pretraining(run, tmp_path, monkeypatch):
+    """By tokens and operations of all that was trained, in seconds of all sessions."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    changes = ["training.logging_steps=1", 'model.attention=["sepllm"]']
+    for steps in (1, 3):
+        run("pretrain", *changes, f"training.max_steps={steps}")
+    found = summary(tmp_path)["sepllm"]
+    points = importlib.import_module("pretraining").curve(found)
+    assert [point["tokens"] for point in points] == [192, 384, 576]
+    assert points[-1]["operations"] == found["operations"]
+    assert 0 < points[0]["seconds"] < points[1]["seconds"] < points[2]["seconds"]
+
+
+def test_operations_of_dense_layers(run, tmp_path):
+    """What a layer saves is counted as often as there are such layers."""
+    operations = {}
+    for dense in ([], [0, 1], [0, 1, 2, 3, 4]):
+        shutil.rmtree(tmp_path)
+        changes = [f"sepllm.dense_layers={dense}", "training.max_steps=1", "sepllm.window_size=16"]
+        run("pretrain", *changes)
+        found = summary(tmp_path)
+        operations[len(dense)] = found["dense"]["operations"] - found["sepllm"]["operations"]
+    for dense, saved in operations.items():  # pairs are rounded to a whole number
+        assert saved == pytest.approx(operations[0] * (6 - dense) / 6, rel=1e-3)
 
 
 DEMO = ['model.path="examples/models/pg19-5m-sep"', "training.gradient_accumulation_steps=1"]
@@ -66,6 +96,8 @@ def test_post_train_goes_on_where_it_stopped(run, tmp_path):
     log = summary(tmp_path)["log"]
     assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3]
     assert log[:2] == first[:2], "steps were trained again"
+    seconds = [entry["seconds"] for entry in log]
+    assert 0 < seconds[0] < seconds[1] < seconds[2] <= seconds[3], "of both sessions"
     assert f"vllm serve {tmp_path / 'model'} --attention-backend sepllm" in said
     assert summary(tmp_path)["after"] > 1
 
@@ -89,6 +121,8 @@ def test_extend_context_goes_on_where_it_stopped(run, tmp_path):
     again = summary(tmp_path / "SepLLM")
     name = "perplexity of held-out text"
     assert again[name] == pytest.approx(once[name], rel=1e-5)
+    run("extend_context", *changes, "training.max_steps=3")
+    assert summary(tmp_path / "SepLLM") == again, "trained further than it was to be"
 
 
 @pytest.mark.parametrize("attention", ["SF-Attn", "interpolation"])
@@ -116,6 +150,14 @@ def test_another_run_does_not_go_on_from_its_checkpoints(run, tmp_path):
         run("post_train", *DEMO, "training.max_steps=2", "sepllm.window_size=32")
 
 
+def test_a_refused_run_leaves_its_folder_to_the_next(run, tmp_path):
+    with pytest.raises(SystemExit, match=r"lower data\.length"):
+        run("post_train", *DEMO, "data.length=1000000", "training.max_steps=1")
+    (tmp_path / "recipe.json").write_text("{}")  # of a run that ended before its first checkpoint
+    run("post_train", *DEMO, "training.max_steps=1")
+    assert json.loads((tmp_path / "recipe.json").read_text())["data"]["length"] == 192
+
+
 @pytest.mark.parametrize(
     "change", ["data.lenght=7", "model.size.hidden_size=3", "nothing", "data="]
 )
@@ -125,9 +167,19 @@ def test_settings_that_are_not_there(run, change, capsys):
     assert f"--set {change}: pretrain.toml has no" in capsys.readouterr().err
 
 
-def test_a_wrong_name_is_said(run):
-    with pytest.raises(SystemExit, match="must be one of interpolation"):
-        run("extend_context", 'method.attention="SFAttn"')
+@pytest.mark.parametrize(
+    ("recipe", "change", "known"),
+    [
+        ("extend_context", 'method.attention="SFAttn"', "interpolation, full, SepLLM"),
+        ("post_train", "method.loss=logits", "cross-entropy, distillation"),
+        ("post_train", "method.train=lora", "all weights, adapter"),
+        ("pretrain", 'model.attention=["SepLLM"]', "dense, sepllm"),
+        ("pretrain", "model.attention=SepLLM", "dense, sepllm"),
+    ],
+)
+def test_a_wrong_name_is_said(run, recipe, change, known):
+    with pytest.raises(SystemExit, match=f"must be one of {known}"):
+        run(recipe, change)
 
 
 def test_adapt_pod(run, tmp_path):

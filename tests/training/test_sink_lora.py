@@ -139,3 +139,17 @@ def test_taken_out_it_is_full_attention_again():
 def test_refused(options, sentence):
     with pytest.raises(ConfigError, match=sentence):
         apply_sink_lora(make_model(), **options)
+
+
+def test_refused_models():
+    with pytest.raises(ConfigError, match="have a sliding window"):
+        apply_sink_lora(make_model("Mistral", sliding_window=16), 32, 0.5)
+
+
+def test_a_third_of_the_heads():
+    """As the sentence writes it that says which shares there are."""
+    model = make_model(num_attention_heads=3, num_key_value_heads=3)
+    with pytest.raises(ConfigError, match=r"e\.g\. shifted_share=0\.333333"):
+        apply_sink_lora(model, 32)
+    pattern = apply_sink_lora(model, 32, 0.333333).pattern
+    assert pattern.heads(3) == (slice(0, 2), slice(2, 3))

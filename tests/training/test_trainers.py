@@ -6,6 +6,7 @@ import pytest
 import torch
 from small_models import SEPARATORS, VOCABULARY, make_ids, make_model
 
+from vllm_sepllm.config import ConfigError
 from vllm_sepllm.training import apply
 
 pytestmark = pytest.mark.training
@@ -166,6 +167,32 @@ def test_several_adapters_have_it_where_each_is_loaded_from(tmp_path):
     assert not list(tmp_path.rglob("sepllm.json"))
     model.save_pretrained(tmp_path)
     assert [path.parent.name for path in tmp_path.rglob("sepllm.json")] == ["math"]
+
+
+def test_an_adapter_of_transformers_has_it(tmp_path):
+    """``add_adapter`` puts layers of PEFT into the model, which saves itself."""
+    model = make_model()
+    apply(model, OPTIONS)
+    model.save_pretrained(tmp_path / "whole")
+    assert not (tmp_path / "whole/sepllm.json").exists()
+    model.add_adapter(lora())
+    model.save_pretrained(tmp_path / "adapter")
+    assert (tmp_path / "adapter/adapter_config.json").exists()
+    carried = json.loads((tmp_path / "adapter/sepllm.json").read_text())
+    assert carried == {**OPTIONS, "separator_token_ids": list(SEPARATORS)}
+
+
+def test_an_adapter_may_have_another_rule_than_its_base(tmp_path):
+    import peft
+
+    base = make_model()
+    apply(base, OPTIONS)
+    model = peft.get_peft_model(base, lora())
+    with pytest.raises(ConfigError, match=r"may have been trained.*'window_size': 16"):
+        apply(model)
+    with pytest.raises(ConfigError, match="may have been trained"):
+        apply(base)
+    assert apply(model, base.config.sepllm).config.window_size == 16
 
 
 def test_an_adapter_without_a_rule_has_no_file(tmp_path):

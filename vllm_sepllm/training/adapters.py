@@ -1,21 +1,36 @@
 """Adapters of PEFT carry the rule in a file beside their weights.
 
 A model carries it in its ``config.json``, but an adapter's configuration has no place for it. So
-``PeftModel.save_pretrained`` is wrapped, once, when a rule is first applied: Trainer, TRL and plain
-loops all save through it, and some make the PEFT model themselves. For models without a rule it
-does what it did.
+``save_pretrained`` is wrapped once, when a rule is first applied: PEFT's own, and that of
+transformers for models whose adapter came with ``add_adapter``. Trainer, TRL and plain loops all
+save through one of them, and some make the PEFT model themselves. For models without a rule both do
+what they did.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from vllm_sepllm.carried import RULE_KEY, config_of, write_rule
 
 _WRAPPED = "_writes_the_rule_of_sepllm"
+
+
+def has_adapter(model: Any) -> bool:
+    """Whether a model of transformers has layers of PEFT inside."""
+    if getattr(model, "_hf_peft_config_loaded", False):
+        return True
+    if find_spec("peft") is None:
+        return False
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return any(isinstance(module, BaseTunerLayer) for module in model.modules())
 
 
 def save_rules_with_adapters() -> None:
@@ -24,21 +39,37 @@ def save_rules_with_adapters() -> None:
         return
     from peft import PeftModel
 
-    saved = PeftModel.save_pretrained
+    _wrap(PeftModel, _folders_of_peft)
+    _wrap(PreTrainedModel, _folder_of_transformers)
+
+
+def _folders_of_peft(model: Any, kwargs: dict[str, Any]) -> list[str]:
+    """Below the folder that is saved to: all adapters but the default one have their own."""
+    names = kwargs.get("selected_adapters") or model.peft_config
+    return ["" if name == "default" else name for name in names]
+
+
+def _folder_of_transformers(model: Any, kwargs: dict[str, Any]) -> list[str]:
+    """Of a model with an adapter the active one is saved, and nothing else."""
+    del kwargs
+    return [""] if getattr(model, "_hf_peft_config_loaded", False) else []
+
+
+def _wrap(kind: Any, folders: Callable[[Any, dict[str, Any]], list[str]]) -> None:
+    saved = kind.save_pretrained
     if getattr(saved, _WRAPPED, False):
         return
 
     @functools.wraps(saved)
     def save_pretrained(self: Any, save_directory: str, *args: Any, **kwargs: Any) -> Any:
         result = saved(self, save_directory, *args, **kwargs)
-        rule = getattr(getattr(self.get_base_model(), "config", None), RULE_KEY, None)
+        model = self if kind is PreTrainedModel else self.get_base_model()
+        rule = getattr(getattr(model, "config", None), RULE_KEY, None)
         if rule is not None and kwargs.get("is_main_process", True):
             config = config_of(rule, "the model's config")
-            for name in kwargs.get("selected_adapters") or self.peft_config:
-                # As PEFT does: all adapters but the default one have folders of their own.
-                folder = Path(save_directory) / ("" if name == "default" else name)
-                write_rule(folder, config)
+            for folder in folders(self, kwargs):
+                write_rule(Path(save_directory) / folder, config)
         return result
 
     setattr(save_pretrained, _WRAPPED, True)
-    PeftModel.save_pretrained = save_pretrained
+    kind.save_pretrained = save_pretrained

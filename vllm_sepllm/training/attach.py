@@ -14,12 +14,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from vllm_sepllm.carried import RULE_KEY, config_of, rule_of
 from vllm_sepllm.config import ConfigError, SepLLMConfig
 from vllm_sepllm.kept_ids import notes_of, resolve_kept
 from vllm_sepllm.layers import LayerPlan
 from vllm_sepllm.policy import KeepRule
-from vllm_sepllm.training.adapters import save_rules_with_adapters
+from vllm_sepllm.training.adapters import has_adapter, save_rules_with_adapters
 from vllm_sepllm.training.attention import ATTENTION, register
 from vllm_sepllm.training.plan import KeptPattern, Pattern
 from vllm_sepllm.training.step import KEYWORD, Step, cache_for
@@ -50,6 +52,7 @@ class Attached:
         self._handles: list[Any] = []
         self._before: tuple[Any, str] | None = None
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # it is worked out in numpy
     def __call__(self, decoder: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Before the decoder runs: decide what each token sees."""
         given = _by_name(decoder.forward, args, kwargs)
@@ -128,7 +131,8 @@ def apply(
         ConfigError: the options cannot be trained under, or not with this model.
     """
     model = base_of(model)
-    config = _checked(options, model)
+    config = _checked(_carried(model) if options is None else options)
+    check_model(model)
     if config.needs_tokenizer and tokenizer is None:
         raise ConfigError(
             "apply was given no tokenizer: it is needed to find the ids of kept tokens; give it, "
@@ -168,47 +172,76 @@ def base_of(model: Any) -> Any:
     return model
 
 
-def _checked(options: Mapping[str, Any] | SepLLMConfig | None, model: Any) -> SepLLMConfig:
-    if options is None:
-        carried = getattr(model.config, RULE_KEY, None)
-        if carried is not None:
-            options = config_of(carried, f"the config of {type(model).__name__}")
-        else:
-            raise ConfigError(
-                "no options were given and the model's config carries none: give some, e.g. "
-                '{"num_sink_tokens": 4, "window_size": 64} (an adapter\'s own are in sepllm.json '
-                "beside its weights)"
-            )
+def _carried(model: Any) -> SepLLMConfig:
+    """The options that a model carries.
+
+    Raises:
+        ConfigError: there are none, or an adapter may have others.
+    """
+    carried = getattr(model.config, RULE_KEY, None)
+    if carried is None:
+        raise ConfigError(
+            "no options were given and the model's config carries none: give some, e.g. "
+            '{"num_sink_tokens": 4, "window_size": 64} (an adapter\'s own are in sepllm.json '
+            "beside its weights)"
+        )
+    if has_adapter(model):
+        raise ConfigError(
+            "no options were given for a model with an adapter, which may have been trained under "
+            f"others than its base: give those of its sepllm.json, or the base's own, {carried}"
+        )
+    return config_of(carried, f"the config of {type(model).__name__}")
+
+
+def _checked(options: Mapping[str, Any] | SepLLMConfig) -> SepLLMConfig:
     config = options if isinstance(options, SepLLMConfig) else SepLLMConfig.from_dict(options)
     if config.position_mode != "original":
         raise ConfigError(
             f"position_mode={config.position_mode!r}: training uses the positions of the text; "
             "drop it here, and choose it when serving"
         )
+    return replace(config, prefill_kernel="triton", planned_kept_share=None, planning_text=None)
+
+
+def check_model(model: Any) -> None:
+    """Whether its attention can be replaced.
+
+    Raises:
+        ConfigError: it does more than what replaces it.
+    """
+    decoder, name = model.get_decoder(), type(model).__name__
+    if not hasattr(decoder, "config"):
+        raise ConfigError(
+            f"{name} names {type(decoder).__name__} as its decoder, which has no layers: it cannot "
+            "be trained under the rule"
+        )
+    if any(getattr(module, "is_causal", True) is False for module in decoder.modules()):
+        raise ConfigError(
+            f"{name} is not causal: its tokens see later ones, or another text, so it cannot be "
+            "trained under the rule"
+        )
     text = model.config.get_text_config(decoder=True)
     if text is not model.config:
         raise ConfigError(
-            f"{type(model).__name__} reads more than text: only models of text alone can be "
-            "trained under the rule"
+            f"{name} reads more than text: only models of text alone can be trained under the rule"
         )
     cap = getattr(text, "attn_logit_softcapping", None)
     if cap:
         raise ConfigError(
-            f"{type(model).__name__} caps its logits (attn_logit_softcapping={cap}): training "
+            f"{name} caps its logits (attn_logit_softcapping={cap}): training "
             "under SepLLM has no soft cap; such models can be served, not trained"
         )
     kinds = list(getattr(text, "layer_types", None) or ())
     others = sorted({*kinds} - {"full_attention", "sliding_attention"})
     if others:
         raise ConfigError(
-            f"{type(model).__name__} has layers of the types {', '.join(others)}: only full and "
+            f"{name} has layers of the types {', '.join(others)}: only full and "
             "sliding attention can be trained under the rule"
         )
     slides = bool(kinds) and all(kind == "sliding_attention" for kind in kinds)
     if slides or (not kinds and getattr(text, "sliding_window", None)):
         raise ConfigError(
-            f"all layers of {type(model).__name__} have a sliding window ({text.sliding_window}): "
+            f"all layers of {name} have a sliding window ({text.sliding_window}): "
             "they would see nothing else, so there is nothing to keep; set sliding_window to null "
             "in its config to train without it"
         )
-    return replace(config, prefill_kernel="triton", planned_kept_share=None, planning_text=None)

@@ -26,6 +26,7 @@ def no_mask(*args: Any, **kwargs: Any) -> None:
     return None
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # plans are made in numpy
 def sepllm_attention(
     module: Any,
     query: torch.Tensor,
@@ -60,7 +61,7 @@ def sepllm_attention(
     assert isinstance(step, Step)
     query, key, value = _of_one_type(query, key, value)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    kind = step.kind(module.layer_idx, sliding_window)
+    kind = step.kind(module.layer_idx, sliding_window or _own_window(module))
     if not step.is_whole:
         # A layer with a window of its own caches no more than that.
         mask = step.mask(kind, query.device)[..., -key.shape[2] :]
@@ -101,6 +102,13 @@ def _packed(
     return output.view(num_rows, num_tokens, num_heads, head_size)
 
 
+def _own_window(module: Any) -> int | None:
+    """Of a layer that does not name its window in the call (Qwen2-MoE)."""
+    kinds = getattr(getattr(module, "config", None), "layer_types", None)
+    slides = kinds is not None and kinds[module.layer_idx] == "sliding_attention"
+    return module.config.sliding_window if slides else None
+
+
 def _sdpa(query: Any, key: Any, value: Any, scale: float, **options: Any) -> torch.Tensor:
     attended = torch.nn.functional.scaled_dot_product_attention(
         query, key, value, scale=scale, enable_gqa=query.shape[1] != key.shape[1], **options
@@ -124,7 +132,13 @@ def _check(
     if step is None:
         raise ValueError(
             f"{name} was called without the hook of vllm_sepllm.training.apply: call the model as "
-            "a whole, after apply"
+            "a whole, after apply; if you do, its layers do not hand arguments on to attention, so "
+            "it cannot be trained under the rule"
+        )
+    if kwargs.get("is_causal") is False:
+        raise ValueError(
+            f"{name} was called with is_causal=False: under the rule no token sees a later one; "
+            "leave it out"
         )
     if dropout:
         raise ValueError(

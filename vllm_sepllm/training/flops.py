@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.pytorch_utils import Conv1D
 
 PASSES = 3  # forward, and twice as much backward
 
@@ -37,7 +38,8 @@ class ModelSize:
         text = model.config.get_text_config(decoder=True)
         heads = text.num_attention_heads
         size = getattr(text, "head_dim", None) or text.hidden_size // heads
-        linear = [m for m in model.get_decoder().modules() if isinstance(m, torch.nn.Linear)]
+        products = torch.nn.Linear, Conv1D  # the latter is GPT-2's
+        linear = [m for m in model.get_decoder().modules() if isinstance(m, products)]
         head = model.get_output_embeddings()
         weights = sum(m.weight.numel() for m in linear)
         return ModelSize(text.num_hidden_layers, weights, head.weight.numel(), heads * size)

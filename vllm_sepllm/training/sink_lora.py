@@ -25,7 +25,7 @@ import numpy as np
 from vllm_sepllm.carried import RULE_KEY
 from vllm_sepllm.config import ConfigError
 from vllm_sepllm.layers import LayerPlan
-from vllm_sepllm.training.attach import Attached, base_of
+from vllm_sepllm.training.attach import Attached, base_of, check_model
 from vllm_sepllm.training.plan import IdArray, TextPlan
 
 
@@ -50,12 +50,13 @@ class GroupPattern:
             ValueError: the share is no whole number of KV heads.
         """
         shifted = self.shifted_share * num_kv_heads
-        if shifted != int(shifted):
+        whole = round(shifted)
+        if abs(shifted - whole) > 1e-3:  # 1/3 may be given as 0.333333
             raise ValueError(
                 f"shifted_share={self.shifted_share} of {num_kv_heads} KV heads is {shifted:g}: it "
                 f"must be a whole number of them, e.g. shifted_share={1 / num_kv_heads:g}"
             )
-        first = num_kv_heads - int(shifted)
+        first = num_kv_heads - whole
         parts = slice(0, first), slice(first, num_kv_heads)
         return tuple(part for part in parts if part.start < part.stop)
 
@@ -92,9 +93,10 @@ def apply_sink_lora(
         What was put in; :meth:`Attached.remove` takes it out, for evaluation and generation.
 
     Raises:
-        ConfigError: a value is out of range.
+        ConfigError: a value is out of range, or the model cannot be trained so.
     """
     model = base_of(model)
+    check_model(model)
     if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 2:
         raise ConfigError(f"group_size={group_size!r}: must be a whole number of at least 2 tokens")
     if group_size % 2:

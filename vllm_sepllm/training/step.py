@@ -42,6 +42,11 @@ class IdLayer(DynamicLayer):  # type: ignore[misc]
             )
         if known:
             return known[0]
+        if getattr(cache, "offloading", False):
+            raise ValueError(
+                "the cache is moved off the device layer by layer, which SepLLM cannot be used "
+                'with: leave out cache_implementation="offloaded"'
+            )
         if cache.is_compileable:
             raise ValueError(
                 f"{type(cache).__name__} has a fixed length, which SepLLM cannot be used with: "
@@ -98,9 +103,9 @@ class Step:
         num_queries = ids.shape[1]
         done = 0 if cache is None else cache.get_seq_length()
         positions = _positions(inputs, ids, done)
+        is_token = _is_token(inputs.get("attention_mask"), (ids.shape[0], done + num_queries))
         if cache is not None:
             ids, positions = IdLayer.of(cache, num_layers).extend(ids, positions)
-        is_token = _is_token(inputs.get("attention_mask"), ids.shape)
         return Step(pattern, layers, Texts.of(ids, is_token, positions), num_queries)
 
     @property
@@ -190,10 +195,10 @@ def cache_for(decoder: Any, inputs: Mapping[str, Any]) -> Cache | None:
     return None if decoder.training else DynamicCache(config=decoder.config)
 
 
-def _is_token(mask: torch.Tensor | None, shape: torch.Size) -> BoolArray | None:
+def _is_token(mask: torch.Tensor | None, shape: tuple[int, int]) -> BoolArray | None:
     if mask is None:
         return None
-    if mask.shape != shape:
+    if tuple(mask.shape) != shape:
         raise ValueError(
             f"attention_mask is {list(mask.shape)}: it must be {list(shape)}, 0 for padding and 1 "
             "for tokens, those in the cache too; what else a token sees is decided by the rule"
@@ -213,7 +218,8 @@ def _positions(inputs: Mapping[str, Any], input_ids: torch.Tensor, done: int) ->
             )
         places = torch.arange(done, done + input_ids.shape[1], device=input_ids.device)
         return places.expand_as(input_ids)
-    if given.dim() != 2 or given.shape[1] != input_ids.shape[1]:
+    rows, num_tokens = input_ids.shape
+    if given.dim() != 2 or given.shape[0] not in (1, rows) or given.shape[1] != num_tokens:
         raise ValueError(
             f"position_ids are {list(given.shape)}: they must be {list(input_ids.shape)}, one for "
             "each token"

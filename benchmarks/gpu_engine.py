@@ -171,6 +171,7 @@ def check(mode: str) -> dict[str, Any]:
         dtype="float32",
         max_model_len=2048,
         max_num_batched_tokens=256,
+        max_num_seqs=8,  # few graphs to capture
     )
     prompts = [book[:1658], book[100:102], book[3000:3542], book[:1200] + book[5000:5100]]
     params = SamplingParams(max_tokens=48, temperature=0, ignore_eos=True)

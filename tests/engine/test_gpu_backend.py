@@ -25,6 +25,18 @@ def test_layout_of_pages():
     assert set(found) == set(KVCacheLayout)
 
 
+def test_buffers_end_with_their_layers(monkeypatch):
+    """Layers of one shape share them, and none outlives an engine: in sleep mode vLLM refuses to
+    load another one while something of the first is allocated."""
+    monkeypatch.setattr(gpu_backend, "processors", lambda device: 4)
+    sizes = 1, 8, 2, 64, torch.device("cpu")
+    one, other = gpu_backend.shared_buffers(*sizes), gpu_backend.shared_buffers(*sizes)
+    assert one is other
+    assert gpu_backend.shared_buffers(2, *sizes[1:]) is not one
+    del one, other
+    assert not gpu_backend._buffers
+
+
 @pytest.mark.parametrize(
     ("soft_cap", "dtype", "num_drafts", "built_for", "said"),
     [

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 
 from vllm_sepllm.config import ConfigError
 from vllm_sepllm.engine.worker.rotary import (
@@ -221,6 +222,22 @@ class Absolute(Block):
 
     def forward(self, hidden_states):
         raise AssertionError("it was asked")
+
+
+class ReadsTables(Block):
+    """Takes its angles from the embedding's table, as a fused kernel does."""
+
+    def forward(self, positions, hidden_states):
+        table = self.rotary_emb.cos_sin_cache
+        key, _ = RotaryEmbedding.forward_static(
+            positions, hidden_states, None, HEAD_SIZE, table.shape[1], table, True
+        )
+        return self.attn(hidden_states, key, hidden_states)
+
+
+def test_models_that_read_tables_are_refused(make_rope, prepare):
+    with pytest.raises(ConfigError, match=r"cannot see how layers\.0\.attn.*no attribute 'cos_sin"):
+        prepare(ReadsTables(make_rope("plain")))
 
 
 def test_models_without_rotary_embeddings_are_refused(make_rope, prepare):

@@ -30,8 +30,9 @@ from sepllm_kernels.write_kv.triton import _write_kv
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-H200, A100, L40 = 90, 80, 89
+H200, A100, L40, B200, RTX50 = 90, 80, 89, 100, 120
 SHARED_MEMORY = {H200: 227 << 10, A100: 163 << 10, L40: 99 << 10}  # bytes of a program
+SHARED_MEMORY |= {B200: 227 << 10, RTX50: 99 << 10}
 INDEX = {"query_start": "*i32", "seq_lens": "*i32", "window_table": "*i32", "kept_table": "*i32"}
 INDEX |= {"stream_ranges": "*i32", "stream_slots": "*i64", "window_slots": "*i64", "rows": "*i64"}
 INDEX |= dict.fromkeys(("sizes", "starts", "slots", "requests"), "*i32")
@@ -54,6 +55,8 @@ ATTENTION = (
     ((32, 8, 128), 16, "bf16", 0.0, H200, (16, 64)),
     ((32, 8, 128), 32, "fp8e4nv", 0.0, H200, (16,)),
     ((32, 8, 128), 16, "bf16", 0.0, A100, (16,)),
+    ((32, 8, 128), 16, "bf16", 0.0, B200, (16,)),
+    ((32, 8, 128), 16, "fp8e4nv", 0.0, RTX50, (16,)),
     ((32, 32, 80), 128, "bf16", 30.0, L40, (16,)),
     ((16, 16, 256), 16, "bf16", 0.0, H200, (16,)),
     ((16, 16, 256), 16, "fp32", 0.0, L40, (16,)),

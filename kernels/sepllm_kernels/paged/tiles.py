@@ -227,7 +227,7 @@ def attend_span(
             acc_odd,
             weight_sum,
             maximum,
-            queries + 2 * part_stride,
+            queries + part_stride + part_stride,  # twice as much may not fit 32 bits
             token_stride,
             token,
             head,

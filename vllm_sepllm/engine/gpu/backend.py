@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, ClassVar
+from weakref import WeakValueDictionary
 
 import torch
 from sepllm_kernels.batch import KeptBatch, PagedKV
@@ -116,13 +116,22 @@ class KeptGPUBackend(SepLLMGPUBackend):
         return GPUKeptMetadataBuilder
 
 
-@cache
+_buffers: WeakValueDictionary[Any, DecodeBuffers] = WeakValueDictionary()
+
+
 def shared_buffers(
     max_query_len: int, num_heads: int, num_kv_heads: int, head_size: int, device: torch.device
 ) -> DecodeBuffers:
-    """Buffers of all layers of one shape; they compute one after the other."""
+    """Buffers of all layers of one shape; they compute one after the other.
+
+    They end with these layers. In sleep mode vLLM allocates them among the weights, and starts no
+    other engine in the process while some are left.
+    """
     sizes = max_query_len, num_heads, num_kv_heads, head_size
-    return DecodeBuffers(*sizes, processors(device), device)
+    found = _buffers.get((sizes, device))
+    if found is None:
+        found = _buffers[sizes, device] = DecodeBuffers(*sizes, processors(device), device)
+    return found
 
 
 class SepLLMGPUImpl(SepLLMImpl):

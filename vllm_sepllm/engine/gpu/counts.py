@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from sepllm_kernels.kept_metadata import kept_metadata
 from vllm.config import VllmConfig
+from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_sepllm.engine.startup.settings import Settings
 from vllm_sepllm.engine.worker.counts import TokenArray
@@ -81,10 +82,7 @@ class DeviceCounts:
         recent = np.arange(max(0, stop - ring), stop)
         held = np.zeros(min(ring, stop), dtype=values.dtype)
         held[recent % ring] = values[recent]
-        source = torch.from_numpy(held)
-        if row.is_cuda:
-            source = source.pin_memory()
-        row[: len(held)].copy_(source, non_blocking=True)
+        async_tensor_h2d(held, out=row[: len(held)])
 
     def step(self, index: torch.Tensor, token_ids: torch.Tensor) -> DeviceStep:
         """See :class:`vllm_sepllm.engine.worker.counts.Counts`."""

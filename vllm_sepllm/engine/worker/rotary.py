@@ -90,6 +90,7 @@ def prepare_cache_positions(model: nn.Module, hidden_size: int, dtype: torch.dty
     """
     known: dict[nn.Module, list[Rotation]] = {}
     used: dict[nn.Module, Rotation] = {}
+    probed: list[tuple[nn.Module, str, Attention, nn.Module]] = []
     for parent, name, layer in _attention_layers(model):
         layer.impl.rotation = None  # read by SepLLM attention only
         if not inspect.signature(parent.forward).parameters.keys() & {*_POSITIONS, _TURNED_BY}:
@@ -103,15 +104,21 @@ def prepare_cache_positions(model: nn.Module, hidden_size: int, dtype: torch.dty
         layer.impl.rotation = rotation
         if embedding is not None and rotation is not None:
             used[embedding] = rotation
+            probed.append((parent, name, layer, embedding))
     if not any(layer.impl.rotation for _, _, layer in _attention_layers(model)):
         raise ConfigError(
             "position_mode='cache' rotates keys to other positions, and this model has no rotary "
             f"embeddings: {REMEDY}"
         )
+    new = {}
     for embedding, rotation in used.items():
         is_vllms = isinstance(embedding, RotaryEmbeddingBase)
         long = LongRotaryEmbedding if is_vllms else LongTransformersEmbedding
-        _replace(model, embedding, long(embedding, rotation))
+        new[embedding] = long(embedding, rotation)
+        _replace(model, embedding, new[embedding])
+    for parent, name, layer, embedding in probed:
+        # Some models read a table of theirs, which the new ones do not have.
+        _keys_at_positions(parent, name, layer, new[embedding], hidden_size, dtype)
 
 
 def _attention_layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Attention]]:

@@ -21,6 +21,7 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.core.sched.output import SchedulerOutput
 
 from vllm_sepllm.engine.worker.counts import Counts, computed_ids
@@ -81,10 +82,9 @@ class RunnerSteps:
         """
         if self._step is None and self._is_running:
             token_ids = self._runner.input_ids.gpu
-            index = torch.tensor([self._held[r] for r in self._runner.input_batch.req_ids])
-            if token_ids.is_cuda:
-                index = index.pin_memory()
-            self._step = self._counts.step(index.to(token_ids.device, non_blocking=True), token_ids)
+            rows = [self._held[r] for r in self._runner.input_batch.req_ids]
+            index = async_tensor_h2d(rows, token_ids.device, torch.int64)
+            self._step = self._counts.step(index, token_ids)
         return self._step
 
     def _begin(self, scheduled: SchedulerOutput) -> None:

@@ -35,8 +35,8 @@ def configuration(backend="sepllm", **changes):
     config.parallel_config.worker_cls = "auto"
     config.scheduler_config.scheduler_cls = None
     for name, value in changes.items():
-        section, _, field = name.partition("__")
-        setattr(getattr(config, section), field, value)
+        section, _, field = name.rpartition("__")
+        setattr(getattr(config, section) if section else config, field, value)
     return config
 
 
@@ -58,6 +58,8 @@ def test_a_configuration_is_completed(platform, dtype, is_async):
 
 
 def test_refusals(platform):
+    from vllm.config.weight_transfer import WeightTransferConfig
+
     from vllm_sepllm.config import ConfigError
 
     for changes, message in (
@@ -67,6 +69,10 @@ def test_refusals(platform):
         (
             {"cache_config__block_size": 48, "cache_config__user_specified_block_size": True},
             "block_size=48: must be a power of two on CUDA, e.g. 32",
+        ),
+        (
+            {"cache_config__cache_dtype": "fp8", "weight_transfer_config": WeightTransferConfig()},
+            "weight_transfer_config with kv_cache_dtype='fp8': a captured graph keeps the scales",
         ),
         ({"parallel_config__worker_cls": "mine.Worker"}, "worker_cls='mine.Worker'"),
     ):

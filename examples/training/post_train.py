@@ -10,12 +10,11 @@ The learning rate starts anew (cosine). Stopped and started again, it goes on wh
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from common import ROOT, claim, configuration, one_of, perplexity, pieces, train
+from common import ROOT, claim, configuration, one_of, perplexity, pieces, say_how_to_serve, train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vllm_sepllm.training import apply
@@ -67,6 +66,7 @@ def main() -> None:
     held_out = pieces(tokenizer, data["held_out"], data["length"], data["held_out_pieces"])
     model = load(given["model"]["path"])
     if method["train"] == "adapter":
+        transformers.set_seed(options.get("seed", 0))
         model = with_adapter(model, given["adapter"])
     apply(model, given["sepllm"], tokenizer)
     summary: dict[str, Any] = {"before": perplexity(model, held_out)}
@@ -82,17 +82,15 @@ def main() -> None:
     trainer.save_model(str(folder / "model"))
     tokenizer.save_pretrained(folder / "model")
     (folder / "summary.json").write_text(json.dumps(summary, indent=2))
-    print(f"perplexity of held-out text, after: {summary['after']:.2f}\n\nServe it:")
-    path = Path(folder / "model")
+    print(f"perplexity of held-out text, after: {summary['after']:.2f}")
+    path, backend = folder / "model", ("--attention-backend", "sepllm")
     if method["train"] == "adapter":
-        rule = json.dumps({"sepllm": given["sepllm"]})
-        print(
-            f".venv/bin/vllm serve {ROOT / given['model']['path']} --attention-backend sepllm "
-            f"--additional-config '{rule}' --enable-lora --max-lora-rank {given['adapter']['r']} "
-            f"--lora-modules trained={path}"
-        )
+        rule = "--additional-config", json.dumps({"sepllm": given["sepllm"]})
+        lora = "--enable-lora", "--max-lora-rank", str(given["adapter"]["r"])
+        modules = "--lora-modules", f"trained={path}"
+        say_how_to_serve(ROOT / given["model"]["path"], *backend, *rule, *lora, *modules)
     else:
-        print(f".venv/bin/vllm serve {path} --attention-backend sepllm")
+        say_how_to_serve(path, *backend)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import json
 from typing import Any
 
 import torch
-from common import ROOT, claim, configuration, one_of, perplexity, pieces, train
+from common import ROOT, claim, configuration, one_of, perplexity, pieces, say_how_to_serve, train
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from vllm_sepllm.training import apply
@@ -66,8 +66,7 @@ def main() -> None:
         print(f"{name}: {summary[name]['perplexity of held-out text']:.2f}", flush=True)
     (root / "summary.json").write_text(json.dumps(summary, indent=2))
     if "sepllm" in summary:
-        path = root / "sepllm/model"
-        print(f"\nServe it:\n.venv/bin/vllm serve {path} --attention-backend sepllm")
+        say_how_to_serve(root / "sepllm/model", "--attention-backend", "sepllm")
 
 
 if __name__ == "__main__":

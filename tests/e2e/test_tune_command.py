@@ -33,7 +33,7 @@ def test_a_search_and_its_repetition(small, monkeypatch, tmp_path, first_layers)
     started, start = [], child.subprocess.Popen
 
     def counted(command, **options):
-        started.append(command[2].rsplit(".", 1)[1])
+        started.append(command[command.index("-m") + 1].rsplit(".", 1)[1])
         return start(command, **options)
 
     monkeypatch.setattr(child.subprocess, "Popen", counted)

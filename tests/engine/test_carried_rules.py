@@ -121,6 +121,12 @@ def test_what_is_given_takes_the_place_of_what_depends_on_it(rule, given, found)
     assert {name: getattr(config, name) for name in found} == found
 
 
+@pytest.mark.parametrize("keep", [5, None, True, 1.5, "facts"])
+def test_keep_that_is_no_list(keep):
+    with pytest.raises(ConfigError, match="keep="):
+        with_rule({"keep": keep}, RULE, "the model")
+
+
 def test_a_preset_comes_before_the_rule(trained, said):
     found = options_of(configuration(trained(RULE), {"preset": "pythia"}))
     assert (found.window_size, found.num_sink_tokens, found.max_separator_tokens) == (128, 3, None)

@@ -114,6 +114,7 @@ def test_extend_context_goes_on_where_it_stopped(run, tmp_path):
     """Embeddings and norms too, which are trained beside the adapter."""
     changes = ['method.attention="SepLLM"', "training.logging_steps=1"]
     run("extend_context", *changes, "training.max_steps=3")
+    torch.manual_seed(7)  # what an adapter begins with is a matter of the recipe's seed
     once = summary(tmp_path / "SepLLM")
     shutil.rmtree(tmp_path / "SepLLM")
     run("extend_context", *changes, "training.max_steps=2")

@@ -1,6 +1,8 @@
 import base64
 import hashlib
+import json
 import re
+import shlex
 import subprocess
 import sys
 import types
@@ -11,6 +13,7 @@ from inspection_pages import read_page
 from made_tokenizers import ListedWords
 from typer.testing import CliRunner
 
+from vllm_sepllm.cli import common, inspection_words
 from vllm_sepllm.cli import main as cli
 from vllm_sepllm.cli.inspection import TokenClass, classify, summarize, tokenize, visible_text
 from vllm_sepllm.config import ConfigError
@@ -299,15 +302,60 @@ def test_bad_texts(invoke, tmp_path):
     assert_refused(invoke("--text", "a\0b"), "cannot be read")
 
 
+def test_standard_input_that_is_closed(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(common.InputError, match="standard input is closed"):
+        common.read_text("-")
+
+
 def test_html_that_cannot_be_written(invoke, tmp_path):
     target = tmp_path / "no" / "page.html"
     assert_refused(invoke("--html", target), repr(str(target)), "folder that exists")
+    text, long = tmp_path / "text", tmp_path / ("x" * 300)
+    text.write_text("One, two.")
+    assert_refused(invoke("--html", long, "--text", text), "cannot be written (File name too long)")
+    assert_refused(invoke("--html", text, "--text", text), "is the text itself")
+
+
+def test_a_rule_that_the_model_carries(invoke, tokenizer, tmp_path, monkeypatch):
+    """A server takes it, so it is what is shown; options come before it."""
+    rule = {"num_sink_tokens": 2, "window_size": 5, "keep": ["digits"]}
+    (tmp_path / "config.json").write_text(json.dumps({"sepllm": rule}))
+    text = tmp_path / "text"
+    text.write_text(AWKWARD)
+
+    def shown(model, *options):
+        command = ["inspect", "--model", str(model), "--text", str(text), *options]
+        return CliRunner().invoke(cli.app, command).stdout
+
+    given = [part for key, value in rule.items() for part in ("-o", f"{key}={json.dumps(value)}")]
+    assert shown(tmp_path) == shown(MODEL, *given) != shown(MODEL)
+    wide = shown(tmp_path, "-o", "window_size=9")
+    assert wide == shown(MODEL, *given[:2], "-o", "window_size=9", *given[4:])
+
+
+def test_a_command_to_copy_is_quoted_for_a_shell():
+    better = types.SimpleNamespace(separators=("'", "default"), match="exact", share=0.1)
+    config = types.SimpleNamespace(separator_token_ids=None)
+    line = inspection_words._remedy(types.SimpleNamespace(better=better, config=config))
+    assert shlex.split(line)[:2] == ["-o", 'separators=["\'", "default"]']
 
 
 @pytest.mark.parametrize("model", ["", "./nowhere", "/nowhere/at/all", "a/b/c"])
 def test_a_folder_that_is_not_there_is_not_looked_up_elsewhere(model):
     result = CliRunner().invoke(cli.app, ["inspect", "--model", model])
     assert_refused(result, f"model {model!r} is no folder", "tokenizer.json")
+
+
+def test_a_name_that_is_too_long():
+    result = CliRunner().invoke(cli.app, ["inspect", "--model", "/" + 300 * "x"])
+    assert_refused(result, "cannot be read (File name too long)", "tokenizer.json")
+
+
+def test_without_transformers(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    result = CliRunner().invoke(cli.app, ["inspect", "--model", str(MODEL)])
+    assert_refused(result, "transformers cannot be imported", "pip install 'vllm-sepllm[eval]'")
 
 
 @pytest.mark.parametrize("content", [None, "", "{}", "no json"])

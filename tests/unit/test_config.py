@@ -19,6 +19,9 @@ def test_defaults_are_the_papers():
     assert config.position_mode == "original"
 
 
+MANY = [f"text {number}" for number in range(1001)]
+
+
 @pytest.mark.parametrize("nothing", [None, {}])
 def test_from_dict_of_nothing_is_the_default(nothing):
     assert SepLLMConfig.from_dict(nothing) == SepLLMConfig()
@@ -183,6 +186,9 @@ def test_spans_of_nothing_take_any_ends(nothing):
         ({"keep_after": 4, "segment_ends": [""]}, ["segment_ends=['']", "list of texts"]),
         ({"keep_after": 4, "segment_ends": [-1]}, ["segment_ends=[-1]", "list of texts"]),
         ({"segment_ends": ["."]}, ["segment_ends=['.'] without keep_after", "set keep_after"]),
+        ({"keep_after": 4, "segment_ends": MANY}, ["segment_ends holds 1001 texts", "most 1000"]),
+        ({"keep": MANY}, ["keep holds 1001 texts", "give token ids"]),
+        ({"separators": MANY}, ["separators holds 1001 texts", "give token ids"]),
         ({"window_size": 0}, ["window_size=0", "at least 1", "256"]),
         ({"window_size": 1.5}, ["window_size=1.5", "whole number"]),
         ({"window_size": "64"}, ["window_size='64'", "whole number"]),

@@ -1,5 +1,6 @@
 """The pure parts of ``vllm-sepllm eval``: material, ways, statistics, the report."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -8,10 +9,13 @@ import pytest
 from made_tokenizers import ListedWords
 from typer.testing import CliRunner
 
+from vllm_sepllm.carried import with_rule
 from vllm_sepllm.cli import evaluate as cli
 from vllm_sepllm.cli import main
+from vllm_sepllm.cli.common import InputError, written_to
 from vllm_sepllm.config import SepLLMConfig
-from vllm_sepllm.evaluation.facts import SPREAD, WORDINGS
+from vllm_sepllm.evaluation.child import child
+from vllm_sepllm.evaluation.facts import SPREAD, WORDINGS, chat_ids
 from vllm_sepllm.evaluation.material import (
     CHAT,
     DEPTHS,
@@ -36,6 +40,7 @@ from vllm_sepllm.evaluation.ways import (
     YOURS,
     make_ways,
     possible,
+    served,
     unserved_ways,
     usual_options,
 )
@@ -323,6 +328,10 @@ def test_each_equal_stands_behind_its_way(found, ways):
         (["--only", "H3O"], f"--only 'H3O': must be one of {SEPLLM}, "),
         (["-o", "window_size=0"], "window_size=0: must be at least 1"),
         (["-o", "heavy_ratio=0.1"], "heavy_ratio"),
+        (["-o", "keep=[99999999]"], "99999999"),
+        (["--engine", "tensor_parallel_size=two"], "tensor_parallel_size='two': must be a number"),
+        (["--engine", "tensor_parallel_size=0"], "tensor_parallel_size=0: must be a number"),
+        (["--engine", "tensor_parallel_size=null"], "tensor_parallel_size=None: must be a number"),
         (["--engine", "dtype"], "'dtype': must be KEY=VALUE"),
         (["--text", "/no/such/file"], "text file '/no/such/file' cannot be read"),
         (["--model", "/no/such/model"], "model '/no/such/model' is no folder"),
@@ -349,6 +358,69 @@ def test_what_is_measured(smollm2, tmp_path):
     assert names == [FULL, YOURS, FACTS, f"{EQUAL}{YOURS}", f"{EQUAL}{FACTS}"]
     assert evaluation.ways[1].of_texts == {"window_size": 128, "num_sink_tokens": 8}
     assert evaluation.arguments["block_size"] == 16
+
+
+RULE = {"num_sink_tokens": 2, "window_size": 48, "keep": ["separators", "digits"]}
+RULE |= {"max_separator_tokens": 30, "dense_layers": [0]}
+
+
+def test_a_rule_that_the_model_carries(smollm2, tmp_path, monkeypatch):
+    """It is measured as the user's options are, and changes nothing of the other ways."""
+    from helpers import SMOLLM2
+
+    read = replace(cli.read_model(str(SMOLLM2)), rule=RULE)
+    monkeypatch.setattr(cli, "read_model", lambda name: read)
+    given = cli.Given(str(SMOLLM2), (), "quick", 128, "float32", tmp_path, (YOURS,))
+    config = SepLLMConfig.from_dict(cli.prepare(given).ways[1].of_texts)
+    assert {name: getattr(config, name) for name in RULE} == {
+        **RULE,
+        "keep": ("separators", "digits"),
+        "dense_layers": (0,),
+    }
+    mine = cli.prepare(given.with_options({"window_size": 64}, {})).ways[1].of_texts
+    assert (mine["window_size"], mine["max_separator_tokens"]) == (64, 30)
+    assert served(None) is None
+    for options in usual_options(128, True).values():
+        asked = SepLLMConfig.from_dict(options)
+        assert with_rule(served(options), RULE, "the model") == asked
+
+
+def test_one_run_writes_to_a_folder(tmp_path):
+    with written_to(tmp_path / "a"):
+        with written_to(tmp_path / "b"):
+            pass
+        other = written_to(tmp_path / "a")
+        with pytest.raises(InputError, match="another run writes to it"), other:
+            pytest.fail("both would write")
+    with written_to(tmp_path / "a"):
+        pass
+
+
+def test_nothing_is_run_from_the_current_folder(tmp_path, monkeypatch):
+    """It may be that of a model from somewhere."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gzip.py").write_text("open('marker', 'w')")
+    with child("vllm_sepllm.evaluation.worker", tmp_path / "no job", tmp_path / "log") as started:
+        assert "No such file" in started.failure()
+    assert not (tmp_path / "marker").exists()
+
+
+def test_code_of_a_model_is_not_run(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config"}})
+    )
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w')")
+    monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("it was asked about"))
+    with pytest.raises(InputError, match="has no configuration to evaluate by"):
+        cli.read_model(str(tmp_path))
+    assert not (tmp_path / "marker").exists()
+
+
+def test_a_chat_template_that_takes_no_conversation(smollm2, monkeypatch):
+    template = "{{ raise_exception('roles must be saints') }}"
+    monkeypatch.setattr(smollm2, "chat_template", template)
+    with pytest.raises(ValueError, match=r"takes no conversation \(roles must be saints\): mend"):
+        chat_ids(smollm2, "Hello")
 
 
 def test_what_a_tokenizer_lacks_is_left_out():

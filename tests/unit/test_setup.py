@@ -119,6 +119,34 @@ def test_another_backend_starts_over(folder):
     assert not (folder.path / ".venv/of-cuda").exists()
 
 
+def test_a_dry_run_changes_nothing(folder):
+    assert folder.set_up(BACKEND="cpu")[0] == 0
+    (folder.path / ".venv/mine").touch()
+    before = (folder.path / ".venv/sepllm-backend").read_text()
+    _, _, asked = folder.set_up(BACKEND="cuda", DRY_RUN="1")
+    assert "vllm==0.32.0" in installed(asked)
+    assert all("--dry-run" in line for line in asked if "pip install" in line)
+    assert (folder.path / ".venv/mine").exists()
+    assert (folder.path / ".venv/sepllm-backend").read_text() == before
+
+
+def test_what_is_there_stays_until_a_python_is_found(folder):
+    assert folder.set_up(BACKEND="cpu")[0] == 0
+    code, said, _ = folder.set_up(BACKEND="cuda", PYTHON="/no/such/python")
+    assert code == 1
+    assert "no usable Python among /no/such/python" in said
+    assert (folder.path / ".venv/bin/python").exists()
+
+
+def test_a_python_in_a_folder_with_a_space(folder):
+    place = folder.path / "my python"
+    place.mkdir()
+    shutil.copy(folder.path / "bin/python3.11", place / "python3")
+    code, said, asked = folder.set_up(BACKEND="cpu", PYTHON=str(place / "python3"))
+    assert code == 0, said
+    assert "-m venv --clear .venv" in asked
+
+
 @pytest.mark.parametrize("name", ["rocm", "CUDA", "cpu,cuda"])
 def test_other_backends_are_refused(folder, name):
     code, said, asked = folder.set_up(BACKEND=name)

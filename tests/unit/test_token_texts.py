@@ -88,6 +88,17 @@ def test_tokens_beyond_gaps_and_beyond_the_length():
     assert token_texts(tokenizer)[10] == ""
 
 
+def test_an_id_that_is_too_large():
+    """It is refused before a list of so many is made."""
+
+    class Huge(made_tokenizers.ListedWords):
+        words = ("a", ".")
+        max_token_id = 2**32 - 6
+
+    with pytest.raises(ConfigError, match="it has the id 4294967290, and must have none above"):
+        resolve_separators(SepLLMConfig(), Huge())
+
+
 class Strict:
     """vLLM's protocol and nothing else; ids from 10 to 19 stand for nothing."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import logging
@@ -15,12 +16,15 @@ import typer
 from rich.console import Console
 from rich.status import Status
 
+from vllm_sepllm.carried import RULE_KEY
 from vllm_sepllm.cli.inspection import visible_text
+from vllm_sepllm.config import ConfigError
 
 OURS = (
     *("attention_backend", "additional_config", "model", "dtype", "tokenizer", "revision"),
     *("hf_overrides", "enable_prefix_caching"),
 )
+LOCK = ".lock"  # file of a folder; held by the run that writes there
 MAX_TEXT = 2**23  # bytes; more takes minutes and gigabytes to cut into tokens
 
 
@@ -62,6 +66,11 @@ def engine_options(pairs: Sequence[str] | None) -> dict[str, Any]:
             raise InputError(
                 f"--engine {name}: is set by this command, or has an option of its own; drop it"
             )
+    ranks = found.get("tensor_parallel_size", 1)
+    if not isinstance(ranks, int) or isinstance(ranks, bool) or ranks < 1:
+        raise InputError(
+            f"--engine tensor_parallel_size={ranks!r}: must be a number of ranks, at least 1"
+        )
     return found
 
 
@@ -81,14 +90,39 @@ def longest_request(arguments: dict[str, Any], max_length: int) -> int:
 
 
 @contextmanager
-def written_to(folder: Path) -> Iterator[None]:
-    """What cannot be written inside is reported.
+def values_refused(before: str = "") -> Iterator[None]:
+    """What is wrong with values is reported behind ``before``.
 
     Raises:
-        InputError: in the place of ``OSError``.
+        InputError: in the place of another ``ValueError``.
+        ConfigError: as it is.
     """
     try:
         yield
+    except (InputError, ConfigError):
+        raise
+    except ValueError as error:
+        raise InputError(f"{before}{error}") from error
+
+
+@contextmanager
+def written_to(folder: Path) -> Iterator[None]:
+    """A folder that only this run writes to, made if it is not there.
+
+    Raises:
+        InputError: it cannot be made or written to, or another run writes to it.
+    """
+    make_folder(folder)
+    try:
+        with (folder / LOCK).open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(
+                    f"--output {str(folder)!r}: another run writes to it; wait for that, or give "
+                    "another folder"
+                ) from None
+            yield
     except BrokenPipeError:
         raise
     except OSError as error:
@@ -133,6 +167,8 @@ def read_text(name: str) -> str:
 def _read_bytes(name: str) -> bytes:
     """At most one byte too many; some files have no end."""
     if name == "-":
+        if sys.stdin is None:
+            raise InputError("standard input is closed: give a file, or a pipe")
         return sys.stdin.buffer.read(MAX_TEXT + 1)
     with Path(name).open("rb") as file:
         return file.read(MAX_TEXT + 1)
@@ -150,13 +186,16 @@ def load_tokenizer(model: str) -> Any:
         InputError: there is none.
     """
     remedy = "give a folder that holds tokenizer.json, or a name on the Hugging Face Hub"
-    if Path(model).is_file():
+    try:
+        is_file, is_folder = Path(model).is_file(), Path(model).is_dir()
+    except OSError as error:
+        raise InputError(f"model {model!r} cannot be read ({error.strerror}): {remedy}") from error
+    if is_file:
         raise InputError(f"model {model!r} is a file: give the folder that holds it")
     is_path = model.startswith((".", "/", "~")) or model.count("/") > 1
-    if not model or (is_path and not Path(model).is_dir()):
+    if not model or (is_path and not is_folder):
         raise InputError(f"model {model!r} is no folder: {remedy}")
-    import transformers
-
+    transformers = import_transformers()
     transformers.logging.set_verbosity_error()
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # it reports every retry
     try:
@@ -167,6 +206,31 @@ def load_tokenizer(model: str) -> Any:
         raise InputError(
             f"model {model!r} has no tokenizer to load ({reason}): {remedy}"
         ) from error
+
+
+def import_transformers() -> Any:
+    """The module.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise InputError(
+            f"transformers cannot be imported ({first_line(error)}): pip install "
+            "'vllm-sepllm[eval]' brings it, and vLLM does"
+        ) from error
+    return transformers
+
+
+def read_rule_of(model: str) -> Any:
+    """The rule that the ``config.json`` of a folder carries; ``None`` where there is none."""
+    try:
+        config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
+        return config.get(RULE_KEY) or (config.get("text_config") or {}).get(RULE_KEY)
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None
 
 
 def make_folder(folder: Path) -> None:

@@ -14,12 +14,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from vllm_sepllm.carried import with_rule
 from vllm_sepllm.cli.common import (
     InputError,
     check_least,
     engine_options,
     exit_with,
     first_line,
+    import_transformers,
     load_tokenizer,
     longest_request,
     make_folder,
@@ -27,6 +29,7 @@ from vllm_sepllm.cli.common import (
     parse_options,
     read_text,
     status,
+    values_refused,
     written_to,
 )
 from vllm_sepllm.config import ConfigError, SepLLMConfig
@@ -86,7 +89,7 @@ def evaluate(
         raise exit_with("stopped; the same command goes on where it was", 130) from None
     with output() as console:
         show(console, evaluation, found)
-        console.print(f"\nThe report is {shown}", soft_wrap=True)
+        console.print(f"\nThe report is {shown}", markup=False, soft_wrap=True)
     for problem in failed:
         exit_with(problem, 1)
     if failed:
@@ -135,30 +138,28 @@ def prepare(given: Given) -> Evaluation:
     tokenizer = load_tokenizer(given.model)
     model = read_model(given.model)
     texts = [read_text(name) for name in given.texts] or [package_text()]
-    try:
-        with status("cutting texts into tokens"):
-            longest = longest_request(given.engine, model.max_length)
-            suite = SUITES[given.suite].within(longest)
-            if given.window > min(suite.text_length // 2, min(suite.lengths) // 2):
-                raise InputError(
-                    f"--window {given.window}: must be at most half of the shortest document, "
-                    f"{min(suite.lengths) // 2} tokens, or nothing is left behind it; "
-                    "--suite full has longer texts, and may have longer documents"
-                )
-            material = make_material(tokenizer, texts, suite)
-    except InputError:
-        raise
-    except ValueError as error:
-        raise InputError(str(error)) from error
+    with values_refused(), status("cutting texts into tokens"):
+        longest = longest_request(given.engine, model.max_length)
+        suite = SUITES[given.suite].within(longest)
+        if given.window > min(suite.text_length // 2, min(suite.lengths) // 2):
+            raise InputError(
+                f"--window {given.window}: must be at most half of the shortest document, "
+                f"{min(suite.lengths) // 2} tokens, or nothing is left behind it; "
+                "--suite full has longer texts, and may have longer documents"
+            )
+        material = make_material(tokenizer, texts, suite)
     options = usual_options(given.window, suite.more_ways)
-    if given.options:
-        options = {YOURS: {"window_size": given.window, **given.options}, **options}
+    mine = given.options
+    if model.rule is not None:  # what the server would take
+        mine = with_rule(mine or None, model.rule, f"config.json of {given.model}").to_dict()
+    if mine:
+        options = {YOURS: {"window_size": given.window, **mine}, **options}
     unserved: list[str] = []
     if given.only:
         options, unserved = _chosen(given.only, options)
     if model.num_layers < 3:
         options = {n: of for n, of in options.items() if n == YOURS or "dense_layers" not in of}
-    with status("finding windows of equal KV"):
+    with values_refused(), status("finding windows of equal KV"):
         options, refused = possible(options, tokenizer)
         if YOURS in refused:
             raise refused[YOURS]
@@ -205,12 +206,14 @@ def read_model(name: str) -> Model:
     Raises:
         InputError: its configuration cannot be read, or lacks what a decoder has.
     """
-    import transformers
+    transformers = import_transformers()
 
     from vllm_sepllm.evaluation.run import Model
 
     try:
-        return Model.of(name, transformers.AutoConfig.from_pretrained(name))
+        return Model.of(
+            name, transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+        )
     except Exception as error:  # what transformers raises differs by version and by file
         raise InputError(
             f"model {name!r} has no configuration to evaluate by ({first_line(error)}): give a "
@@ -293,7 +296,8 @@ def write_report(evaluation: Evaluation, found: dict[str, Figures], given: Given
         plot(found, folder / "report.png")
     except ImportError:
         shown = shown.replace("![quality against KV held](report.png)\n\n", "")
-        Console(stderr=True).print("no picture: pip install 'vllm-sepllm[eval]' brings matplotlib")
+        line = "no picture: pip install 'vllm-sepllm[eval]' brings matplotlib"
+        Console(stderr=True).print(line, markup=False, soft_wrap=True)
     path = folder / "report.md"
     path.write_text(shown, encoding="utf8")
     return path

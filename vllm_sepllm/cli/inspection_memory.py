@@ -12,6 +12,7 @@ _ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 # Keys of a config.json under which a layer's cache is something else than keys and values of all
 # its tokens, so the formula below would be wrong.
 _OTHER_CACHES = ("kv_lora_rank", "sliding_window", "attention_chunk_size")
+_OTHER_HEADS = ("num_kv_heads", "multi_query")  # Falcon's words for what the formula reads
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def read_shape(model: str) -> KVShape | None:
     try:
         config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
         return shape_of(config)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError):
         return None
 
 
@@ -63,6 +64,8 @@ def shape_of(config: Mapping[str, Any]) -> KVShape | None:
     if any(text.get(key) for key in set(_OTHER_CACHES) - switched_off):
         return None
     if set(text.get("layer_types") or ()) - {"full_attention"}:
+        return None
+    if "num_key_value_heads" not in text and any(key in text for key in _OTHER_HEADS):
         return None
     names = (each.get(key) for each in (text, config) for key in ("dtype", "torch_dtype"))
     dtype = next((str(name).removeprefix("torch.") for name in names if name), "")

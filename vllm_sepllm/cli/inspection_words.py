@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 
 from vllm_sepllm.cli.inspection import Inspection, TokenClass, kind_of_class
 from vllm_sepllm.cli.inspection_advice import keeps_next_to_nothing
@@ -152,6 +153,6 @@ def _remedy(inspection: Inspection) -> str:
             "for them; -o policy=fixed_interval -o interval=8 keeps one token of every 8"
         )
     drop = "" if inspection.config.separator_token_ids is None else "drop separator_token_ids, and "
-    names = json.dumps(better.separators, ensure_ascii=False)
+    names = shlex.quote(f"separators={json.dumps(better.separators, ensure_ascii=False)}")
     match = "" if better.match == "exact" else f" -o separator_match={better.match}"
-    return f"{drop}-o 'separators={names}'{match} keeps {better.share:.1%} of them"
+    return f"{drop}-o {names}{match} keeps {better.share:.1%} of them"

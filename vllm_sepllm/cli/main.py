@@ -14,6 +14,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from vllm_sepllm.carried import with_rule
 from vllm_sepllm.cli.common import (
     InputError,
     check_least,
@@ -22,6 +23,7 @@ from vllm_sepllm.cli.common import (
     load_tokenizer,
     output,
     parse_options,
+    read_rule_of,
     read_text,
     status,
 )
@@ -82,6 +84,9 @@ def inspect(
         if text is None:  # the sample is shorter than the usual window
             options.setdefault("window_size", SAMPLE_WINDOW)
         config = SepLLMConfig.from_dict(options)
+        rule = read_rule_of(model)
+        if rule is not None:  # a server takes it where nothing else is said
+            config = with_rule(options, rule, f"config.json of {model}")
         check_least("--block-size", block_size, 1, "32 is a common page size")
         limit = _limit(limit, full)
         source = SAMPLE if text is None else read_text(text)
@@ -163,10 +168,12 @@ def _limit(limit: int | None, full: bool) -> int | None:
 
 
 def _write(path: Path, page: str, text: str | None) -> None:
-    if text not in (None, "-") and path.exists() and path.samefile(text):
-        raise InputError(f"--html {str(path)!r} is the text itself: give another file")
     try:
+        if text not in (None, "-") and path.exists() and path.samefile(text):
+            raise InputError(f"--html {str(path)!r} is the text itself: give another file")
         path.write_text(page, encoding="utf-8")
+    except InputError:
+        raise
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise InputError(

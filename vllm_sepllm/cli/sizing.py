@@ -35,12 +35,12 @@ def parse_memory(given: str) -> int:
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", given)
     unit = found and UNITS.get(found[2].upper().removesuffix("B") + "B" if found[2] else "")
-    size = int(float(found[1]) * unit) if found and unit else 0
-    if size < 1:
+    size = float(found[1]) * unit if found and unit else 0.0
+    if not 1 <= size < 2**63:
         raise InputError(
             f"--memory {given!r}: must be a size such as 24GiB, 24GB, 512MiB or a number of bytes"
         )
-    return size
+    return int(size)
 
 
 def size(

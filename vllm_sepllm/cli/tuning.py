@@ -19,10 +19,10 @@ from vllm_sepllm.cli.common import (
     exit_with,
     load_tokenizer,
     longest_request,
-    make_folder,
     output,
     read_text,
     status,
+    values_refused,
     written_to,
 )
 from vllm_sepllm.cli.evaluate import read_model
@@ -103,20 +103,15 @@ def _prepare(
     from vllm_sepllm.evaluation.tune import SUITE
 
     tokenizer, read = load_tokenizer(model), read_model(model)
-    try:
-        with status("cutting texts into tokens"):
-            suite = SUITE.within(longest_request(arguments, read.max_length))
-            material = joined(
-                *(
-                    make_material(tokenizer, part, suite, number * suite.num_documents)
-                    for number, part in enumerate(parts)
-                )
+    what = "of each part of the text, for search and report: "
+    with values_refused(what), status("cutting texts into tokens"):
+        suite = SUITE.within(longest_request(arguments, read.max_length))
+        material = joined(
+            *(
+                make_material(tokenizer, part, suite, number * suite.num_documents)
+                for number, part in enumerate(parts)
             )
-    except InputError:
-        raise
-    except ValueError as error:
-        raise InputError(f"of each part of the text, for search and report: {error}") from error
-    make_folder(folder)
+        )
     given = engine_arguments(read, suite.longest, dtype, arguments)
     return Evaluation(read, material, [], given, folder, {}), tokenizer
 

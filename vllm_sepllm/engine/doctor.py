@@ -125,7 +125,12 @@ def _model(diagnosis: Diagnosis, model: str, options: dict[str, Any], dtype: str
 
     from vllm_sepllm.engine.startup.settings import OPTIONS_KEY, Settings
 
-    if model.startswith((".", "/", "~")) and not Path(model).expanduser().is_dir():
+    is_path = model.startswith((".", "/", "~"))
+    try:
+        is_folder = is_path and Path(model).expanduser().is_dir()
+    except (OSError, RuntimeError):  # not to be looked at; no such user
+        is_folder = False
+    if is_path and not is_folder:
         diagnosis.note("model", model, f"{model}: no such folder; name one that holds config.json")
         return
     try:

@@ -81,7 +81,9 @@ def run(job: dict[str, Any]) -> list[tuple[float, list[str | int]]]:
     from transformers import AutoModelForCausalLM
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=job["dtype"])
+    model = AutoModelForCausalLM.from_pretrained(
+        job["model"], dtype=job["dtype"], trust_remote_code=False
+    )
     model = model.to(device).eval()
     size = 1 + max(i for text in job["texts"] for i in text)
     found = received_from_far(model, job["texts"], size, NUM_SINKS, WINDOW)

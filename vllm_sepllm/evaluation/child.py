@@ -64,14 +64,16 @@ class Child:
 
 @contextmanager
 def child(module: str, job: Path, log: Path) -> Iterator[Child]:
-    """Start ``python -m MODULE JOB``; it is ended at the latest when the block is left.
+    """Start ``python -P -m MODULE JOB``; it is ended at the latest when the block is left.
+
+    With ``-P`` nothing is imported from the current folder, which may be that of a model.
 
     Args:
         module: full name.
         job: file that it reads.
         log: file for its standard error.
     """
-    command = [sys.executable, "-m", module, str(job)]
+    command = [sys.executable, "-P", "-m", module, str(job)]
     log.unlink(missing_ok=True)
     with log.open("a", encoding="utf8") as errors:
         process = subprocess.Popen(

@@ -239,6 +239,9 @@ def chat_ids(tokenizer: Any, *messages: str) -> list[int]:
     Args:
         tokenizer: one of Transformers.
         messages: the user's and the model's in turn; the last is the user's.
+
+    Raises:
+        ValueError: its template does not take such a chat.
     """
     if not tokenizer.chat_template:
         said = [
@@ -250,11 +253,17 @@ def chat_ids(tokenizer: Any, *messages: str) -> list[int]:
     chat = [
         {"role": role, "content": content} for role, content in zip(roles, messages, strict=False)
     ]
-    text = tokenizer.apply_chat_template(
-        chat,
-        add_generation_prompt=True,
-        tokenize=False,
-        strftime_now=lambda form: _SOME_DAY.strftime(form),  # templates put the date of today in
-    )
+    try:
+        text = tokenizer.apply_chat_template(
+            chat,
+            add_generation_prompt=True,
+            tokenize=False,
+            strftime_now=lambda form: _SOME_DAY.strftime(form),  # templates put today's date in
+        )
+    except Exception as error:  # a template may raise anything
+        raise ValueError(
+            f"the model's chat template takes no conversation ({error}): mend it, or remove it "
+            "from the tokenizer, and chats are written as texts"
+        ) from error
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
     return ids

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_sepllm import __version__
+from vllm_sepllm.carried import RULE_KEY
 from vllm_sepllm.evaluation.child import EvaluationError, child
 from vllm_sepllm.evaluation.material import Material
 from vllm_sepllm.evaluation.ways import FULL, Way
@@ -35,6 +36,7 @@ class Model:
         max_length: of its context, tokens.
         bytes_of_token: of its KV cache, in float32.
         fingerprint: another for other weights, as far as can be seen from sizes and dates.
+        rule: that it was trained under and carries, or ``None``.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Model:
     max_length: int
     bytes_of_token: int
     fingerprint: str
+    rule: Any = None
 
     @staticmethod
     def of(name: str, config: Any) -> Model:
@@ -56,7 +59,8 @@ class Model:
             seen += [f"{file} {stat.st_size} {stat.st_mtime_ns}" for file, stat in stats]
         mark = hashlib.sha256("\n".join(seen).encode()).hexdigest()[:16]
         length = int(text.max_position_embeddings)
-        return Model(name, int(text.num_hidden_layers), length, token, mark)
+        rule = getattr(config, RULE_KEY, None) or getattr(text, RULE_KEY, None)
+        return Model(name, int(text.num_hidden_layers), length, token, mark, rule)
 
 
 def engine_arguments(

@@ -21,11 +21,12 @@ def measure(job: dict[str, Any], material: Material, asked: dict[str, Any]) -> d
     """Nats of texts and replies of documents, each by its number."""
     from vllm_sepllm.engine.in_process import engine
     from vllm_sepllm.evaluation.measure import answer_questions, score_texts
+    from vllm_sepllm.evaluation.ways import served
 
     def done() -> None:
         pass
 
-    with engine(job["model"], asked["options"], **job["engine"]) as llm:
+    with engine(job["model"], served(asked["options"]), **job["engine"]) as llm:
         texts = {
             number: score_texts(llm, [material.texts[number]], done)["nats"][0]
             for number in asked["texts"]

@@ -154,9 +154,11 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 
     material = read_material(json.loads(Path(job["material"]).read_text(encoding="utf8")))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded = AutoModelForCausalLM.from_pretrained(job["model"], dtype=job["engine"]["dtype"])
+    loaded = AutoModelForCausalLM.from_pretrained(
+        job["model"], dtype=job["engine"]["dtype"], trust_remote_code=False
+    )
     model = loaded.to(device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(job["model"])
+    tokenizer = AutoTokenizer.from_pretrained(job["model"], trust_remote_code=False)
     replies: dict[int, str] = {}
     held = []
     result: dict[str, Any] = {}

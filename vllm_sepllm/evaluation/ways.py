@@ -62,6 +62,12 @@ class Way:
         return {"texts": share(self.of_texts, material.texts, True), "questions": weighted}
 
 
+def served(options: Options) -> Options:
+    """What an engine is given: all options, so that none is filled in by a rule that the model
+    carries."""
+    return None if options is None else SepLLMConfig.from_dict(options).to_dict()
+
+
 def _like(options: dict[str, Any]) -> dict[str, Any]:
     """Options of SepLLM with which as many tokens are attended to."""
     if options.get("method") == "h2o":

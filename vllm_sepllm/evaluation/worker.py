@@ -34,6 +34,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     """Evaluate a way. What has the same options is done by one engine."""
     from vllm_sepllm.engine.in_process import engine
     from vllm_sepllm.evaluation.measure import answer_questions, score_texts
+    from vllm_sepllm.evaluation.ways import served
 
     material = read_material(json.loads(Path(job["material"]).read_text(encoding="utf8")))
     replies: dict[int, str] = {}
@@ -46,7 +47,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     for options in distinct([job["of_texts"], *job["of_groups"].values()]):
         groups = {group for group, of in job["of_groups"].items() if of == options}
         chosen = {i: q for i, q in enumerate(material.questions) if q.group in groups}
-        with engine(job["model"], options, **job["engine"]) as llm:
+        with engine(job["model"], served(options), **job["engine"]) as llm:
             if options == job["of_texts"]:
                 result["texts"] = score_texts(llm, material.texts, done)
             if chosen:

@@ -62,6 +62,12 @@ class KeptCounts:
         known = min(num_tokens, self.num_tokens)
         return int(self._prefix[known]) + num_tokens - known
 
+    def last_kept(self, num_tokens: int) -> int:
+        """Position of the last kept one of the first ``num_tokens`` tokens, which are counted; -1
+        if none is kept."""
+        prefix = self.prefix
+        return int(np.searchsorted(prefix, prefix[num_tokens])) - 1
+
     @property
     def prefix(self) -> CountArray:
         """``[num_tokens + 1]`` int32: kept tokens below each position."""

@@ -152,3 +152,23 @@ def test_a_shared_beginning_is_confirmed_by_the_third(book):
     for number, question in enumerate(QUESTIONS[:4]):
         cache.ask(book[:640] + question)
         assert cache.confirmed(book[:700]) == ([20] if number > 1 else [])
+
+
+def test_junctions_in_a_row_are_refreshed_once(book, monkeypatch):
+    """Beam search confirms the end of every block. A request that passes them all looks at each of
+    their pages once, however much their windows have in common."""
+    cache, text = Cache(num_blocks=4000), book[:DOCUMENT]
+    cache.ask(text)
+    ends = range(BLOCK_SIZE, DOCUMENT - BLOCK_SIZE, BLOCK_SIZE)
+    for end in [*ends, *ends]:
+        cache.ask(text[:end] + [3 + len(cache.texts)] * BLOCK_SIZE, [5, 5])
+    assert len(cache.confirmed(text)) >= len(ends) - 1
+    looked, refresh = [], cache.pool.spare.refresh
+
+    def counted(hashes, group):
+        looked.extend((group, block_hash) for block_hash in hashes)
+        refresh(hashes, group)
+
+    monkeypatch.setattr(cache.pool.spare, "refresh", counted)
+    assert cache.ask(text + QUESTIONS[0]) >= DOCUMENT - BLOCK_SIZE
+    assert len(looked) == len(set(looked)) > len(ends) // 2

@@ -1,6 +1,8 @@
 """Prefix caching of the kept stream: pages that are found hold the prefix's kept tokens."""
 
+import gc
 import hashlib
+import weakref
 
 import numpy as np
 import pytest
@@ -229,17 +231,75 @@ def test_the_index_is_bounded_and_belongs_to_its_pool():
     hashes = [BlockHash(bytes([i, j])) for i in range(4) for j in range(COUNTS_PER_PAGE)]
     for i, block_hash in enumerate(hashes):
         index.store(block_hash, i, hashes[i - 1] if i else None)
-        index.kept_count(hashes[0])  # in use, so it stays
+        index.kept_counts(hashes[:1])  # in use, so it stays
     assert len(index) == 3 * COUNTS_PER_PAGE
-    assert index.kept_count(hashes[0]) == 0
-    assert index.kept_count(hashes[1]) is None
-    assert index.kept_count(hashes[-1]) == len(hashes) - 1
-    known = [block_hash for block_hash in hashes[:-1] if index.kept_count(block_hash) is not None]
+    assert index.kept_counts(hashes) == [0]
+    assert index.kept_counts(hashes[1:]) == []
+    assert index.kept_counts(hashes[-1:]) == [len(hashes) - 1]
+    known = [block_hash for block_hash in hashes[:-1] if index.kept_counts([block_hash])]
     assert [index.is_continued(block_hash) for block_hash in known] == [True] * len(known)
     assert not index.is_continued(hashes[-1]), "no text goes on behind it"
     assert not index.is_continued(hashes[1]), "what is forgotten takes no room"
     index.store(BlockHash(b"new"), 0, hashes[1])
     assert not index.is_continued(hashes[1])
+
+
+def test_a_text_is_forgotten_from_its_end():
+    """What is left of it is found."""
+    index = PoolState.of(BlockPool(3, enable_caching=True, hash_block_size=SIZE)).prefixes
+    first, second = ([BlockHash(bytes([i, j])) for j in range(64)] for i in range(2))
+    for block_hash in first:
+        index.store(block_hash, 7)
+    assert len(index.kept_counts(first)) == 64
+    for block_hash in second:  # there is room for 96
+        index.store(block_hash, 7)
+    assert len(index.kept_counts(first)) == 32
+
+
+def test_a_pool_ends_with_its_state():
+    """A process may make one engine after another."""
+    pool = BlockPool(3, enable_caching=True, hash_block_size=SIZE)
+    PoolState.of(pool)
+    left = weakref.ref(pool)
+    del pool
+    gc.collect()
+    assert left() is None
+
+
+def test_a_page_has_no_more_keys_than_entries():
+    """However long a text is that keeps nothing."""
+    model = Model(40)
+    text = [SEPARATOR, 2, SEPARATOR] + [2] * 400
+    request = Request("a", text)
+    model.start(request)
+    while request.num_computed_tokens < len(text):
+        model.next_step()
+        assert model.step(request)
+    model.next_step()
+    [page] = model.manager.req_to_blocks["a"]
+    keys = model.pool.cached_block_hashes_by_block.get(page.block_id, {page.block_hash})
+    assert 1 <= len(keys) <= SIZE
+    for stop in (8, 40, 400):  # and it is found wherever it is cut
+        other = Request(f"b{stop}", [*text[:stop], 3, 3])
+        assert model.start(other) == stop
+        model.next_step()
+
+
+def test_a_copy_of_a_page_is_found_when_the_original_is_gone():
+    """It holds the entries of a text that goes on without a kept token."""
+    model = Model(40)
+    text = [SEPARATOR] + [2] * 40
+    model.start(Request("a", text[:9]))
+    model.next_step()
+    [original] = model.manager.req_to_blocks["a"]
+    model.manager.free("a")
+    del model.requests["a"]
+    assert model.start(Request("b", text)) == 8
+    model.next_step()
+    [copy] = model.manager.req_to_blocks["b"]
+    assert copy is not original
+    model.pool._maybe_evict_cached_block(original)
+    assert model.start(Request("c", text[:17])) == 16
 
 
 @pytest.mark.parametrize(("max_model_len", "texts"), [(17, 3), (COUNTS_PER_PAGE * 16 - 3, 4)])

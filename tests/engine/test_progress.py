@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, Phase, given, reject, settings
 from hypothesis import strategies as st
 from simulation import Simulation
 from test_scheduling import WORDS, answer, next_token, ngram, propose
+from vllm.v1.core.sched.interface import PauseState
 
 from vllm_sepllm.engine.scheduling.spec import KeptSpec
 
@@ -244,3 +245,56 @@ def test_sessions_do_not_wait_for_each_others_pages():
         assert simulation.answers[name] == answer(prompt, 1) + answer(prompt + more, 1)
     assert not simulation.live
     assert simulation.num_held == 0
+
+
+def test_a_pause_ends_although_sessions_wait_for_each_others_pages():
+    """``sleep(mode="wait")`` lets those that hold pages end, and starts nobody else."""
+    simulation = small_simulation()
+    for name, separator in zip("ab", SEPARATORS, strict=True):
+        simulation.add(name, [separator] * 200, 1, resumable=True)
+    for _ in range(20):
+        simulation.step()
+    simulation.scheduler.set_pause_state(PauseState.PAUSED_NEW)
+    for name in "ab":
+        simulation.turn(name, [SEPARATORS[1]] * 250, 1)
+        simulation.turn(name, None, 1)
+    for _ in range(60):
+        if simulation.scheduler.has_unfinished_requests():
+            simulation.step()
+            simulation.check()
+    assert not simulation.scheduler.has_unfinished_requests()
+    simulation.scheduler.set_pause_state(PauseState.UNPAUSED)
+    for _ in range(60):
+        if simulation.live:
+            simulation.step()
+            simulation.check()
+    assert not simulation.live
+    assert simulation.num_held == 0
+
+
+@pytest.mark.parametrize(("num_dense", "num_blocks", "length"), [(0, 12, 96), (1, 25, 80)])
+def test_a_step_that_never_ran_leaves_nothing_to_be_found(num_dense, num_blocks, length):
+    """A request is preempted by one of higher priority in the step that it was scheduled for. Pages
+    of window and dense layers were noted in the prefix cache before, and are not computed. Kept
+    pages, which are noted later, do not hide that where nothing is kept."""
+    simulation = Simulation(
+        {"window_size": 16, "num_sink_tokens": 0, "separator_token_ids": list(SEPARATORS)},
+        next_token,
+        num_blocks=num_blocks,
+        num_dense=num_dense,
+        block_size=16,
+        max_model_len=176,
+        max_num_batched_tokens=64,
+        long_prefill_token_threshold=32,
+        scheduler_reserve_full_isl=False,
+        scheduling_policy="priority",
+    )
+    low, high = [WORDS[0]] * 160, [SEPARATORS[0]] * length
+    simulation.add("low", low, 1, priority=5)
+    simulation.step()
+    simulation.add("high", high, 1, priority=0)
+    while simulation.live:
+        simulation.step()
+        simulation.check()
+    assert simulation.answers["low"] == answer(low, 1)
+    assert simulation.answers["high"] == answer(high, 1)

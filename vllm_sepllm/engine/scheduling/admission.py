@@ -52,12 +52,23 @@ class Admission:
         return sum(
             manager.most_pages(request_id, num_tokens, in_flight)
             if isinstance(manager, KeptManager)
-            else self.positional_pages(manager, num_tokens, in_flight)
+            else self._positional_pages(manager, num_tokens, in_flight)
+            for manager in self._managers
+        )
+
+    def pages_of_ordinary_text(self, num_tokens: int, in_flight: int) -> int:
+        """The same of a text that keeps the share of its tokens that memory is planned for."""
+        return sum(
+            int(manager.kv_cache_spec.expected_pages(num_tokens, in_flight))
+            if isinstance(manager, KeptManager)
+            else self._positional_pages(manager, num_tokens, in_flight)
             for manager in self._managers
         )
 
     @staticmethod
-    def positional_pages(manager: SingleTypeKVCacheManager, num_tokens: int, in_flight: int) -> int:
+    def _positional_pages(
+        manager: SingleTypeKVCacheManager, num_tokens: int, in_flight: int
+    ) -> int:
         """Pages of a group that holds tokens at their positions, the same way."""
         pages = cdiv(num_tokens, manager.block_size)
         if manager.max_admission_blocks_per_request is None:  # nothing leaves it

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHash, BlockHashWithGroupId, KVCacheBlock
+from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
+from vllm.v1.request import Request
 
 # Every turn of a conversation resumes once where the turn before ended, so once is not enough.
 VISITS = 2
@@ -121,6 +123,25 @@ class SparePages:
         if page.ref_cnt == 0 and page.block_hash is not None:
             self._pages[page.block_id] = NamedPage.of(page)
             self._pages.move_to_end(page.block_id)
+
+    def forget_uncomputed(
+        self, request: Request, managers: Iterable[SingleTypeKVCacheManager]
+    ) -> None:
+        """Take pages out of the cache that a step was to fill which the request is taken out of.
+
+        vLLM notes them when it schedules a step. A request of higher priority may then preempt
+        this one before the step runs (vLLM issue 57580).
+
+        Args:
+            request: that is preempted; ``num_computed_tokens`` are without this step.
+            managers: of groups that note pages so; the kept group waits for the step.
+        """
+        for manager in managers:
+            pages = manager.req_to_blocks.get(request.request_id, ())
+            stop = manager.num_cached_block.get(request.request_id, 0)
+            for page in pages[request.num_computed_tokens // manager.block_size : stop]:
+                if page.block_hash is not None:
+                    self._evict(page)
 
     def discard(self, pages: Iterable[KVCacheBlock]) -> None:
         """Forget that pages were spare: they are in use again, or worth keeping."""

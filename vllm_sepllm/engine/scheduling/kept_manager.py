@@ -265,7 +265,8 @@ class KeptManager(SingleTypeKVCacheManager):
         stop = min(num_tokens // size, len(hashes))
         if stop <= first:
             return
-        kept_prefix = self._counts(request_id, stop * size).prefix
+        counts = self._counts(request_id, stop * size)
+        kept_prefix = counts.prefix
         pages, pending = self.req_to_blocks[request_id], stream.pending
         self._pending.append(stream)
         for i in range(first, stop):
@@ -273,8 +274,11 @@ class KeptManager(SingleTypeKVCacheManager):
             self._pool.prefixes.store(hashes[i], count, hashes[i - 1] if i else None)
             if count // size > before // size:
                 pending.append((done_key(hashes[i]), pages[before // size], (i + 1) * size))
-            if count % size:
-                pending.append((hashes[i], pages[count // size], (i + 1) * size))
+            # A page of its own that holds a prefix which was found has no key yet.
+            if count % size and (count > before or not stream.has_keys):
+                at = counts.last_kept((i + 1) * size) // size
+                pending.append((hashes[at], pages[count // size], (at + 1) * size))
+            stream.has_keys = True
         pending[:] = [entry for entry in pending if not entry[1].is_null]  # has left meanwhile
         self.num_cached_block[request_id] = stop
         if not self._scheduling:  # asynchronous scheduling also notes what a past step computed
@@ -287,9 +291,11 @@ class KeptManager(SingleTypeKVCacheManager):
         ``found`` blocks, and with a bound the pages that a request which resumes there sees.
         """
         ends = self._pool.junctions.among(hashes)
+        counts = self._counts(request_id, found * self.block_size)
         for end in ends:
             if end <= found and self._pool.junctions.is_confirmed(hashes[end - 1]):
-                self._pool.spare.refresh(hashes[end - 1 : end], self.kv_cache_group_id)
+                at = counts.last_kept(end * self.block_size) // self.block_size
+                self._pool.spare.refresh(hashes[at : at + 1], self.kv_cache_group_id)
         if self._rule.max_separator_tokens is not None:
             self._counts(request_id, len(hashes) * self.block_size)
             tail = self._pool.tails.get(request_id, range(0))

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from weakref import WeakKeyDictionary
-
 from vllm.v1.core.block_pool import BlockPool
 
 from vllm_sepllm.engine.scheduling.eviction import Junctions, SparePages
 from vllm_sepllm.engine.scheduling.prefix_index import PrefixIndex
 from vllm_sepllm.engine.scheduling.tally import Tally
 
-_states: WeakKeyDictionary[BlockPool, PoolState] = WeakKeyDictionary()
+_KEPT_AS = "_state_of_sepllm"
 
 
 class PoolState:
-    """Beside a block pool of vLLM's, which gives each manager no other place to meet the others.
+    """An attribute of a block pool of vLLM's, which gives managers no other place to meet.
 
     Attributes:
         prefixes: kept tokens of known prefixes.
@@ -34,8 +32,9 @@ class PoolState:
 
     @staticmethod
     def of(block_pool: BlockPool) -> PoolState:
-        """The one state of a block pool."""
-        state = _states.get(block_pool)
+        """The one state of a block pool; it ends with it."""
+        state: PoolState | None = getattr(block_pool, _KEPT_AS, None)
         if state is None:
-            state = _states[block_pool] = PoolState(block_pool)
+            state = PoolState(block_pool)
+            setattr(block_pool, _KEPT_AS, state)
         return state

@@ -8,8 +8,9 @@ stream do not line up with those blocks, but how a prefix fills them follows fro
 *done* key of ``h``
     the page which that block completed, if it completed one;
 *open* key ``h``
-    the page it left partly filled, if any: entries up to ``kept_count[h]`` are those of the
-    prefix, whatever was appended to the page later.
+    the page it left partly filled, if it kept a token: entries up to ``kept_count[h]`` are those
+    of the prefix, whatever was appended to the page later. Blocks behind it that keep nothing
+    leave the same page, so they have no key. A page has as many keys as entries, at most.
 
 ::
 
@@ -88,12 +89,18 @@ class PrefixIndex:
         """Whether a longer text with this prefix was known."""
         return block_hash in self._continued
 
-    def kept_count(self, block_hash: BlockHash) -> int | None:
-        """Kept tokens of a prefix, or ``None`` if it is not known."""
-        count = self._kept_count.get(block_hash)
-        if count is not None:
+    def kept_counts(self, block_hashes: Sequence[BlockHash]) -> list[int]:
+        """Kept tokens of the prefixes that end with these blocks of one text, as far as they are
+        known. They count as looked up: the text is forgotten from its end."""
+        counts = []
+        for block_hash in block_hashes:
+            count = self._kept_count.get(block_hash)
+            if count is None:
+                break
+            counts.append(count)
+        for block_hash in reversed(block_hashes[: len(counts)]):
             self._kept_count.move_to_end(block_hash)
-        return count
+        return counts
 
     def find(
         self,
@@ -124,10 +131,8 @@ class PrefixIndex:
         full: list[list[KVCacheBlock]] = []  # done pages; each one page per group
         lost: list[int] = []  # of those, the ones that are no longer cached
         counts: list[int] = []
-        for block_hash in block_hashes:
-            count = self.kept_count(block_hash)
-            if count is None:
-                break
+        holders: list[int] = []  # of each block, the last one up to it that kept a token
+        for block_hash, count in zip(block_hashes, self.kept_counts(block_hashes), strict=False):
             if count // block_size > len(full):
                 page = block_pool.get_cached_block(done_key(block_hash), group_ids)
                 if page is None:
@@ -135,6 +140,7 @@ class PrefixIndex:
                         break
                     lost.append(len(full))
                 full.append(page or nothing)
+            holders.append(holders[-1] if counts and count == counts[-1] else len(counts))
             counts.append(count)
         for i in range(len(counts) - 1, -1, -1):
             if (i + 1) * block_size % alignment:
@@ -150,7 +156,7 @@ class PrefixIndex:
                     continue
                 pages[unseen] = [nothing] * len(pages[unseen])
             if counts[i] % block_size:
-                page = block_pool.get_cached_block(block_hashes[i], group_ids)
+                page = block_pool.get_cached_block(block_hashes[holders[i]], group_ids)
                 if page is None:
                     continue
                 pages = [*pages, page]

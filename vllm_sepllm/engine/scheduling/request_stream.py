@@ -24,6 +24,7 @@ class RequestStream:
         num_left: token blocks that have left the window, as far as they are counted.
         leaves_at: tokens computed with which the next one may leave.
         has_started: its first step was seen.
+        has_keys: keys of its pages were noted, and not only those of pages that it has found.
         pending: keys of this step's pages: key, page, tokens of the prefix.
     """
 
@@ -33,6 +34,7 @@ class RequestStream:
     num_left: int = 0
     leaves_at: int = 0
     has_started: bool = False
+    has_keys: bool = False
     pending: list[tuple[BlockHash, KVCacheBlock, int]] = field(default_factory=list)
 
     def most_pages(self, rule: KeepRule, num_in_flight: int, block_size: int) -> int:

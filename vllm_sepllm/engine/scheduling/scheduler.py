@@ -58,6 +58,7 @@ class SepLLMScheduler(Scheduler):
         pool = self.kv_cache_manager.block_pool
         managers = self.kv_cache_manager.coordinator.single_type_managers
         self._kept_managers = [m for m in managers if isinstance(m, KeptManager)]
+        self._positional_managers = [m for m in managers if not isinstance(m, KeptManager)]
         for manager in self._kept_managers:
             manager.attach(settings.rule, self.requests, self._in_flight_tokens)
             manager.counts_tokens = manager is self._kept_managers[0]
@@ -72,7 +73,7 @@ class SepLLMScheduler(Scheduler):
         # With a bound the share says little about memory.
         is_bounded = options.max_separator_tokens is not None
         self._traffic = TrafficShare(None if is_bounded else settings.plan)
-        self._tally = PoolState.of(pool).tally
+        self._tally, self._spare = PoolState.of(pool).tally, PoolState.of(pool).spare
         self._reports = Reports(self._tally, ((_kind(manager), manager) for manager in managers))
         self._num_positions: int | None = None  # of the model, where a text can run past them
         trained = trained_length(self.vllm_config.model_config)
@@ -92,12 +93,7 @@ class SepLLMScheduler(Scheduler):
         Start-up accepts every length full attention could serve, but the window pages of a large
         prompt chunk leave less to the stream than such a request needs.
         """
-        needed, size = 0, (self.max_model_len, self._in_flight_tokens)
-        for manager in self.kv_cache_manager.coordinator.single_type_managers:
-            if isinstance(manager, KeptManager):
-                needed += manager.kv_cache_spec.expected_pages(*size)
-            else:
-                needed += self._admission.positional_pages(manager, *size)
+        needed = self._admission.pages_of_ordinary_text(self.max_model_len, self._in_flight_tokens)
         if self._kept_managers and needed > self._admission.num_pages:
             logger.warning(
                 "SepLLM attention: %d tokens of ordinary text need about %d KV cache blocks, %d "
@@ -129,6 +125,8 @@ class SepLLMScheduler(Scheduler):
         self._check_fits(session)
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        """vLLM's; nothing of a step that the request is taken out of can be found."""
+        self._spare.forget_uncomputed(request, self._positional_managers)
         super()._preempt_request(request, *args, **kwargs)
         self._check_fits(request)
         if not self.running:  # nobody else took the pages it lacks
@@ -236,11 +234,12 @@ class SepLLMScheduler(Scheduler):
 
     def _first_ready(self) -> Request | None:
         """The request vLLM has just failed to find pages for, if any."""
-        is_paused = self.pause_state != PauseState.UNPAUSED
         is_full = self.num_waiting_for_streaming_input >= self.max_num_active_reqs
-        if is_paused or is_full or self.deferred_frees:
+        if self.pause_state == PauseState.PAUSED_ALL or is_full or self.deferred_frees:
             return None
-        ready = self._ready(self.kv_holding_waiting) or self._ready(self.waiting)
+        ready = self._ready(self.kv_holding_waiting)
+        if not ready and self.pause_state == PauseState.UNPAUSED:
+            ready = self._ready(self.waiting)
         return ready[0] if ready else None
 
     def _ready(self, queue: RequestQueue) -> list[Request]:

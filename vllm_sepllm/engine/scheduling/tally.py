@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import takewhile
 from time import monotonic
 from typing import Any
 
@@ -95,6 +96,8 @@ class Reports:
         held = dict.fromkeys((kind for kind, _ in self._managers), 0)
         for kind, manager in self._managers:
             lists = manager.req_to_blocks.values()
+            if kind == WINDOW:  # null pages up to the window: as many as a long text has blocks
+                lists = [takewhile(lambda page: not page.is_null, reversed(p)) for p in lists]
             held[kind] += len({p.block_id for pages in lists for p in pages if not p.is_null})
         return held
 

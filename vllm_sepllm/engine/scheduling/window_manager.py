@@ -94,19 +94,23 @@ class WindowManager(SlidingWindowManager):
             request.block_hashes, self.block_pool.hash_block_size, self.block_size
         )
         found = self.num_cached_block.get(request.request_id, 0)
-        known = found
-        while known < len(hashes) and self._pool.prefixes.kept_count(hashes[known]) is not None:
-            known += 1
+        known = max(found, len(self._pool.prefixes.kept_counts(hashes)))
         for end in {found, known} - {0}:
             is_parting = end == known and self._pool.prefixes.is_continued(hashes[end - 1])
             self._pool.junctions.visit(hashes[end - 1], self.kv_cache_group_id, is_parting)
-        lasting = []
+        lasting: list[range] = []
+        refreshed = 0
         for end in self._pool.junctions.among(hashes):
-            lasting.append(range(max(0, end - self._pages_for_hit), end))
+            first = max(0, end - self._pages_for_hit)
+            if lasting and first <= lasting[-1].stop:
+                lasting[-1] = range(lasting[-1].start, end)
+            else:
+                lasting.append(range(first, end))
             # Behind the window it resumed with, so not touched yet.
             if end < found and self._pool.junctions.is_confirmed(hashes[end - 1]):
-                window = hashes[lasting[-1].start : end]
+                window = hashes[max(first, refreshed) : end]
                 self._pool.spare.refresh(window, self.kv_cache_group_id)
+                refreshed = end
         tail = self._tail(request.num_prompt_tokens // self.block_size, known, hashes)
         lasting.append(self._pool.tails.setdefault(request.request_id, tail))
         return lasting

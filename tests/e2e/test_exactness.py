@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from helpers import Reference, find_separators
+from torch._dynamo.utils import counters
 
 from vllm_sepllm.oracle.dense_mask import (
     KeptAfter,
@@ -189,8 +190,23 @@ def test_spans(engines, book, tokenizer, reference_model, separator_ids):
             reference.check_output(output)
     assert output.num_cached_tokens >= 300
     without = Reference(reference_model, kept, 4, 32)
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match=r"step \d+: \d+ instead of|another log-probability"):
         without.check_output(engine.generate([book[:700]], 30, logprobs=0)[0])
+    engine.check_empty()
+
+
+def test_compiled(engines, book, first_layers, separator_ids):
+    """As ``vllm serve`` runs where nothing else is said."""
+    model, path = first_layers(2)
+    before = counters["stats"]["unique_graphs"]
+    engine = engines(sepllm={"window_size": 64}, model=path, enforce_eager=False)
+    config = engine.llm.llm_engine.vllm_config.compilation_config
+    assert config.backend == "inductor"
+    assert counters["stats"]["unique_graphs"] > before, "nothing was compiled"
+    reference = Reference(model, separator_ids, 4, 64)
+    prompts = [book[:700], book[3000:3342]]
+    for output in engine.generate(prompts, 30, logprobs=0):
+        reference.check_output(output)
     engine.check_empty()
 
 

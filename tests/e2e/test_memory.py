@@ -202,6 +202,7 @@ def test_a_request_that_can_never_fit_ends_with_an_error(
     assert "2000 tokens" in reason.stop_reason
     assert "65 there are" in reason.stop_reason
     for name in ("fine", "after"):
+        engine.check_whole(finished[name], 20)
         tokens = list(finished[name].outputs[0].token_ids)
         prompt = prompts[name]
         assert first_difference(reference_model, prompt, tokens, separator_ids, 4, 64) is None
@@ -213,7 +214,8 @@ def test_a_request_that_outgrows_the_pool_ends_with_an_error(engines, separator_
     engine = engines(sepllm={"window_size": 64}, num_gpu_blocks_override=66)
     comma = separator_ids[0]
     bias = {comma: 100.0}
-    output = engine.generate([[comma] * 1900], max_tokens=140, logit_bias=bias)[0].outputs[0]
+    asked = {"max_tokens": 140, "logit_bias": bias, "is_whole": False}
+    output = engine.generate([[comma] * 1900], **asked)[0].outputs[0]
     assert output.finish_reason == "error"
     assert set(output.token_ids) == {comma}
     assert "KV cache blocks" in output.stop_reason

@@ -23,6 +23,7 @@ SIZES = {
 @torch.no_grad()
 def greedy_difference(model, prompt, tokens, masks):
     """First step at which ``tokens`` leave the model's greedy choice, or ``None``."""
+    assert tokens
     ids = torch.tensor([prompt + tokens])
     logits = model(input_ids=ids, attention_mask=masks).logits[0, len(prompt) - 1 : -1]
     wrong = (logits.argmax(-1) != torch.tensor(tokens)).nonzero()

@@ -65,5 +65,5 @@ def test_the_comparison_can_fail(engine, book, reference):
     [answer] = engine.generate([book[:700]], max_tokens=1, prompt_logprobs=0)
     ids = sequence(answer)
     reference.check_log_probs(ids, of_prompt(answer))
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match="another log-probability"):
         reference.check_log_probs([ids[4], *ids[1:]], of_prompt(answer))

@@ -6,6 +6,9 @@ from types import SimpleNamespace
 import pytest
 from helpers import MODEL
 
+from vllm_sepllm.engine.cpu.platform import _cpu
+from vllm_sepllm.engine.startup import checks
+
 pytestmark = pytest.mark.engine
 
 
@@ -239,6 +242,43 @@ def test_decode_context_parallelism():
     assert "decode_context_parallel_size=2" in message
 
 
+@pytest.mark.parametrize("method", ["eagle", "eagle3", "medusa", "suffix", "mtp", "draft_model"])
+def test_methods_of_speculation(method):
+    """All but ngram; which of them vLLM would take by itself differs by model."""
+    config = make_config()
+    config.speculative_config = SimpleNamespace(method=method)
+    [sentence] = checks._parallel_refusals(config, _cpu())
+    assert f"method={method!r} is not supported yet: use 'ngram'" in sentence
+    config.speculative_config = SimpleNamespace(method="ngram")
+    assert not [*checks._parallel_refusals(config, _cpu())]
+
+
+def test_context_parallelism_of_prompts():
+    config = make_config()
+    config.parallel_config.prefill_context_parallel_size = 2
+    [sentence] = checks._parallel_refusals(config, _cpu())
+    assert "prefill_context_parallel_size=2 splits a request's pages over ranks" in sentence
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("is_mm_prefix_lm", True, "attends to its prefix in both directions"),
+        ("attention_chunk_size", 64, "uses chunked or reference-window attention of its own"),
+        ("rswa_window", 64, "uses chunked or reference-window attention of its own"),
+    ],
+)
+def test_attention_of_other_kinds(monkeypatch, name, value, sentence):
+    from vllm.config import ModelConfig
+
+    config = make_config()
+    assert hasattr(config.model_config, name)
+    monkeypatch.setattr(ModelConfig, name, value, raising=False)
+    vars(config.model_config).pop(name, None)
+    [said] = checks._model_refusals(config, _cpu())
+    assert sentence in said
+
+
 def test_pipeline_stages_without_compilation():
     """With any attention the first request would end the engine, after a start without a word."""
     message = refusal(pipeline_parallel_size=2, enforce_eager=True)
@@ -302,6 +342,26 @@ MODELS = {
     "head size": (
         {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "head_dim": 24},
         "heads of size 24, must be one of 32, 64,",
+    ),
+    "state space": (
+        {
+            "architectures": ["MambaForCausalLM"],
+            "model_type": "mamba",
+            "state_size": 8,
+            "intermediate_size": 128,
+            "time_step_rank": 4,
+        },
+        "has attention of type 'attention_free', only 'decoder' is served",
+    ),
+    "hybrid": (
+        {
+            "architectures": ["JambaForCausalLM"],
+            "model_type": "jamba",
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "num_experts": 1,
+        },
+        "has attention of type 'hybrid', only 'decoder' is served",
     ),
     "alibi": (
         {

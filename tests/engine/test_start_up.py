@@ -2,6 +2,7 @@
 """What start-up looks up, plans and says, up to the point where workers start."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import made_tokenizers
@@ -298,6 +299,25 @@ def test_the_doctor_says_what_memory_is_planned_for():
     [row] = [row for row in diagnose(MODEL, options).rows if row[0] == "planned kept share"]
     assert row[1].startswith("5.0% (planned_kept_share), but 27.0% of the sample text JSON")
     assert not row[2]
+
+
+def test_the_doctor_says_no(monkeypatch, tmp_path):
+    """Of a model that is not served, options that cannot be, and plugins that are not loaded."""
+    from vllm_sepllm.engine.doctor import diagnose
+
+    assert diagnose(MODEL, {}).problems == []
+    [problem] = diagnose(MODEL, {"window_size": 0}).problems
+    assert "window_size=0: must be at least 1" in problem
+    [problem] = diagnose(str(tmp_path / "nowhere"), {}).problems
+    assert "no such folder" in problem
+    bloom = {"architectures": ["BloomForCausalLM"], "model_type": "bloom", "n_layer": 2}
+    bloom |= {"n_head": 4, "hidden_size": 64, "vocab_size": 4096}
+    shutil.copytree(MODEL, tmp_path / "bloom")
+    (tmp_path / "bloom/config.json").write_text(json.dumps(bloom))
+    [problem] = diagnose(str(tmp_path / "bloom"), {}).problems
+    assert "ALiBi" in problem
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    assert any("VLLM_PLUGINS" in problem for problem in diagnose(None, {}).problems)
 
 
 @pytest.mark.parametrize(

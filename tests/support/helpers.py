@@ -130,15 +130,36 @@ class Engine:
         assert is_async == (self.core.batch_queue is not None)
         assert is_async == (os.environ.get("SEPLLM_TEST_ASYNC_SCHEDULING") == "1")
 
-    def generate(self, prompts: list[list[int]], max_tokens: int = 24, **params: Any) -> list[Any]:
-        """Greedy completions, one ``RequestOutput`` per prompt."""
+    def generate(
+        self, prompts: list[list[int]], max_tokens: int = 24, is_whole: bool = True, **params: Any
+    ) -> list[Any]:
+        """Greedy completions, one ``RequestOutput`` per prompt.
+
+        Args:
+            prompts: token ids.
+            max_tokens: of each answer.
+            is_whole: every answer must have as many tokens, or all that there is room for; but for
+                those that may stop at the end of text (``ignore_eos=False``).
+            params: more of vLLM's ``SamplingParams``.
+        """
         from vllm import SamplingParams
 
         sampling = SamplingParams(
             max_tokens=max_tokens, **{"temperature": 0, "ignore_eos": True, **params}
         )
         inputs = [{"prompt_token_ids": ids} for ids in prompts]
-        return self.llm.generate(inputs, sampling, use_tqdm=False)
+        outputs = self.llm.generate(inputs, sampling, use_tqdm=False)
+        if is_whole and sampling.ignore_eos:
+            for output in outputs:
+                self.check_whole(output, max_tokens)
+        return outputs
+
+    def check_whole(self, output: Any, max_tokens: int) -> None:
+        """An answer was not refused, and not cut off before it had to end."""
+        room = self.llm.llm_engine.model_config.max_model_len - len(output.prompt_token_ids)
+        for sample in output.outputs:
+            assert sample.finish_reason == "length", sample.stop_reason
+            assert len(sample.token_ids) == min(max_tokens, room)
 
     def tokens(self, prompts: list[list[int]], max_tokens: int = 24, **params: Any) -> list[Any]:
         """Only the token ids."""
@@ -229,6 +250,9 @@ class Engine:
                 self.add("intruder", waiting, max_tokens=1)
                 waiting = None
         assert preempted == (mine if intruder else set()), "preempted are not those who should be"
+        for name in requests:
+            for sample in finished[name].outputs:
+                assert sample.finish_reason in ("length", "stop"), sample.stop_reason
         self.check_empty()
         return {name: finished[name] for name in requests}
 
@@ -364,7 +388,7 @@ class Reference:
             expected = exact[place - 1]
             given = {token: found.logprob for token, found in entry.items()}
             for token, value in given.items():
-                assert abs(value - expected[token]) <= bound
+                assert abs(value - expected[token]) <= bound, "another log-probability"
             best = torch.tensor(sorted(given.values(), reverse=True)[:top])
             assert len(best) == top
             assert (best - expected.topk(top).values).abs().le(bound).all()

@@ -1,11 +1,15 @@
 """What the documentation points at is there, and the picture is the one that is drawn."""
 
+import json
 import re
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from helpers import ROOT
+
+from vllm_sepllm.config import SepLLMConfig
 
 pytestmark = pytest.mark.unit
 
@@ -50,6 +54,52 @@ def test_files_that_are_named(page):
     folders = "|".join((*FOLDERS, "scripts", "tools"))
     for path in re.findall(rf"`((?:{folders})/[\w./-]+)`", prose(page)):
         assert (ROOT / path).exists(), f"{path} in {page.name}"
+
+
+def test_tests_that_are_named():
+    """By their file alone: each is there."""
+    files = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    named = {name for page in PAGES for name in re.findall(r"`(test_\w+\.py)`", prose(page))}
+    assert len(named) > 20
+    for name in named:
+        assert name in files
+
+
+def test_all_options_are_in_the_table():
+    """With their defaults, where these are values of one line."""
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \|", prose(ROOT / "docs/options.md"), re.MULTILINE)
+    shown = dict(rows)
+    for field in fields(SepLLMConfig):
+        default = getattr(SepLLMConfig(), field.name)
+        if isinstance(default, (int, str, type(None))):
+            assert shown[field.name] == f"`{json.dumps(default)}`", field.name
+        else:
+            assert field.name in shown
+
+
+def results(name):
+    path = ROOT / "benchmarks/results" / name
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_figures_of_the_readme_are_those_that_were_measured():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    cpu = {(each["batch"], each["context"]): each for each in results("cpu.json")["results"]}
+    rows = re.findall(r"^\| ([\d,]+) \| ([\d.]+) \| ([\d.]+) \|$", readme, re.MULTILINE)
+    assert len(rows) == 3
+    for context, decoding, blocks in rows:
+        case = cpu[8, int(context.replace(",", ""))]
+        assert decoding == f"{case['decode_ratio']:.2f}"
+        assert blocks == f"{case['blocks']['sepllm'] / case['blocks']['dense']:.2f}"
+    ways = results("retrieval.json")["ways"]
+    right = {name: sum(row["right"] for row in way["rows"]) for name, way in ways.items()}
+    rows = re.findall(r"^\| (\S.*?) \| (\d+)(?:, .*?)? \| \d+ % \|$", readme, re.MULTILINE)
+    assert dict(rows) == {
+        "everything": str(right["full attention"]),
+        "SepLLM": str(right["SepLLM"]),
+        "StreamingLLM, window of 1,779": str(right["StreamingLLM, as much KV as facts"]),
+        'SepLLM, `preset: "facts"`': str(right["facts"]),
+    }
 
 
 def test_readme_is_short():

@@ -205,7 +205,12 @@ def first_difference(
 
     Returns:
         ``None`` when all tokens agree, else one sentence that names step, tokens and margin.
+
+    Raises:
+        ValueError: nothing was generated, so there is nothing that could differ.
     """
+    if not generated:
+        raise ValueError("nothing was generated: there is nothing to compare")
     token_ids = [*prompt, *generated]
     options = separator_ids, num_sink_tokens, window_size
     mask = sepllm_mask(token_ids, *options, max_separators=max_separators, after=after)

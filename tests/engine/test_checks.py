@@ -288,6 +288,15 @@ def test_pipeline_stages_without_compilation():
     assert "pipeline_parallel_size=2 without compilation" in message
 
 
+def test_pipeline_stages_with_drafts():
+    config = make_config()
+    config.parallel_config.pipeline_parallel_size = 2
+    assert not [*checks._parallel_refusals(config, _cpu())]
+    config.speculative_config = SimpleNamespace(method="ngram")
+    [sentence] = checks._parallel_refusals(config, _cpu())
+    assert "pipeline_parallel_size=2 with speculative decoding gives wrong tokens" in sentence
+
+
 SMALL = {
     "hidden_size": 64,
     "intermediate_size": 128,

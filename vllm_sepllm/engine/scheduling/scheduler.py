@@ -16,7 +16,6 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.request_queue import RequestQueue
-from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import (
     FullAttentionManager,
     SingleTypeKVCacheManager,
@@ -28,6 +27,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_sepllm.engine.scheduling.admission import Admission
 from vllm_sepllm.engine.scheduling.kept_manager import KeptManager
 from vllm_sepllm.engine.scheduling.pool_state import PoolState
+from vllm_sepllm.engine.scheduling.sessions import SessionScheduler
 from vllm_sepllm.engine.scheduling.tally import (
     FULL,
     KEPT,
@@ -46,7 +46,7 @@ from vllm_sepllm.engine.startup.settings import Settings
 logger = init_logger(f"vllm.{__name__}")
 
 
-class SepLLMScheduler(Scheduler):
+class SepLLMScheduler(SessionScheduler):
     """Set as ``scheduler_cls`` at start-up when the SEPLLM backend is selected."""
 
     max_num_scheduled_tokens: int

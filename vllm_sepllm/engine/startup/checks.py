@@ -237,6 +237,13 @@ def _parallel_refusals(vllm_config: VllmConfig, hardware: Hardware) -> Iterator[
             f"pipeline_parallel_size={stages} without compilation fails in vLLM on CPU: leave out "
             "enforce_eager and LoRA, which switch it off, or use tensor_parallel_size"
         )
+    if stages > 1 and vllm_config.speculative_config is not None:
+        # With any attention: a stage is sent drafts before the token in front of them is known, and
+        # answers are wrong without a word (vLLM issue 52071).
+        yield (
+            f"pipeline_parallel_size={stages} with speculative decoding gives wrong tokens in "
+            "vLLM: leave out speculative_config, or use tensor_parallel_size"
+        )
     if parallel.use_ubatching:
         how = "enable_dbo=True" if parallel.enable_dbo else f"ubatch_size={parallel.ubatch_size}"
         yield f"{how} splits batches, which is not supported: leave it out"

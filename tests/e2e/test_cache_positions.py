@@ -157,8 +157,8 @@ def test_other_policies(engines, book, reference_model, policy, interval):
 def test_beyond_the_trained_length(engines, book, reference_of):
     """The model is made for 2,048 positions and never sees one past the 88th."""
     sepllm = cache_positions(max_separator_tokens=20)
-    engine = engines(sepllm=sepllm, max_model_len=4096, max_num_batched_tokens=512)
-    prompts = [book[:2030], book[:2200]]
+    engine = engines(sepllm=sepllm, max_model_len=8192, max_num_batched_tokens=512)
+    prompts = [book[:2030], book[:7000]]
     for prompt, tokens in zip(prompts, engine.tokens(prompts, max_tokens=30), strict=True):
         reference_of(bound=20).check(prompt, tokens)
     engine.check_empty()

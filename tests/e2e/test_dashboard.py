@@ -50,6 +50,7 @@ def asked(tmp_path_factory):
         iteration.inter_token_latencies_iter.append(0.02)
         manager.record(stats, iteration)
         time.sleep(0.25)
+    prometheus.until = time.time()  # queries are about these seconds, however late they come
     yield prometheus
     prometheus.stop()
     server.shutdown()
@@ -60,7 +61,7 @@ def asked(tmp_path_factory):
 def test_queries(asked, panel):
     for target in panel["targets"]:
         query = filled(target["expr"], f"{SECONDS}s")
-        results = asked.ask("query", query=query)["result"]
+        results = asked.ask("query", query=query, time=asked.until)["result"]
         values = [float(result["value"][1]) for result in results]
         assert values, query
         assert all(map(math.isfinite, values)), query
@@ -73,7 +74,7 @@ def test_what_is_asked_is_what_was_reported(asked):
 
     def values(title, index=0):
         query = filled(found[title][index]["expr"], f"{SECONDS}s")
-        results = asked.ask("query", query=query)["result"]
+        results = asked.ask("query", query=query, time=asked.until)["result"]
         return {tuple(r["metric"].values()): float(r["value"][1]) for r in results}
 
     assert values("Pages held") == {("window",): 7, ("kept",): 8}
@@ -123,7 +124,7 @@ def test_provisioning_names_what_is_there():
     [provider] = yaml.safe_load((folder / "dashboards/sepllm.yml").read_text())["providers"]
     variable = provider["options"]["path"]
     assert (
-        f"{variable[2:-1]}=$PWD/{DASHBOARD.parent.relative_to(ROOT)}"
+        f'{variable[2:-1]}="$PWD/{DASHBOARD.parent.relative_to(ROOT)}"'
         in (ROOT / "examples/grafana/README.md").read_text()
     )
     [source] = yaml.safe_load((folder / "datasources/prometheus.yml").read_text())["datasources"]

@@ -41,6 +41,31 @@ def demo():
     return demo_answers
 
 
+def test_the_first_part_of_the_demo(capsys, monkeypatch):
+    """With fewer and shorter requests. What it prints is what the engines hold."""
+    from vllm_sepllm.engine.in_process import clean_up
+
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    demo = runpy.run_path(str(ROOT / "examples/demo.py"))
+    demo["run"].__globals__.update(NUM_REQUESTS=2, NEW_TOKENS=40)
+    results = {}
+    for name in ("dense", "sepllm"):
+        results[name] = demo["run"](name)
+        clean_up()
+        results[name]["share_visible"] = demo["share_visible"](name, results[name]["outputs"])
+    dense, ours = results["dense"], results["sepllm"]
+    assert [len(output) for output in ours["outputs"]] == [40, 40]
+    assert dense["blocks_at_end"] == -(-1739 // 32)  # the last token is not computed
+    # What is visible, and up to two pages more: the window's first and the stream's last.
+    least = ours["share_visible"] * 1739 / 32
+    assert least <= ours["blocks_at_end"] <= least + 4
+    assert 0.1 < ours["share_visible"] < 0.3
+    demo["show"](results)
+    shown = capsys.readouterr().out
+    assert f"{ours['blocks_at_end'] / dense['blocks_at_end']:.0%}" in shown
+    assert "SepLLM continues the book" in shown
+
+
 @pytest.fixture(scope="module")
 def adapter(smollm2, tmp_path_factory):
     """A random one for SmolLM2, in the format of the PEFT library."""

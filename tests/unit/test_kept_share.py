@@ -32,6 +32,10 @@ def tables(page: str) -> list[tuple[str, list[list[str]]]]:
     ]
 
 
+# Files of this repository, which change a little all the time.
+CHANGING = "Python code", "JSON", "Markdown"
+
+
 def test_the_tables_in_the_docs_are_what_the_command_prints(kept_share):
     shown = tables((ROOT / "docs/separators.md").read_text(encoding="utf-8"))
     assert [name for name, _ in shown] == list(kept_share.TOKENIZERS)
@@ -45,11 +49,10 @@ def test_the_tables_in_the_docs_are_what_the_command_prints(kept_share):
         for line, expected in zip(cells, now, strict=True):
             assert line[:2] == expected[:2]
             for cell, value in zip(line[2:], expected[2:], strict=True):
-                if value.replace(".", "").isdigit():
-                    # Some texts are files of this repository, which change a little all the time.
+                if line[0] in CHANGING and value.replace(".", "").isdigit():
                     assert abs(float(cell) - float(value)) <= 1, (name, line, expected)
                 else:
-                    assert cell == value
+                    assert cell == value, (name, line, expected)
 
 
 def test_a_tokenizer_is_a_folder_or_a_file(kept_share, tmp_path):

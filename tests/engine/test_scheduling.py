@@ -152,7 +152,7 @@ def test_random_traffic(asynchronous, drafts, bounds):
     seen = Counter()
 
     @settings(
-        max_examples=80 if bounds == [None] else 120,
+        max_examples=120,
         deadline=None,
         derandomize=True,
         suppress_health_check=list(HealthCheck),

@@ -91,3 +91,32 @@ def test_sessions_that_are_preempted_with_output_on_its_way(num_blocks):
     for name, turns in prompts.items():
         assert simulation.answers[name] == expected(turns, 9)
     assert simulation.num_held == 0
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_session_that_grows_to_the_models_length(asynchronous, waits):
+    """It ends with its reason, whether the turn that is too much waits already or comes later, and
+    others go on."""
+    simulation = Simulation(
+        {"window_size": 16, "separator_token_ids": list(SEPARATORS)},
+        next_token,
+        num_blocks=200,
+        block_size=16,
+        max_model_len=192,
+        max_num_batched_tokens=64,
+        asynchronous=asynchronous,
+    )
+    first, more, others = STEMS[0][:100], STEMS[1][:88], STEMS[1][:70]
+    simulation.add("session", first, 5, resumable=True)
+    if not waits:
+        for _ in range(12):
+            simulation.step()
+    simulation.turn("session", more, 5)  # 100 + 4 + 88 = 192
+    simulation.add("others", others, 7)
+    simulation.settle()
+    assert simulation.answers["session"] == answer(first, 5)
+    assert simulation.finished["session"] == "error"
+    assert "192 tokens of this session leave no room" in simulation.reasons["session"]
+    assert simulation.answers["others"] == answer(others, 7)
+    assert simulation.num_held == 0

@@ -145,6 +145,8 @@ class SepLLMScheduler(SessionScheduler):
                 "shorten it, or have the engine started with max_separator_tokens"
             )
             self._refused[request.request_id] = POSITIONS, reason
+        elif request.resumable and request.num_tokens >= self.max_model_len:
+            self._refused[request.request_id] = POSITIONS, self._too_long(request)
 
     def _cache_size(self, request: Request) -> int:
         """Places in cache positions that a text takes; all kept groups count alike."""
@@ -163,6 +165,7 @@ class SepLLMScheduler(SessionScheduler):
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """vLLM's; then the pages of this step can be found by the next one."""
+        self._hold_back(self._refused)
         with self._in_small_chunks() if self._chunks else nullcontext():
             output: SchedulerOutput = super().schedule(*args, **kwargs)
         for manager in self._kept_managers:
@@ -222,6 +225,7 @@ class SepLLMScheduler(SessionScheduler):
         chunk = self._admission.largest_chunk(name, num_tokens)
         if holders:
             self._give_back(holders[-1])
+            self._check_fits(holders[-1])
         elif chunk is not None and name not in self._cold:
             self._cold.add(name)
             self._take_smaller_chunks(request)
@@ -249,14 +253,6 @@ class SepLLMScheduler(SessionScheduler):
     def _is_ready(self, request: Request) -> bool:
         is_settled = request.drop_stale_output or not request.num_stale_output_tokens
         return is_settled and not self._is_blocked_waiting_status(request.status)
-
-    def _give_back(self, session: Request) -> None:
-        """Free the pages of a session's turn that waits; it will be computed from its start."""
-        self.kv_holding_waiting.remove_request(session)
-        self.kv_cache_manager.free(session)
-        session.num_computed_tokens = 0
-        self._enqueue_waiting_request(session)
-        self._check_fits(session)
 
     def _get_local_prefix_cache_hit(
         self, request: Request, *args: Any, **kwargs: Any

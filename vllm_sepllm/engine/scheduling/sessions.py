@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
@@ -28,3 +30,25 @@ class SessionScheduler(Scheduler):
         """vLLM's. Output of a session that is on its way when it is preempted is sampled again. If
         it ended the turn, vLLM would take the session out of its queue, and its text away."""
         super()._preempt_request(request, timestamp, drop_stale_output or request.resumable)
+
+    def _too_long(self, session: Request) -> str:
+        """Why a session ends that has grown to the model's length, which vLLM does not look at: the
+        worker would raise, and end the engine for everybody (vLLM pull request 40072)."""
+        return (
+            f"the {session.num_tokens} tokens of this session leave no room for an answer in "
+            f"max_model_len ({self.max_model_len}): begin another session, with less of its text"
+        )
+
+    def _hold_back(self, names: Iterable[str]) -> None:
+        """Start none of these sessions, which end with this step."""
+        for session in (self.requests[name] for name in names if name in self.requests):
+            if session.resumable:
+                self.waiting.remove_requests([session])
+                self.kv_holding_waiting.remove_requests([session])
+
+    def _give_back(self, session: Request) -> None:
+        """Free the pages of a turn that waits; it will be computed from its start."""
+        self.kv_holding_waiting.remove_request(session)
+        self.kv_cache_manager.free(session)
+        session.num_computed_tokens = 0
+        self._enqueue_waiting_request(session)

@@ -64,3 +64,22 @@ def test_a_session_that_outgrows_the_pool_ends_with_an_error(
     assert len(tokens) == 8
     assert first_difference(reference_model, book[:200], tokens, separator_ids, 4, 64) is None
     assert engine.pool.get_num_free_blocks() == engine.pool.num_gpu_blocks - 1
+
+
+def test_a_session_that_outgrows_the_model_ends_with_an_error(
+    engines, book, reference_model, separator_ids
+):
+    """vLLM's worker has no place for more than ``max_model_len`` tokens, and would raise."""
+    engine = engines(sepllm={"window_size": 64}, num_gpu_blocks_override=66, max_model_len=1024)
+    scheduler = engine.scheduler
+    scheduler.add_request(turn("s", book[:600]))
+    run(engine)
+    scheduler.add_request(turn("s", book[600:1200]))
+    scheduler.add_request(turn("other", book[:200], resumable=False, max_tokens=8))
+    outputs = run(engine)
+    assert outputs["s"][-1].finish_reason.name == "ERROR"
+    assert "leave no room for an answer in max_model_len (1024)" in outputs["s"][-1].stop_reason
+    tokens = [token for output in outputs["other"] for token in output.new_token_ids]
+    assert len(tokens) == 8
+    assert first_difference(reference_model, book[:200], tokens, separator_ids, 4, 64) is None
+    assert engine.pool.get_num_free_blocks() == engine.pool.num_gpu_blocks - 1

@@ -35,6 +35,13 @@ def rule_of(config: SepLLMConfig) -> dict[str, Any]:
     }
 
 
+def rule_in(*configs: Any) -> Any:
+    """The rule that a configuration of Transformers carries, of the model or of its text part: the
+    first there is, or ``None``."""
+    found = (getattr(config, RULE_KEY, None) for config in configs)
+    return next((rule for rule in found if rule is not None), None)
+
+
 def config_of(rule: object, source: str) -> SepLLMConfig:
     """The options of a rule that travels with a model.
 

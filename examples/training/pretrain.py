@@ -35,14 +35,15 @@ def main() -> None:
     given = configuration(__file__)
     data, options = given["data"], given["training"]
     names = given["model"]["attention"]
-    for name in [names] if isinstance(names, str) else names:
+    names = [names] if isinstance(names, str) else names
+    for name in names:
         one_of("model.attention", name, "dense", "sepllm")
     tokenizer = AutoTokenizer.from_pretrained(ROOT / given["model"]["tokenizer"])
     rows = pieces(tokenizer, data["texts"], data["length"])
     held_out = pieces(tokenizer, data["held_out"], data["length"], data["held_out_pieces"])
     root, summary = ROOT / options["output_dir"], {}
     claim(root, given)
-    for name in [names] if isinstance(names, str) else names:
+    for name in names:
         model = new_model(given["model"]["sizes"], given["model"]["seed"])
         num_pairs = float(causal_pairs(data["length"]))
         if name == "sepllm":

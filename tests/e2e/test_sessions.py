@@ -31,6 +31,17 @@ def run(engine, steps=25):
     return outputs
 
 
+def ends_beside(engine, prompt):
+    """Why the session ends with an error, and what another request is answered meanwhile."""
+    engine.scheduler.add_request(turn("other", prompt, resumable=False, max_tokens=8))
+    outputs = run(engine)
+    assert outputs["s"][-1].finish_reason.name == "ERROR"
+    tokens = [token for output in outputs["other"] for token in output.new_token_ids]
+    assert len(tokens) == 8
+    assert engine.pool.get_num_free_blocks() == engine.pool.num_gpu_blocks - 1
+    return outputs["s"][-1].stop_reason, tokens
+
+
 def test_turns_equal_the_reference_and_the_end_is_harmless(
     engines, book, reference_model, separator_ids
 ):
@@ -56,14 +67,9 @@ def test_a_session_that_outgrows_the_pool_ends_with_an_error(
     scheduler.add_request(turn("s", [comma] * 700))
     run(engine)
     scheduler.add_request(turn("s", [comma] * 1300))
-    scheduler.add_request(turn("other", book[:200], resumable=False, max_tokens=8))
-    outputs = run(engine)
-    assert outputs["s"][-1].finish_reason.name == "ERROR"
-    assert "KV cache blocks" in outputs["s"][-1].stop_reason
-    tokens = [token for output in outputs["other"] for token in output.new_token_ids]
-    assert len(tokens) == 8
+    reason, tokens = ends_beside(engine, book[:200])
+    assert "KV cache blocks" in reason
     assert first_difference(reference_model, book[:200], tokens, separator_ids, 4, 64) is None
-    assert engine.pool.get_num_free_blocks() == engine.pool.num_gpu_blocks - 1
 
 
 def test_a_session_that_outgrows_the_model_ends_with_an_error(
@@ -75,11 +81,6 @@ def test_a_session_that_outgrows_the_model_ends_with_an_error(
     scheduler.add_request(turn("s", book[:600]))
     run(engine)
     scheduler.add_request(turn("s", book[600:1200]))
-    scheduler.add_request(turn("other", book[:200], resumable=False, max_tokens=8))
-    outputs = run(engine)
-    assert outputs["s"][-1].finish_reason.name == "ERROR"
-    assert "leave no room for an answer in max_model_len (1024)" in outputs["s"][-1].stop_reason
-    tokens = [token for output in outputs["other"] for token in output.new_token_ids]
-    assert len(tokens) == 8
+    reason, tokens = ends_beside(engine, book[:200])
+    assert "leave no room for an answer in max_model_len (1024)" in reason
     assert first_difference(reference_model, book[:200], tokens, separator_ids, 4, 64) is None
-    assert engine.pool.get_num_free_blocks() == engine.pool.num_gpu_blocks - 1

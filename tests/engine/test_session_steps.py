@@ -7,6 +7,13 @@ from test_scheduling import DRAFTS, SEPARATORS, STEMS, WORDS, answer, next_token
 pytestmark = pytest.mark.engine
 
 
+def make(**options):
+    """A simulation with a window and pages of 16 tokens, and steps of 64."""
+    sepllm = {"window_size": 16, "separator_token_ids": list(SEPARATORS)}
+    given = {"block_size": 16, "max_num_batched_tokens": 64, **options}
+    return Simulation(sepllm, next_token, **given)
+
+
 def right(name, tokens):
     """Drafts that are all accepted."""
     return answer(tokens, DRAFTS)
@@ -26,12 +33,8 @@ def expected(prompts, max_tokens):
 @pytest.mark.parametrize("max_tokens", [1, 2, 3, 4, 5, 6, 7])
 def test_a_turn_that_stops_inside_accepted_drafts(asynchronous, max_tokens):
     """Wherever it stops: the next turn, and others that find its pages, read what they should."""
-    simulation = Simulation(
-        {"window_size": 16, "separator_token_ids": list(SEPARATORS)},
-        next_token,
+    simulation = make(
         num_blocks=200,
-        block_size=16,
-        max_num_batched_tokens=64,
         propose=right,
         asynchronous=asynchronous,
         speculative_config={
@@ -59,12 +62,8 @@ def test_a_turn_that_stops_inside_accepted_drafts(asynchronous, max_tokens):
 @pytest.mark.parametrize("num_blocks", range(21, 40, 2))
 def test_sessions_that_are_preempted_with_output_on_its_way(num_blocks):
     """Of two sessions and a long request none waits for ever, and none forgets its text."""
-    simulation = Simulation(
-        {"window_size": 16, "separator_token_ids": list(SEPARATORS)},
-        next_token,
+    simulation = make(
         num_blocks=num_blocks,
-        block_size=16,
-        max_num_batched_tokens=64,
         asynchronous=True,
         scheduling_policy="priority",
         scheduler_reserve_full_isl=False,
@@ -98,13 +97,9 @@ def test_sessions_that_are_preempted_with_output_on_its_way(num_blocks):
 def test_a_session_that_grows_to_the_models_length(asynchronous, waits):
     """It ends with its reason, whether the turn that is too much waits already or comes later, and
     others go on."""
-    simulation = Simulation(
-        {"window_size": 16, "separator_token_ids": list(SEPARATORS)},
-        next_token,
+    simulation = make(
         num_blocks=200,
-        block_size=16,
         max_model_len=192,
-        max_num_batched_tokens=64,
         asynchronous=asynchronous,
     )
     first, more, others = STEMS[0][:100], STEMS[1][:88], STEMS[1][:70]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_sepllm import __version__
-from vllm_sepllm.carried import RULE_KEY
+from vllm_sepllm.carried import rule_in
 from vllm_sepllm.evaluation.child import EvaluationError, child
 from vllm_sepllm.evaluation.material import Material
 from vllm_sepllm.evaluation.ways import FULL, Way
@@ -59,8 +59,8 @@ class Model:
             seen += [f"{file} {stat.st_size} {stat.st_mtime_ns}" for file, stat in stats]
         mark = hashlib.sha256("\n".join(seen).encode()).hexdigest()[:16]
         length = int(text.max_position_embeddings)
-        rule = getattr(config, RULE_KEY, None) or getattr(text, RULE_KEY, None)
-        return Model(name, int(text.num_hidden_layers), length, token, mark, rule)
+        layers = int(text.num_hidden_layers)
+        return Model(name, layers, length, token, mark, rule_in(config, text))
 
 
 def engine_arguments(

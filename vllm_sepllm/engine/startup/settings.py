@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
-from vllm_sepllm.carried import RULE_KEY, config_of, rule_of, with_rule
+from vllm_sepllm.carried import config_of, rule_in, rule_of, with_rule
 from vllm_sepllm.config import ConfigError, SepLLMConfig
 from vllm_sepllm.engine.names import BACKEND_NAME
 from vllm_sepllm.layers import LayerPlan
@@ -147,8 +147,7 @@ def asks_for_cache_positions(engine_args: EngineArgs) -> bool:
 def carried_rule(vllm_config: VllmConfig) -> Any:
     """The rule that the model was trained under, from its ``config.json``, or ``None``."""
     model: Any = vllm_config.model_config
-    found = getattr(model.hf_config, RULE_KEY, None)
-    return getattr(model.hf_text_config, RULE_KEY, None) if found is None else found
+    return rule_in(model.hf_config, model.hf_text_config)
 
 
 def _parse(additional: Any, carried: Any = None) -> SepLLMConfig:

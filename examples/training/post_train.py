@@ -2,7 +2,7 @@
 
     python examples/training/post_train.py [--set method.loss="cross-entropy"]
 
-A model that was never trained under the mask loses by it; a little training wins most of it back.
+A model that was never trained under the mask loses by it; a little training wins part of it back.
 With ``loss = "distillation"`` the model learns to predict what it predicted with full attention.
 The learning rate starts anew (cosine). Stopped and started again, it goes on where it was.
 """

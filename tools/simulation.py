@@ -79,12 +79,15 @@ class Worker:
 
     def execute(self, output: Any) -> ModelRunnerOutput:
         """One step: update requests, copy pages, write, check what is read, sample."""
-        for name in output.finished_req_ids:
+        for name in (*output.finished_req_ids, *(output.preempted_req_ids or ())):
             self.requests.pop(name, None)
         for new in output.scheduled_new_reqs:
             ids = new.prefill_token_ids or new.prompt_token_ids
             blocks = [list(group) for group in new.block_ids]
             self.requests[new.req_id] = WorkerRequest(list(ids), blocks, new.num_computed_tokens)
+        # The V2 runner has no more rows, and ends the engine.
+        most = self.simulation.config.scheduler_config.max_num_seqs
+        assert self.simulation.rule is None or len(self.requests) <= most, "no free row"
         cached = output.scheduled_cached_reqs
         for i, name in enumerate(cached.req_ids):
             self._continue(name, cached, i)

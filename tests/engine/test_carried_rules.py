@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 from helpers import MODEL
 
-from vllm_sepllm.carried import with_rule, write_rule
+from vllm_sepllm.carried import differences, with_rule, write_rule
 from vllm_sepllm.config import ConfigError, SepLLMConfig
+from vllm_sepllm.engine.doctor import diagnose
 
 pytestmark = pytest.mark.engine
 
@@ -119,6 +120,37 @@ def test_options_beside_a_rule(trained, said):
 def test_what_is_given_takes_the_place_of_what_depends_on_it(rule, given, found):
     config = with_rule(given, rule, "the model")
     assert {name: getattr(config, name) for name in found} == found
+
+
+def test_what_means_the_same_is_no_difference():
+    trained = {
+        "keep": ["names", "digits", "separators"],
+        "keep_after": 4,
+        "separators": ["default"],
+    }
+    here = {"keep": ["digits", "separators", "names"], "keep_after": 4}
+    assert differences(SepLLMConfig.from_dict(here), SepLLMConfig.from_dict(trained)) == []
+    other = SepLLMConfig.from_dict({**here, "keep_after": {"digits": 4, "names": 3}})
+    assert len(differences(other, SepLLMConfig.from_dict(trained))) == 1
+
+
+def test_options_that_need_the_rule(trained, said):
+    """They cannot be used without it: for the names whose tokens they keep, or for a long text."""
+    rule = {**RULE, "keep": ["special", "digits", "names"], "keep_after": [[6, ["names"]]]}
+    options = {"keep_after": {"names": 2}, "position_mode": "cache"}
+    model = trained(rule)
+    diagnosis = diagnose(model, options)
+    assert not diagnosis.problems
+    assert "window 48" in next(found for what, found, _ in diagnosis.rows if what == "options")
+    from vllm.engine.arg_utils import EngineArgs
+
+    args = EngineArgs(
+        model,
+        attention_backend="sepllm",
+        max_model_len=100_000,
+        additional_config={"sepllm": options},
+    )
+    assert args.create_engine_config().model_config.max_model_len == 100_000
 
 
 @pytest.mark.parametrize("keep", [5, None, True, 1.5, "facts"])

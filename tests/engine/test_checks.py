@@ -135,10 +135,13 @@ def test_lengths_that_are_as_ever():
     for arguments in (
         {"additional_config": {"sepllm": {"max_separator_tokens": 64}}},
         {"additional_config": {"sepllm": {"position_mode": "cache"}}, "attention_backend": None},
-        {"additional_config": {"sepllm": {"position_mode": "cache", "oops": 1}}},
+        {"additional_config": {"sepllm": {"position_mode": "no such"}}},
     ):
         with pytest.raises(ValueError, match="VLLM_ALLOW_LONG_MAX_MODEL_LEN"):
             make_config(max_model_len=4096, **arguments)
+    sepllm["oops"] = 1
+    with pytest.raises(ValueError, match="unknown SepLLM option 'oops'"):
+        make_config(max_model_len=4096, additional_config={"sepllm": sepllm})
 
 
 MISPLACED = [{"window_size": 64}, {"SepLLM": {"window_size": 64}}, {"sepllm ": {}}]

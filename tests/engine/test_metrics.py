@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from itertools import chain
+from pathlib import Path
 from types import SimpleNamespace
 
 import msgspec
@@ -17,7 +18,7 @@ from simulation import Simulation
 from test_scheduling import WORDS, next_token
 
 from vllm_sepllm.engine.scheduling.spec import KeptSpec, WindowSpec
-from vllm_sepllm.engine.scheduling.tally import KEPT, STATS_KEY, WINDOW, put, take
+from vllm_sepllm.engine.scheduling.tally import KEPT, LIMITS, STATS_KEY, WINDOW, put, take
 
 pytestmark = pytest.mark.engine
 
@@ -303,7 +304,7 @@ def test_counts_are_shown_where_vllm_shows_its_own(manager):
         "small_chunks": 1,
         "returned": {"window": 2},
         "found": {"window": 4, "kept": 6},
-        "refused": {"positions": 1},
+        "refused": {"positions": 1, "length": 2},
         "held": {"window": 7, "kept": 8, "full": 9},
         "shares": [0.17, 0.3],
         "seen_share": 0.2,
@@ -323,6 +324,7 @@ def test_counts_are_shown_where_vllm_shows_its_own(manager):
     assert found["prefix_hit_pages_total", one, 'group="kept"'] == 12
     assert found["requests_refused_total", one, 'reason="positions"'] == 2
     assert found["requests_refused_total", one, 'reason="memory"'] == 0
+    assert found["requests_refused_total", one, 'reason="length"'] == 4
     assert found["pages_held", one, 'group="full"'] == 9
     assert found["request_kept_share_count", one] == 4
     assert found["request_kept_share_bucket", one, 'le="0.2"'] == 2
@@ -428,3 +430,8 @@ def test_the_kinds_of_metrics_are_those_of_vllms_logger():
         *chain(*(d.values() for d in engine._labelled.values())),
     ]
     assert {type(child) for child in children} == {Counter}
+
+
+def test_the_limits_that_requests_do_not_fit_into_are_explained():
+    shown = Path("docs/operations.md").read_text(encoding="utf-8")
+    assert {*re.findall(r'requests_refused_total\{reason="(\w+)"\}', shown)} == {*LIMITS}

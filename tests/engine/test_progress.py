@@ -5,6 +5,7 @@ prefix that is found never costs a request the page it lacks. What cannot be ser
 reason, and what comes behind it is served.
 """
 
+import re
 from collections import Counter
 
 import pytest
@@ -192,7 +193,27 @@ def test_a_prefix_that_is_found_costs_no_page_that_is_missing(num_groups, num_bl
     assert simulation.num_held == 0
 
 
-def small_simulation():
+def test_a_prompt_is_not_cut_where_that_is_switched_off():
+    """It fits in small chunks only, so it is refused at once, with the pages of a whole one."""
+    simulation = Simulation(
+        {"window_size": 64, "num_sink_tokens": SINKS, "separator_token_ids": list(SEPARATORS)},
+        next_token,
+        num_blocks=66,
+        block_size=32,
+        max_model_len=2048,
+        max_num_batched_tokens=2048,
+        enable_chunked_prefill=False,
+    )
+    simulation.add("it", [SEPARATORS[0]] * 1100, 1)
+    assert simulation.scheduler._refused
+    simulation.add("behind", [WORDS[0]] * 40, 3)
+    simulation.settle()
+    assert simulation.finished == {"it": "error", "behind": "length"}
+    [needed] = re.findall(r"need (\d+) KV cache blocks", simulation.reasons["it"])
+    assert int(needed) > 65
+
+
+def small_simulation(**options):
     """Of 39 pages."""
     return Simulation(
         {"window_size": 16, "separator_token_ids": list(SEPARATORS)},
@@ -201,6 +222,7 @@ def small_simulation():
         block_size=16,
         max_model_len=600,
         max_num_batched_tokens=64,
+        **options,
     )
 
 
@@ -223,9 +245,10 @@ def test_a_request_waits_for_the_pages_of_a_session():
     assert simulation.num_held == 0
 
 
-def test_sessions_do_not_wait_for_each_others_pages():
-    """Each holds a part of the pool and needs more than is left."""
-    simulation = small_simulation()
+@pytest.mark.parametrize("num_others", [0, 3])
+def test_sessions_do_not_wait_for_each_others_pages(num_others):
+    """Each holds a part of the pool and needs more than is left. Others wait for a row."""
+    simulation = small_simulation(max_num_seqs=2)
     first = {name: [separator] * 200 for name, separator in zip("ab", SEPARATORS, strict=True)}
     more = [SEPARATORS[1]] * 250
     for name, prompt in first.items():
@@ -236,7 +259,9 @@ def test_sessions_do_not_wait_for_each_others_pages():
     for name in first:
         simulation.turn(name, more, 1)
         simulation.turn(name, None, 1)
-    for _ in range(60):
+    for number in range(num_others):
+        simulation.add(f"other{number}", WORDS[:20], 9)
+    for _ in range(90):
         if simulation.live:
             simulation.step()
             simulation.check()

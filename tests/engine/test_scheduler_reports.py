@@ -50,9 +50,9 @@ def test_nothing_is_added_to_a_cache_that_is_off():
     assert simulation.created == {"it": 0}
 
 
-def endless(sepllm=()):
-    options = {"position_mode": "cache", **dict(sepllm)}
-    return simulate(options, max_model_len=8192, max_num_batched_tokens=2048)
+def endless(sepllm=(), **options):
+    sepllm = {"position_mode": "cache", **dict(sepllm)}
+    return simulate(sepllm, max_model_len=8192, max_num_batched_tokens=2048, **options)
 
 
 def test_a_text_that_outgrows_the_models_positions_is_refused():
@@ -67,10 +67,17 @@ def test_a_text_that_outgrows_the_models_positions_is_refused():
     assert "max_separator_tokens" in simulation.reasons["separators"]
 
 
-def test_an_answer_ends_where_the_models_positions_end():
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("drafts", [False, True])
+def test_an_answer_ends_where_the_models_positions_end(drafts, asynchronous):
     """As at ``max_model_len``: the last token is given and not computed any more."""
-    simulation = endless()
     prompt = [SEPARATORS[0]] * (TRAINED - 3)
+    right = answer(prompt, 20)
+    speculation = {
+        "propose": lambda _, tokens: right[len(tokens) - len(prompt) :][:3],
+        "speculative_config": {"method": "ngram", "num_speculative_tokens": 3},
+    }
+    simulation = endless(asynchronous=asynchronous, **(speculation if drafts else {}))
     simulation.add("it", prompt, 50)
     simulation.settle()
     assert simulation.finished == {"it": "length"}
@@ -106,3 +113,15 @@ def test_the_warning_comes_once_in_traffic(monkeypatch):
     [(_, text)] = warnings
     assert "12.1% of" in text  # 60 separators of 496 tokens behind the sinks
     assert "planned for 90.0%" in text
+
+
+def test_an_id_cannot_write_into_the_log(monkeypatch):
+    """It is a client's, of any length."""
+    lines = []
+    monkeypatch.setattr(scheduler.logger, "error", lambda text, *args: lines.append(text % args))
+    simulation = endless()
+    simulation.add("a\nb\x1b" * 1000, [SEPARATORS[0]] * (TRAINED + 1), 4)
+    simulation.settle()
+    [line] = lines
+    assert line.isprintable()
+    assert len(line) < 500

@@ -101,8 +101,11 @@ def test_a_session_that_grows_to_the_models_length(asynchronous, waits):
         num_blocks=200,
         max_model_len=192,
         asynchronous=asynchronous,
+        max_num_seqs=2,
     )
     first, more, others = STEMS[0][:100], STEMS[1][:88], STEMS[1][:70]
+    lasting = STEMS[0][60:120]
+    simulation.add("long", lasting, 60)
     simulation.add("session", first, 5, resumable=True)
     if not waits:
         for _ in range(12):
@@ -110,6 +113,7 @@ def test_a_session_that_grows_to_the_models_length(asynchronous, waits):
     simulation.turn("session", more, 5)  # 100 + 4 + 88 = 192
     simulation.add("others", others, 7)
     simulation.settle()
+    assert simulation.answers["long"] == answer(lasting, 60)
     assert simulation.answers["session"] == answer(first, 5)
     assert simulation.finished["session"] == "error"
     assert "192 tokens of this session leave no room" in simulation.reasons["session"]

@@ -69,6 +69,16 @@ def test_the_table():
     assert found.plan.share == pytest.approx(0.137, abs=0.001)
 
 
+def test_the_text_is_read_as_start_up_reads_it(tmp_path):
+    """Its first MiB, from a file."""
+    (tmp_path / "long").write_text("One, two. " * 900_000)
+    arguments = ("--model", MODEL, "--memory", "64MiB", "--context", 2048, "--text")
+    assert run(*arguments, tmp_path / "long")[0] == 0
+    code, shown = run(*arguments, "-")
+    assert code == 2
+    assert "--text -: start-up reads it again, so give a file" in shown
+
+
 def test_full_attention_has_a_page_of_tokens_for_each_page():
     found = sizes({"model": MODEL, "max_model_len": 2048, "dtype": "float32"}, {}, 64 << 20)
     layers, heads, size = 6, json_of(MODEL)["num_key_value_heads"], json_of(MODEL)["head_dim"]

@@ -61,7 +61,7 @@ LABELLED = {
     "refused": (
         "requests_refused",
         "Requests that ended with an error because they could not fit: into the memory of the KV "
-        "cache, or into the positions of the model.",
+        "cache, into the positions of the model, or as a session into max_model_len.",
         "reason",
         LIMITS,
     ),

@@ -23,6 +23,7 @@ class Admission:
         num_pages: pages of the pool that requests can hold.
         max_chunk: tokens of a step.
         num_steps: steps in flight at once.
+        has_chunks: a prompt may be computed in several steps.
     """
 
     def __init__(
@@ -31,13 +32,14 @@ class Admission:
         num_pages: int,
         max_chunk: int,
         num_steps: int,
+        has_chunks: bool,
     ) -> None:
         self._managers = managers
         self.num_pages = num_pages
         self._num_steps = num_steps
         smallest = min(max_chunk, max(manager.block_size for manager in managers))
         self._chunks = [max_chunk]
-        while self._chunks[-1] > smallest:
+        while has_chunks and self._chunks[-1] > smallest:
             self._chunks.append(max(smallest, self._chunks[-1] // 2))
 
     def pages_needed(self, request_id: str, num_tokens: int, chunk: int | None = None) -> int:

@@ -31,6 +31,7 @@ from vllm_sepllm.engine.scheduling.sessions import SessionScheduler
 from vllm_sepllm.engine.scheduling.tally import (
     FULL,
     KEPT,
+    LENGTH,
     MEMORY,
     OTHER,
     POSITIONS,
@@ -68,6 +69,7 @@ class SepLLMScheduler(SessionScheduler):
             pool.num_gpu_blocks - 1,  # one is the null block
             self.scheduler_config.max_num_batched_tokens,
             self.vllm_config.max_concurrent_batches,
+            self.scheduler_config.enable_chunked_prefill,
         )
         options = settings.config
         # With a bound the share says little about memory.
@@ -146,7 +148,7 @@ class SepLLMScheduler(SessionScheduler):
             )
             self._refused[request.request_id] = POSITIONS, reason
         elif request.resumable and request.num_tokens >= self.max_model_len:
-            self._refused[request.request_id] = POSITIONS, self._too_long(request)
+            self._refused[request.request_id] = LENGTH, self._too_long(request)
 
     def _cache_size(self, request: Request) -> int:
         """Places in cache positions that a text takes; all kept groups count alike."""
@@ -265,14 +267,18 @@ class SepLLMScheduler(SessionScheduler):
         self, request: Request, new_token_ids: list[int], *args: Any, **kwargs: Any
     ) -> tuple[list[int], bool]:
         """vLLM's; a text that has filled the model's positions ends as at ``max_model_len``."""
-        tokens, stopped = super()._update_request_with_output(
-            request, new_token_ids, *args, **kwargs
-        )
-        if self._num_positions is not None and not stopped:
-            stopped = self._cache_size(request) >= self._num_positions
+        update = super()._update_request_with_output
+        if self._num_positions is None:
+            return update(request, new_token_ids, *args, **kwargs)
+        taken, stopped = [], False
+        for token in new_token_ids:  # of several, accepted drafts may fill the positions
+            tokens, stopped = update(request, [token], *args, **kwargs)
+            taken += tokens
+            if not stopped and self._cache_size(request) >= self._num_positions:
+                request.status, stopped = RequestStatus.FINISHED_LENGTH_CAPPED, True
             if stopped:
-                request.status = RequestStatus.FINISHED_LENGTH_CAPPED
-        return tokens, stopped
+                break
+        return taken, stopped
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         if self._kept_managers and request.num_computed_tokens:  # else it was refused at once
@@ -310,7 +316,8 @@ class SepLLMScheduler(SessionScheduler):
             for request in self.finish_requests(refused, RequestStatus.FINISHED_ERROR):
                 limit, reason = refused[request.request_id]
                 self._tally.refused[limit] += 1
-                logger.error("Request %s ended: %s.", request.request_id, reason)
+                # The id is a client's: any text of any length.
+                logger.error("Request %.120r ended: %s.", request.request_id, reason)
                 output = EngineCoreOutput(
                     request_id=request.request_id,
                     new_token_ids=[],

@@ -13,6 +13,11 @@ class SessionScheduler(Scheduler):
 
     A turn of a session that waits for its user goes on later, from what was computed of it. vLLM
     0.32 counts too much or too little of it in two cases. 0.33 does not, and nothing changes there.
+
+    A session that waits holds no row of the worker, as its next turn is sent as a new request. The
+    V2 runner would keep one. vLLM counts it as running while the session waits for its user, but no
+    more when the turn is in a queue: one that is passed over there, for its LoRA adapter or because
+    it gave its pages back, would leave the runner with more requests than it has rows.
     """
 
     def _handle_stopped_request(self, request: Request) -> bool:
@@ -22,7 +27,10 @@ class SessionScheduler(Scheduler):
         if request.resumable:
             known = request.num_tokens - 1 + request.num_output_placeholders
             request.num_computed_tokens = min(request.num_computed_tokens, known)
-        return super()._handle_stopped_request(request)
+        has_ended = super()._handle_stopped_request(request)
+        if not has_ended:
+            self.reset_preempted_req_ids.add(request.request_id)
+        return has_ended
 
     def _preempt_request(
         self, request: Request, timestamp: float, drop_stale_output: bool = False

@@ -21,7 +21,7 @@ STATS_KEY = "sepllm"
 # Kinds of KV-cache groups. Full ones are of dense layers, others of a model's own kinds of layers.
 WINDOW, KEPT, FULL, OTHER = "window", "kept", "full", "other"
 # What a request may not fit into.
-MEMORY, POSITIONS = LIMITS = ("memory", "positions")
+MEMORY, POSITIONS, LENGTH = LIMITS = ("memory", "positions", "length")
 # Reports come no more often than this, and take no more than this share of the time.
 SECONDS_BETWEEN = 0.5
 LARGEST_SHARE = 1 / 500

@@ -28,7 +28,7 @@ from vllm_sepllm.evaluation.material import CHAT, DOCUMENT
 from vllm_sepllm.evaluation.report import Figures, marks
 from vllm_sepllm.evaluation.run import Evaluation
 from vllm_sepllm.evaluation.share import num_attended
-from vllm_sepllm.evaluation.statistics import Pairs, nats_difference
+from vllm_sepllm.evaluation.statistics import Difference, Pairs, nats_difference
 from vllm_sepllm.evaluation.ways import FACTS, FULL, H2O, POD, SEPLLM
 from vllm_sepllm.evaluation.worker import write_json
 
@@ -139,9 +139,9 @@ def beside(row: dict[str, Any]) -> str:
     found = row.get("beside")
     if found is None:
         return ""
-    nats, said = found["nats"], []
-    if abs(nats["mean"]) > 2 * nats["error"]:
-        said.append(f"{'ours' if nats['mean'] < 0 else 'theirs'} predicts better")
+    nats, said = Difference(**found["nats"]), []
+    if nats.is_clear:
+        said.append(f"{'ours' if nats.mean < 0 else 'theirs'} predicts better")
     if found["chance"] < 0.05:
         more = found["only_ours"] > found["only_theirs"]
         said.append(f"{'ours' if more else 'theirs'} answers more")

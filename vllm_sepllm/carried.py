@@ -16,6 +16,7 @@ from typing import Any
 from vllm_sepllm.config import PRESET, SepLLMConfig
 from vllm_sepllm.keep_classes import SEPARATORS
 from vllm_sepllm.option_checks import ConfigError
+from vllm_sepllm.separator_lists import separator_texts
 
 RULE_KEY = "sepllm"
 RULE_FILE = "sepllm.json"
@@ -40,6 +41,21 @@ def rule_in(*configs: Any) -> Any:
     first there is, or ``None``."""
     found = (getattr(config, RULE_KEY, None) for config in configs)
     return next((rule for rule in found if rule is not None), None)
+
+
+def carried_by(model: str) -> Any:
+    """The rule in the ``config.json`` of a folder, or of a name on the Hugging Face Hub; ``None``
+    where there is none."""
+    try:
+        if Path(model).is_dir():
+            found = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
+        else:
+            from transformers import PretrainedConfig
+
+            found, _ = PretrainedConfig.get_config_dict(model)
+        return found.get(RULE_KEY) or (found.get("text_config") or {}).get(RULE_KEY)
+    except Exception:  # what transformers raises differs; who loads the model says what is wrong
+        return None
 
 
 def config_of(rule: object, source: str) -> SepLLMConfig:
@@ -103,7 +119,7 @@ def differences(config: SepLLMConfig, carried: SepLLMConfig) -> list[str]:
     found = []
     for field in fields(SepLLMConfig):
         here, there = getattr(config, field.name), getattr(carried, field.name)
-        is_other = _sorted(here) != _sorted(there)
+        is_other = _meant(field.name, here) != _meant(field.name, there)
         if field.name not in _SERVING and is_other:
             found.append(f"{field.name} is {_shown(here)} here and was {_shown(there)}")
     return found
@@ -132,9 +148,14 @@ def write_rule(folder: str | Path, config: SepLLMConfig) -> Path:
     return path
 
 
-def _sorted(value: object) -> object:
-    """Lists of texts and ids mean the same in any order."""
-    return sorted(map(str, value)) if isinstance(value, tuple) else value
+def _meant(name: str, value: Any) -> object:
+    """Equal for values of an option that mean the same: texts and ids in any order, and lists of
+    separators as their texts."""
+    if name == "separators":
+        return {*separator_texts(value)}
+    if name == "keep_after":
+        return {(item, number) for number, items in value for item in items}
+    return {*value} if isinstance(value, tuple) else value
 
 
 def _shown(value: object) -> str:

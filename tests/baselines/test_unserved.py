@@ -52,7 +52,7 @@ def test_with_room_for_everything_it_is_full_attention(material, tokenizer, opti
     found = score_texts(method, material.texts, lambda: done.append(0))
     assert found["nats"][0] == pytest.approx(expected.tolist(), abs=1e-4)
     assert found["likeliest"][0] == logits.argmax(-1).tolist()
-    assert found["held"] == {"requests": 1, "share": 1}
+    assert found["held"] == {"requests": 1, "pages": 10, "of": 10}
     answers = answer_questions(method, tokenizer, asked, lambda: done.append(0))
     assert answers["replies"] == said
     assert answers["held"]["requests"] == 2
@@ -75,7 +75,7 @@ def test_what_is_held(material):
     h2o = apply(load(), {"method": "h2o", "heavy": 30, "recent": 40}, material.texts)
     assert [h2o.held(length) for length in (20, 70, 500)] == [20, 70, 70]
     held = score_texts(h2o, material.texts, lambda: None)["held"]
-    assert held == {"requests": 1, "share": 3 / 10}, "70 of 300 tokens in pages of 32"
+    assert held == {"requests": 1, "pages": 3, "of": 10}, "70 of 300 tokens in pages of 32"
     pod = apply(load(), {"method": "pod", "num_sink_tokens": 4, "recent": 60}, material.texts)
     saved = pod.states[0].saved
     assert 0 < saved < 0.5

@@ -332,6 +332,17 @@ def test_a_rule_that_the_model_carries(invoke, tokenizer, tmp_path, monkeypatch)
     assert shown(tmp_path) == shown(MODEL, *given) != shown(MODEL)
     wide = shown(tmp_path, "-o", "window_size=9")
     assert wide == shown(MODEL, *given[:2], "-o", "window_size=9", *given[4:])
+    text.write_text(AWKWARD, encoding="utf-8-sig")
+    assert shown(tmp_path) == shown(MODEL, *given), "a byte-order mark is no text"
+    after = {**rule, "keep_after": {"digits": 1}}
+    (tmp_path / "config.json").write_text(json.dumps({"sepllm": after}))
+    assert "kept" in shown(tmp_path, "-o", 'keep_after={"digits":2}'), "needs the rule's keep"
+
+
+def test_a_file_of_nothing_but_a_mark_is_empty(tmp_path):
+    (tmp_path / "text").write_text("", encoding="utf-8-sig")
+    with pytest.raises(common.InputError, match="is empty"):
+        common.read_text(str(tmp_path / "text"))
 
 
 def test_a_command_to_copy_is_quoted_for_a_shell():

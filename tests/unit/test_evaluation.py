@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from made_tokenizers import ListedWords
+import transformers
+from made_tokenizers import ListedWords, write_tekken
 from typer.testing import CliRunner
 
 from vllm_sepllm.carried import with_rule
@@ -23,13 +24,14 @@ from vllm_sepllm.evaluation.material import (
     NEW_TOKENS,
     SUITES,
     Suite,
+    longest_request,
     make_material,
     package_text,
 )
 from vllm_sepllm.evaluation.pages import front, markdown, ordered, plot, summary
 from vllm_sepllm.evaluation.report import as_json, controls, figures, sentence
 from vllm_sepllm.evaluation.share import mean_attended, num_attended
-from vllm_sepllm.evaluation.statistics import BLOCK, Pairs, nats_difference
+from vllm_sepllm.evaluation.statistics import BLOCK, Difference, Pairs, nats_difference
 from vllm_sepllm.evaluation.ways import (
     EQUAL,
     FACTS,
@@ -44,6 +46,7 @@ from vllm_sepllm.evaluation.ways import (
     unserved_ways,
     usual_options,
 )
+from vllm_sepllm.evaluation.worker import join
 from vllm_sepllm.kept_ids import resolve_kept
 from vllm_sepllm.oracle.dense_mask import KeptAfter, sepllm_mask
 
@@ -131,7 +134,7 @@ def test_facts_stand_where_they_should(smollm2, text):
 
 
 def test_texts_that_are_too_short(smollm2):
-    with pytest.raises(ValueError, match=r"which gives 0 pieces of 300: give at least 600 tokens"):
+    with pytest.raises(ValueError, match=r"which gives 0 pieces of 300 \(none crosses"):
         make_material(smollm2, ["Call me Ishmael."], SMALL)
 
 
@@ -213,12 +216,33 @@ def test_difference_of_nats():
     """Two blocks, of means 1 and 3: their mean is 2, its standard error 1."""
     first = [[1.0] * BLOCK + [3.0] * BLOCK]
     found = nats_difference(first, [[0.0] * 2 * BLOCK])
-    assert (found.mean, found.error) == (2.0, 1.0)
+    assert (found.mean, found.error, found.blocks) == (2.0, 1.0, 2)
     assert not found.is_clear
     same = nats_difference(first, first)
     assert (same.mean, same.error) == (0.0, 0.0)
     assert not same.is_clear
     assert math.isinf(nats_difference([[1.0]], [[0.0]]).error)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "most"),  # Student's t between which are 95 %, from a table
+    [(2, 12.706), (3, 4.303), (4, 3.182), (5, 2.776), (8, 2.365), (16, 2.131), (384, 1.966)],
+)
+def test_chance_of_a_difference(blocks, most):
+    for sign in (-1, 1):
+        assert Difference(sign * most, 1.0, blocks).chance == pytest.approx(0.05, abs=2e-4)
+        assert Difference(sign * (most + 0.01), 1.0, blocks).is_clear
+        assert not Difference(sign * (most - 0.01), 1.0, blocks).is_clear
+
+
+def test_parts_of_different_sizes_count_by_their_size():
+    """One document of 22 pages at 60 %, two of 44 at 30 %: 36 %, and not 40."""
+    parts = [
+        {"requests": 1, "pages": 13.2, "of": 22},
+        {"requests": 2, "pages": 13.2, "of": 44},
+    ]
+    held = join({0: "a", 1: "b", 2: "c"}, parts)["held"]
+    assert held["pages"] / held["of"] == pytest.approx(0.36)
 
 
 @pytest.mark.parametrize(
@@ -309,9 +333,13 @@ def test_controls_that_do_not_move(found, material):
 
 
 def test_a_control_that_is_not_run_is_named(found, material):
+    def shown():
+        return markdown("title", "about", found, material.questions, material.without)
+
     del found[RANDOM]
-    shown = markdown("title", "about", found, material.questions, material.without)
-    assert "random ids for separators: Not run" in shown
+    assert "random ids for separators: Not measured: it failed" in shown()
+    del found[SEPLLM]
+    assert "random ids for separators: Not run" in shown()
 
 
 def test_each_equal_stands_behind_its_way(found, ways):
@@ -442,7 +470,7 @@ def test_what_is_not_served_is_marked(ways, found, material, smollm2, tmp_path):
     [h2o, *_] = unserved_ways([H2O], all_ways, 256)
     made = result(material, 2.9, 30)
     for task, share in (("texts", 0.3), ("questions", 0.2)):
-        made[task]["held"] = {"requests": 1, "share": share}
+        made[task]["held"] = {"requests": 1, "pages": 100 * share, "of": 100}
     ideal = h2o.ideal(material, smollm2, LAYERS)
     mine = figures(h2o, made, found[FULL].result, material.questions, ideal)
     assert mine.held == {
@@ -457,3 +485,28 @@ def test_what_is_not_served_is_marked(ways, found, material, smollm2, tmp_path):
     assert sentence(both, h2o.name).startswith("**H2O, KV of SepLLM (not served)**: ")
     plot(both, tmp_path / "report.png")
     assert (tmp_path / "report.png").stat().st_size > 10_000
+
+
+def test_chats_of_a_tokenizer_that_writes_them_itself(tmp_path):
+    """Mistral's has no template."""
+    write_tekken(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mistral"}))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert not tokenizer.chat_template
+    found = chat_ids(tokenizer, "he", "ll", "he")
+    chat = [
+        {"role": "user", "content": "he"},
+        {"role": "assistant", "content": "ll"},
+        {"role": "user", "content": "he"},
+    ]
+    assert found == tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False)
+    assert found != tokenizer.encode("he\n\nAnswer: ll\n\nhe\n\nAnswer:")
+
+
+def test_a_long_chat_template_has_room(smollm2, material):
+    assert longest_request(SMALL, material, 4096) == max(SMALL.longest, material.longest)
+    with pytest.raises(ValueError, match=rf"takes {material.longest} tokens .* context has 200"):
+        longest_request(SMALL, material, 200)
+    asked = replace(material.questions[0], token_ids=(1,) * 5000)
+    long = replace(material, questions=(*material.questions, asked))
+    assert longest_request(SMALL, long, 8192) == 5000 + NEW_TOKENS

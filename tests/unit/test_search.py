@@ -206,6 +206,13 @@ class Answers:
     report = score
 
 
+class Refusals(Answers):
+    """Serves nothing."""
+
+    def score(self, one, rung):
+        self.failed[one.name] = "such heads are not served"
+
+
 @pytest.mark.parametrize("by_questions", [True, False])
 def test_a_search(tokenizer, texts, by_questions):
     """With facts asked for, a rule that holds them; else the widest window."""
@@ -231,6 +238,8 @@ def test_a_search(tokenizer, texts, by_questions):
     assert said
     with pytest.raises(ValueError, match="no rule leaves a window within 1%"):
         tuning.tune(evaluation, Answers(), tokenizer, 0.01, by_questions, said.append)
+    with pytest.raises(ValueError, match="no rule could be served: such heads are not served"):
+        tuning.tune(evaluation, Refusals(), tokenizer, 0.6, by_questions, said.append)
 
 
 @pytest.mark.parametrize(
@@ -238,6 +247,7 @@ def test_a_search(tokenizer, texts, by_questions):
     [
         (["--kv", "1.5"], "--kv 1.5: must be above 0 and below 1"),
         (["--kv", "0.3", "--minutes", "-1"], "--minutes -1.0: must be at least 0"),
+        (["--kv", "0.3", "--minutes", "nan"], "--minutes nan: must be at least 0"),
         (["--kv", "0.3", "--model", "/no/such"], "model '/no/such' is no folder"),
         (["--kv", "0.3", "--text", "/no/such"], "text file '/no/such' cannot be read"),
     ],

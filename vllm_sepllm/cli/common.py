@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import io
 import json
@@ -16,7 +17,6 @@ import typer
 from rich.console import Console
 from rich.status import Status
 
-from vllm_sepllm.carried import RULE_KEY
 from vllm_sepllm.cli.inspection import visible_text
 from vllm_sepllm.config import ConfigError
 
@@ -25,6 +25,7 @@ OURS = (
     *("hf_overrides", "enable_prefix_caching"),
 )
 LOCK = ".lock"  # file of a folder; held by the run that writes there
+_NOT_OF_FILES = errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE
 MAX_TEXT = 2**23  # bytes; more takes minutes and gigabytes to cut into tokens
 
 
@@ -74,7 +75,7 @@ def engine_options(pairs: Sequence[str] | None) -> dict[str, Any]:
     return found
 
 
-def longest_request(arguments: dict[str, Any], max_length: int) -> int:
+def most_of_a_request(arguments: dict[str, Any], max_length: int) -> int:
     """Tokens of a request at most: those of the model, or fewer if ``max_model_len`` says so.
 
     Raises:
@@ -126,15 +127,18 @@ def written_to(folder: Path) -> Iterator[None]:
     except BrokenPipeError:
         raise
     except OSError as error:
+        reason = error.strerror or first_line(error)
+        if error.errno in _NOT_OF_FILES:
+            raise InputError(f"the system refused something ({reason}): try again later") from error
         raise InputError(
-            f"--output {str(folder)!r} cannot be written ({error.strerror or first_line(error)}): "
-            "give a folder with room that can be written to"
+            f"--output {str(folder)!r} cannot be written ({reason}): give a folder with room that "
+            "can be written to"
         ) from error
 
 
 def check_least(name: str, value: float, least: int, remedy: str) -> None:
     """Refuse a number below ``least`` with an :class:`InputError`."""
-    if value < least:
+    if not value >= least:  # nor is nan
         raise InputError(f"{name} {value}: must be at least {least}; {remedy}")
 
 
@@ -149,7 +153,7 @@ def read_text(name: str) -> str:
         data = _read_bytes(name)
         if len(data) > MAX_TEXT:
             raise InputError(f"{where} has more than {MAX_TEXT:,} bytes: give a part of it")
-        text = data.decode("utf-8")
+        text = data.decode("utf-8").removeprefix("\ufeff")  # a mark of Notepad's, no text
     except UnicodeDecodeError as error:
         raise InputError(
             f"{where} is not UTF-8 at byte {error.start}: convert it, e.g. with iconv"
@@ -222,15 +226,6 @@ def import_transformers() -> Any:
             "'vllm-sepllm[eval]' brings it, and vLLM does"
         ) from error
     return transformers
-
-
-def read_rule_of(model: str) -> Any:
-    """The rule that the ``config.json`` of a folder carries; ``None`` where there is none."""
-    try:
-        config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
-        return config.get(RULE_KEY) or (config.get("text_config") or {}).get(RULE_KEY)
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return None
 
 
 def make_folder(folder: Path) -> None:

@@ -23,8 +23,8 @@ from vllm_sepllm.cli.common import (
     first_line,
     import_transformers,
     load_tokenizer,
-    longest_request,
     make_folder,
+    most_of_a_request,
     output,
     parse_options,
     read_text,
@@ -112,7 +112,6 @@ class Given:
 
     def with_options(self, options: dict[str, Any], engine: dict[str, Any]) -> Given:
         """The same with options of SepLLM and arguments of vLLM."""
-        SepLLMConfig.from_dict(options)  # refused before anything takes long
         return Given(**{**vars(self), "options": options, "engine": engine})
 
 
@@ -123,7 +122,7 @@ def prepare(given: Given) -> Evaluation:
         InputError: something cannot be used.
         ConfigError: options are wrong for the model.
     """
-    from vllm_sepllm.evaluation.material import SUITES, make_material, package_text
+    from vllm_sepllm.evaluation.material import SUITES, longest_request, make_material, package_text
     from vllm_sepllm.evaluation.run import Evaluation, engine_arguments
     from vllm_sepllm.evaluation.ways import (
         YOURS,
@@ -137,10 +136,14 @@ def prepare(given: Given) -> Evaluation:
         raise InputError(f"--suite {given.suite!r}: must be one of {', '.join(SUITES)}")
     tokenizer = load_tokenizer(given.model)
     model = read_model(given.model)
+    mine = given.options
+    if model.rule is not None:  # what the server would take
+        mine = with_rule(mine or None, model.rule, f"config.json of {given.model}").to_dict()
+    SepLLMConfig.from_dict(mine)  # refused before anything takes long
     texts = [read_text(name) for name in given.texts] or [package_text()]
     with values_refused(), status("cutting texts into tokens"):
-        longest = longest_request(given.engine, model.max_length)
-        suite = SUITES[given.suite].within(longest)
+        most = most_of_a_request(given.engine, model.max_length)
+        suite = SUITES[given.suite].within(most)
         if given.window > min(suite.text_length // 2, min(suite.lengths) // 2):
             raise InputError(
                 f"--window {given.window}: must be at most half of the shortest document, "
@@ -148,10 +151,8 @@ def prepare(given: Given) -> Evaluation:
                 "--suite full has longer texts, and may have longer documents"
             )
         material = make_material(tokenizer, texts, suite)
+        longest = longest_request(suite, material, most)
     options = usual_options(given.window, suite.more_ways)
-    mine = given.options
-    if model.rule is not None:  # what the server would take
-        mine = with_rule(mine or None, model.rule, f"config.json of {given.model}").to_dict()
     if mine:
         options = {YOURS: {"window_size": given.window, **mine}, **options}
     unserved: list[str] = []
@@ -175,7 +176,7 @@ def prepare(given: Given) -> Evaluation:
             )
         ways += others
         ideal = {way.name: way.ideal(material, tokenizer, model.num_layers) for way in ways}
-    arguments = engine_arguments(model, suite.longest, given.dtype, given.engine)
+    arguments = engine_arguments(model, longest, given.dtype, given.engine)
     return Evaluation(model, material, ways, arguments, given.folder, ideal)
 
 

@@ -14,7 +14,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from vllm_sepllm.carried import with_rule
+from vllm_sepllm.carried import carried_by, with_rule
 from vllm_sepllm.cli.common import (
     InputError,
     check_least,
@@ -23,7 +23,6 @@ from vllm_sepllm.cli.common import (
     load_tokenizer,
     output,
     parse_options,
-    read_rule_of,
     read_text,
     status,
 )
@@ -83,14 +82,15 @@ def inspect(
         options = parse_options(option or [])
         if text is None:  # the sample is shorter than the usual window
             options.setdefault("window_size", SAMPLE_WINDOW)
-        config = SepLLMConfig.from_dict(options)
-        rule = read_rule_of(model)
-        if rule is not None:  # a server takes it where nothing else is said
-            config = with_rule(options, rule, f"config.json of {model}")
         check_least("--block-size", block_size, 1, "32 is a common page size")
         limit = _limit(limit, full)
         source = SAMPLE if text is None else read_text(text)
         tokenizer = load_tokenizer(model)
+        rule = carried_by(model)  # a server takes it where nothing else is said
+        if rule is None:
+            config = SepLLMConfig.from_dict(options)
+        else:
+            config = with_rule(options, rule, f"config.json of {model}")
         try:
             with status("cutting the text into tokens"):
                 inspection = inspect_text(tokenizer, config, source, block_size)

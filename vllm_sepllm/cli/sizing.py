@@ -18,10 +18,10 @@ from vllm_sepllm.cli.common import (
     first_line,
     output,
     parse_options,
-    read_text,
 )
 from vllm_sepllm.cli.inspection import visible_text
 from vllm_sepllm.config import ConfigError
+from vllm_sepllm.planning import read_planning_text
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -112,7 +112,9 @@ def _options(given: list[str] | None, text: str | None) -> dict[str, Any]:
         return options
     if "planning_text" in options:
         raise InputError("--text with -o planning_text: drop one of them")
-    read_text(text)
+    if text == "-":
+        raise InputError("--text -: start-up reads it again, so give a file")
+    read_planning_text(text)
     return {**options, "planning_text": text}
 
 

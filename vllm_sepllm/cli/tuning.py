@@ -18,7 +18,7 @@ from vllm_sepllm.cli.common import (
     engine_options,
     exit_with,
     load_tokenizer,
-    longest_request,
+    most_of_a_request,
     output,
     read_text,
     status,
@@ -98,21 +98,23 @@ def _prepare(
     Raises:
         InputError: something cannot be used.
     """
-    from vllm_sepllm.evaluation.material import joined, make_material
+    from vllm_sepllm.evaluation.material import joined, longest_request, make_material
     from vllm_sepllm.evaluation.run import Evaluation, engine_arguments
     from vllm_sepllm.evaluation.tune import SUITE
 
     tokenizer, read = load_tokenizer(model), read_model(model)
     what = "of each part of the text, for search and report: "
     with values_refused(what), status("cutting texts into tokens"):
-        suite = SUITE.within(longest_request(arguments, read.max_length))
+        most = most_of_a_request(arguments, read.max_length)
+        suite = SUITE.within(most)
         material = joined(
             *(
                 make_material(tokenizer, part, suite, number * suite.num_documents)
                 for number, part in enumerate(parts)
             )
         )
-    given = engine_arguments(read, suite.longest, dtype, arguments)
+        longest = longest_request(suite, material, most)
+    given = engine_arguments(read, longest, dtype, arguments)
     return Evaluation(read, material, [], given, folder, {}), tokenizer
 
 

@@ -13,6 +13,7 @@ import random
 import re
 from bisect import bisect_right
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import pairwise
@@ -243,16 +244,18 @@ def chat_ids(tokenizer: Any, *messages: str) -> list[int]:
     Raises:
         ValueError: its template does not take such a chat.
     """
+    roles = ("user", "assistant") * len(messages)
+    chat = [
+        {"role": role, "content": content} for role, content in zip(roles, messages, strict=False)
+    ]
     if not tokenizer.chat_template:
+        with suppress(Exception):  # mistral-common writes chats without a template
+            return list(tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False))
         said = [
             f"{('Answer: ' if turn % 2 else '')}{text}\n\n" for turn, text in enumerate(messages)
         ]
         found: list[int] = tokenizer.encode("".join(said) + "Answer:")
         return found
-    roles = ("user", "assistant") * len(messages)
-    chat = [
-        {"role": role, "content": content} for role, content in zip(roles, messages, strict=False)
-    ]
     try:
         text = tokenizer.apply_chat_template(
             chat,

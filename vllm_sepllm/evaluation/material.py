@@ -122,6 +122,12 @@ class Material:
     without: tuple[Question, ...]
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest request, with its answer."""
+        asked = [question.token_ids for question in (*self.questions, *self.without)]
+        return max(map(len, [*self.texts, *asked])) + NEW_TOKENS
+
+    @property
     def documents(self) -> list[tuple[int, ...]]:
         """Token ids of the first question about each document."""
         return [ids for group in self.groups.values() for ids in group]
@@ -185,6 +191,20 @@ def make_material(
     return Material(texts_of, tuple(questions), tuple(without))
 
 
+def longest_request(suite: Suite, material: Material, max_length: int) -> int:
+    """Tokens of the longest request: as planned, or more under a long chat template.
+
+    Raises:
+        ValueError: the model's context has fewer.
+    """
+    if material.longest > max_length:
+        raise ValueError(
+            f"a question takes {material.longest} tokens with this model's chat template, its "
+            f"context has {max_length}: take a model with a longer one"
+        )
+    return min(max_length, max(suite.longest, material.longest))
+
+
 def joined(*parts: Material) -> Material:
     """Of several parts, whose documents have different numbers."""
     return Material(
@@ -210,8 +230,8 @@ def _pieces(books: Sequence[Sequence[int]], count: int, length: int) -> list[Seq
     if len(places) < count:
         found = sum(len(book) for book in books)
         raise ValueError(
-            f"the texts have {found:,} tokens, which gives {len(places)} pieces of {length:,}: "
-            f"give at least {count * length:,} tokens of text"
+            f"the texts have {found:,} tokens, which gives {len(places)} pieces of {length:,} "
+            f"(none crosses the end of a text): give texts for {count}"
         )
     chosen = [places[index * len(places) // count] for index in range(count)]
     return [book[at : at + length] for book, at in chosen]

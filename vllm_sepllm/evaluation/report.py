@@ -79,8 +79,8 @@ def figures(
 
 
 def _held(mine: dict[str, float], full: dict[str, float]) -> dict[str, float | None]:
-    if "share" in mine:
-        return {"mean": mine["share"], "peak": None}
+    if "pages" in mine:  # not served
+        return {"mean": mine["pages"] / mine["of"], "peak": None}
     return {kind: mine[kind] / full[kind] for kind in ("mean", "peak")}
 
 
@@ -109,6 +109,8 @@ def controls(
         )
         if not sees:
             text += " So separators are not shown to be better than any other tokens here."
+    elif SEPLLM in found:
+        sees, text = False, "Not measured: it failed, or the texts have no such ids."
     else:
         sees, text = True, "Not run, as SepLLM is not among the ways."
     return [*rows, ("random ids for separators", sees, text)]

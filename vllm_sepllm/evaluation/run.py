@@ -120,10 +120,11 @@ class Evaluation:
     def result(self, way: Way) -> dict[str, Any] | None:
         """What was measured, if it was."""
         try:
-            found: dict[str, Any] = json.loads(self.file(way).read_text(encoding="utf8"))
-        except (OSError, ValueError):
+            found = json.loads(self.file(way).read_text(encoding="utf8"))
+        except (OSError, ValueError, RecursionError):
             return None
-        return found if found.get("key") == self.key(way) else None
+        is_ours = isinstance(found, dict) and found.get("key") == self.key(way)
+        return found if is_ours else None
 
     def num_parts(self, way: Way) -> int:
         """Lines of progress of a way."""

@@ -37,7 +37,7 @@ class Searcher:
         self.failed: dict[str, str] = {}
         self.num_late = 0
         if self._file.exists():
-            lines = self._file.read_text(encoding="utf8").splitlines()
+            lines = self._file.read_text(encoding="utf8", errors="replace").splitlines()
             found = [line for line in lines if _is_record(line)]
             if found != lines:  # the last line of a process that was killed
                 self._file.write_text("".join(f"{line}\n" for line in found), encoding="utf8")

@@ -17,15 +17,38 @@ class Difference:
     Attributes:
         mean: above 0 where the first way predicts worse.
         error: standard error of it.
+        blocks: of tokens, whose means the error is from.
     """
 
     mean: float
     error: float
+    blocks: int
+
+    @property
+    def chance(self) -> float:
+        """That ways which predict as well differ so much or more (Student's t, two-sided)."""
+        if self.mean == 0 or math.isinf(self.error):
+            return 1.0
+        return 1 - _t_within(abs(self.mean) / self.error, self.blocks - 1) if self.error else 0.0
 
     @property
     def is_clear(self) -> bool:
-        """More than chance: twice the standard error, which is a chance of 1 in 20."""
-        return abs(self.mean) > 2 * self.error
+        """More than chance."""
+        return self.chance < LIKELY
+
+
+def _t_within(t: float, freedom: int) -> float:
+    """Probability that Student's t is between ``-t`` and ``t`` (Abramowitz and Stegun, 26.7.3 and
+    26.7.4)."""
+    angle = math.atan(t / math.sqrt(freedom))
+    is_odd = freedom % 2
+    term = math.cos(angle) if is_odd else 1.0
+    total = term if freedom > 1 else 0.0
+    for k in range(1 + is_odd, freedom - 2, 2):
+        term *= math.cos(angle) ** 2 * k / (k + 1)
+        total += term
+    total *= math.sin(angle)
+    return 2 / math.pi * (angle + total) if is_odd else total
 
 
 def nats_difference(
@@ -48,10 +71,10 @@ def nats_difference(
     ]
     mean = sum(found) / len(found)
     if len(blocks) < 2:
-        return Difference(mean, math.inf)
+        return Difference(mean, math.inf, len(blocks))
     middle = sum(blocks) / len(blocks)
     spread = sum((block - middle) ** 2 for block in blocks) / (len(blocks) - 1)
-    return Difference(mean, math.sqrt(spread / len(blocks)))
+    return Difference(mean, math.sqrt(spread / len(blocks)), len(blocks))
 
 
 @dataclass(frozen=True)

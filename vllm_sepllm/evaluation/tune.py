@@ -70,7 +70,8 @@ def tune(
         calibrated: rules beside :data:`RULES`, of other text; names begin with ``CALIBRATED``.
 
     Raises:
-        ValueError: no rule leaves a window within such a share, or there was no time.
+        ValueError: no rule leaves a window within such a share, none could be served, or there was
+            no time.
     """
     material, num_layers = evaluation.material, evaluation.model.num_layers
     texts = [*material.texts, *material.documents]
@@ -95,6 +96,8 @@ def tune(
             f"no rule leaves a window within {100 * share:.3g}% of the KV cache: allow more"
         )
     best = halve(found, rungs, measure, by_questions)
+    if not best and searcher.failed:
+        raise ValueError(f"no rule could be served: {next(iter(searcher.failed.values()))}")
     if not best:
         raise ValueError("nothing was measured within the time: give more --minutes")
     first = {one.rule: rules[one.rule] for one, _ in best[:2]}

@@ -71,10 +71,11 @@ def _forward(method: Method, ids: Sequence[int], cache: Any) -> torch.Tensor:
     return logits.float()
 
 
-def _share(method: Method, lengths: Sequence[int]) -> dict[str, float]:
-    """Of how many requests, and the share of their pages that is held."""
+def _held(method: Method, lengths: Sequence[int]) -> dict[str, float]:
+    """Pages that requests hold, and those of their whole texts, of each in the mean."""
     held = sum(_pages(method.held(length)) for length in lengths)
-    return {"requests": len(lengths), "share": held / sum(map(_pages, lengths))}
+    count = len(lengths)
+    return {"requests": count, "pages": held / count, "of": sum(map(_pages, lengths)) / count}
 
 
 def _pages(num_tokens: float) -> int:
@@ -94,7 +95,7 @@ def score_texts(
         nats.append(torch.nn.functional.cross_entropy(logits, target, reduction="none").tolist())
         likeliest.append(logits.argmax(-1).tolist())
         done()
-    held = _share(method, [len(text) for text in texts])
+    held = _held(method, [len(text) for text in texts])
     return {"nats": nats, "likeliest": likeliest, "held": held}
 
 
@@ -121,7 +122,7 @@ def answer_questions(
             ids = _greedy(method, prompt[shared:], copy.deepcopy(cache), tokenizer.eos_token_id)
             replies.append(tokenizer.decode(ids, skip_special_tokens=True))
             done()
-    return {"replies": replies, "held": _share(method, lengths)}
+    return {"replies": replies, "held": _held(method, lengths)}
 
 
 def _new_cache(model: Any) -> Any:

@@ -17,7 +17,7 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
 from vllm_sepllm.carried import config_of, rule_in, rule_of, with_rule
-from vllm_sepllm.config import ConfigError, SepLLMConfig
+from vllm_sepllm.config import PRESET, ConfigError, SepLLMConfig
 from vllm_sepllm.engine.names import BACKEND_NAME
 from vllm_sepllm.layers import LayerPlan
 from vllm_sepllm.planning import Plan
@@ -137,8 +137,14 @@ def asks_for_cache_positions(engine_args: EngineArgs) -> bool:
     chosen = [engine_args.attention_backend, attention.backend]
     chosen += attention.backend_per_kind.values()
     names = [getattr(backend, "name", str(backend)).upper() for backend in chosen]
+    additional = engine_args.additional_config
+    given = additional.get(OPTIONS_KEY) if isinstance(additional, dict) else None
+    # The rest may be wrong without the rule of the model, which is not known yet.
+    decisive = {
+        k: given[k] for k in (PRESET, "position_mode") if isinstance(given, dict) and k in given
+    }
     try:
-        is_cache = _parse(engine_args.additional_config).position_mode == "cache"
+        is_cache = SepLLMConfig.from_dict(decisive).position_mode == "cache"
     except ConfigError:
         return False
     return is_cache and BACKEND_NAME in names

@@ -6,7 +6,9 @@
 Every way sees the same tokens in the same order, by the recipe ``examples/training/post_train.py``:
 AdamW with a cosine, all weights or an adapter. The loss is that of the text, or the distance from
 what the untrained model predicts with full attention ("by logits"). StreamingLLM's window is as
-wide as SepLLM's last query sees tokens at 2,048. Two books and chats about them are trained on
+wide as SepLLM's last query sees tokens at 2,048, where both hold as many. The second halves are
+predicted from fewer by SepLLM, so perplexity is measured with StreamingLLM's window of an equal
+mean, too. Two books and chats about them are trained on
 (:mod:`make_chats`), and the ``*.txt`` files of a folder.
 
 Before and after, and perplexity while training goes on, on held-out pieces of 2,048 tokens:
@@ -44,7 +46,12 @@ from retrieval import make_documents
 from retrieval import measure as ask
 
 from vllm_sepllm.config import SepLLMConfig
-from vllm_sepllm.evaluation.share import num_attended, window_of_equal_share
+from vllm_sepllm.evaluation.share import (
+    equal_window,
+    mean_attended,
+    num_attended,
+    window_of_equal_share,
+)
 from vllm_sepllm.training import apply
 
 sys.path.insert(0, str(ROOT / "examples/training"))
@@ -69,6 +76,7 @@ RULES: dict[str, dict[str, Any]] = {
     "facts": {"preset": "facts"},
 }
 UNTRAINED = "full attention, untrained"
+EQUAL = "StreamingLLM, as much KV as "
 ON_GPU = torch.cuda.is_available()
 AT_ONCE = 4 if ON_GPU else 1  # texts
 
@@ -90,12 +98,18 @@ def ways(tokenizer: Any, held_out: Rows) -> dict[str, Way]:
         streaming = {"policy": "streaming", "window_size": sum(windows) // len(windows)}
         for loss in (TEXT, LOGITS):
             found[f"{rule}, {loss}"] = Way(options, loss)
-            found[f"StreamingLLM, as much KV as {rule}, {loss}"] = Way(streaming, loss)
+            found[f"{EQUAL}{rule}, {loss}"] = Way(streaming, loss)
     return found
 
 
-def load() -> Any:
-    model = transformers.AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+def load(folder: Path = MODEL) -> Any:
+    """A model; an adapter in the folder is merged into the untrained one."""
+    if (folder / "adapter_config.json").exists():
+        from peft import PeftModel
+
+        model: Any = PeftModel.from_pretrained(load(), folder)
+        return model.merge_and_unload()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model.to("cuda") if ON_GPU else model
 
 
@@ -144,13 +158,8 @@ class Asked:
 
     def after(self, options: dict[str, Any] | None, folder: Path) -> dict[str, int]:
         """Of a trained model or adapter."""
-        if not (folder / "adapter_config.json").exists():
-            return self._of(folder, options)
-        from peft import PeftModel
-
         with tempfile.TemporaryDirectory() as merged:
-            model: Any = PeftModel.from_pretrained(load(), folder)
-            model.merge_and_unload().save_pretrained(merged)
+            load(folder).save_pretrained(merged)
             transformers.AutoTokenizer.from_pretrained(MODEL).save_pretrained(merged)
             return self._of(Path(merged), options)
 
@@ -231,7 +240,8 @@ def folder_of(name: str, given: argparse.Namespace) -> Path:
 def training_rows(tokenizer: Any, given: argparse.Namespace) -> Rows:
     """Pieces of all texts, which are cut into tokens once."""
     texts = TRAINED_ON + [str(path) for path in sorted(given.texts.glob("*.txt"))]
-    parts = given.length, TRAINED_ON, about(given)["texts"]
+    own = {name: hashlib.sha256((ROOT / name).read_bytes()).hexdigest() for name in TRAINED_ON}
+    parts = given.length, MODEL.name, own, about(given)["texts"]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
     file = FOLDER / f"rows-{key}.npy"
     if not file.exists():
@@ -335,9 +345,34 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
         of_way["agreement"] = [before, agreement(likeliest(model, held_out)[1], wanted)]
         of_way["seconds"] = time.monotonic() - began
         write(given.output, result)
+    look_at_means(result, given, tokenizer, held_out)
     if given.documents:
         ask_all(result, given, tokenizer)
     return result
+
+
+def look_at_means(
+    result: dict[str, Any], given: argparse.Namespace, tokenizer: Any, held_out: Rows
+) -> None:
+    """How many tokens second halves are predicted from in the mean, and the perplexity of
+    StreamingLLM with a window that makes this equal, before and after its training."""
+    texts = [row["input_ids"] for row in held_out]
+    for name, of_way in result["ways"].items():
+        folder, options = folder_of(name, given) / "model", of_way["options"]
+        if options is None or "seconds" not in of_way or "mean_attended" in of_way:
+            continue
+        if name.startswith(EQUAL) and folder.is_dir():
+            rule = name.removeprefix(EQUAL).removesuffix(f", {of_way['loss']}")
+            wanted = SepLLMConfig.from_dict(RULES[rule])
+            window = equal_window(wanted, tokenizer, texts, 1, over_half=True)
+            found = []
+            for model in load(), load(folder):
+                apply(model, {**options, "window_size": window}, tokenizer)
+                found.append(perplexity(model, held_out))
+            of_way["equal_mean"] = {"window_size": window, "perplexity": found}
+        config = SepLLMConfig.from_dict(options)
+        of_way["mean_attended"] = mean_attended(config, tokenizer, texts, 1, over_half=True)
+        write(given.output, result)
 
 
 def ask_all(result: dict[str, Any], given: argparse.Namespace, tokenizer: Any) -> None:

@@ -34,12 +34,12 @@ from vllm_sepllm.training import apply, apply_sink_lora
 GROUPS = {"SF-Attn": (0.25, 4), "S2-Attn": (0.5, 0)}  # shifted share of the heads, sinks
 
 
-def load(path: str, factor: float) -> Any:
-    """With positions divided by a factor."""
+def load(path: str, factor: float, length: int) -> Any:
+    """With positions divided by a factor, for texts of so many tokens."""
     config = AutoConfig.from_pretrained(ROOT / path)
     rotary = dict(config.rope_parameters)
     config.rope_parameters = {**rotary, "rope_type": "linear", "factor": factor}
-    config.max_position_embeddings = int(config.max_position_embeddings * factor)
+    config.max_position_embeddings = length
     model = AutoModelForCausalLM.from_pretrained(ROOT / path, config=config, dtype=torch.float32)
     if hasattr(model.config, "sepllm"):  # an earlier rule does not hold any more
         del model.config.sepllm
@@ -64,7 +64,9 @@ def main() -> None:
     rows = pieces(tokenizer, data["texts"], data["length"])
     held_out = pieces(tokenizer, data["held_out"], data["length"], data["held_out_pieces"])
     transformers.set_seed(options.get("seed", 0))
-    model = with_adapter(load(given["model"]["path"], given["model"]["factor"]), given["adapter"])
+    model = with_adapter(
+        load(given["model"]["path"], given["model"]["factor"], data["length"]), given["adapter"]
+    )
     attached = None
     if how == "SepLLM":
         attached = apply(model, given["sepllm"], tokenizer)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from small_models import ARCHITECTURES, make_model
+from small_models import ARCHITECTURES, make_ids, make_model
 
 from vllm_sepllm.baselines.h2o import SHARES, HeavyHitters, apply_h2o
 
@@ -153,3 +153,18 @@ def test_a_window_of_the_models_own_is_refused():
     apply_h2o(model, heavy=1, recent=1)
     with pytest.raises(ValueError, match="sliding_window=8: this baseline has plain causal"):
         model(input_ids=torch.ones(1, 4, dtype=torch.long))
+
+
+def test_what_would_be_left_out_is_refused():
+    model = make_model(attention_dropout=0.1)
+    apply_h2o(model, heavy=4, recent=8)
+    ids = torch.tensor(make_ids(20))
+    padding = torch.ones_like(ids)
+    padding[0, :3] = 0
+    with pytest.raises(ValueError, match="attend to padding"):
+        model(input_ids=ids, attention_mask=padding)
+    with pytest.raises(ValueError, match=r"dropout=0\.1: this baseline"):
+        model.train()(input_ids=ids)
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    with pytest.raises(ValueError, match="layers of the types full_attention, sliding_attention"):
+        apply_h2o(make_model("Qwen3", layer_types=kinds, sliding_window=8), heavy=4, recent=8)

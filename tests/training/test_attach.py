@@ -6,6 +6,7 @@ from contextlib import ExitStack
 
 import pytest
 import torch
+import transformers
 from small_models import ARCHITECTURES, SEPARATORS, bias_of, make_ids, make_model
 from transformers import DynamicCache
 
@@ -373,6 +374,57 @@ def test_the_rule_travels_with_the_model(tmp_path):
     assert torch.equal(loaded(input_ids=given).logits, model(input_ids=given).logits)
 
 
+def test_two_models_of_one_config():
+    """Transformers keeps the object: a rule would be saved with the other model, too."""
+    first = make_model()
+    second = type(first)(first.config)
+    apply(first, OPTIONS)
+    with pytest.raises(ConfigError, match="shared with another model under a rule"):
+        apply(second, {**OPTIONS, "window_size": 5})
+    assert first.config.sepllm["window_size"] == OPTIONS["window_size"]
+    [ids] = make_ids(100)
+    wanted = masked_logits(make_model(), ids, mask_of(ids))
+    assert (first(input_ids=torch.tensor([ids])).logits[0] - wanted).abs().max() < EQUAL
+
+
+def test_a_reference_model_is_told_what_to_do():
+    """TRL makes one with ``attn_implementation="sepllm"``, which it reads off the model."""
+    model = make_model()
+    apply(model, OPTIONS)
+    reference = make_model(attn_implementation="sepllm")
+    with pytest.raises(ValueError, match=r"load a reference model .* attn_implementation='sdpa'"):
+        reference(input_ids=torch.tensor(make_ids(30)))
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    """A process group of this process alone."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_fsdp_in_a_smaller_type(one_process):
+    """It hands each layer copies of what it is given, tensors in bfloat16."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    model = make_model().float()
+    apply(model, OPTIONS)
+    given = torch.tensor(make_ids(100))
+    wanted = model(input_ids=given).logits
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    for layer in (*model.model.layers, model):
+        fully_shard(layer, mp_policy=policy)
+    found = model(input_ids=given, labels=given)
+    found.loss.backward()
+    assert found.logits.dtype == torch.bfloat16
+    agree = found.logits.argmax(-1) == wanted.argmax(-1)
+    assert agree.float().mean() > 0.8
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
@@ -404,7 +456,6 @@ def test_refused_models():
 
 
 def test_refused_models_are_as_they_were():
-    import transformers
 
     sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6}
     both_ways = transformers.BertForMaskedLM(
@@ -448,8 +499,13 @@ def test_refused_inputs():
     ):
         with pytest.raises(ValueError, match=sentence):
             model(**inputs)
-    with pytest.raises(ValueError, match=r"dropout is 0\.1"):
+    with pytest.raises(ValueError, match=r"dropout is 0\.1.* attention_dropout=0\.0"):
         model.train()(input_ids=given)
+    sizes = {"n_embd": 48, "n_layer": 2, "n_head": 6, "attn_pdrop": 0.1}
+    other = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=96, **sizes))
+    apply(other, OPTIONS)
+    with pytest.raises(ValueError, match=r"dropout is 0\.1.* attn_pdrop=0\.0"):
+        other.train()(input_ids=given)
     model.eval()
     cache = make_model()(input_ids=given, use_cache=True).past_key_values
     with pytest.raises(ValueError, match="the ids of 0 are known"):

@@ -64,6 +64,24 @@ def test_ways_train_go_on_and_answer(benchmark, monkeypatch, tmp_path):
     assert other[2] != found["curve"][2], "other settings begin anew"
 
 
+def test_streaming_with_as_many_tokens_in_the_mean(benchmark, monkeypatch, tmp_path):
+    """The window that is as wide at a text's end sees more before it."""
+    name = f"{benchmark.EQUAL}SepLLM 64, by the text"
+    output = tmp_path / "found.json"
+    arguments = [*SMALL, "--steps", "1", "--ways", name, "--output", str(output)]
+    arguments[arguments.index("--documents") + 1] = "0"
+    monkeypatch.setattr(sys, "argv", ["post_training.py", *arguments])
+    benchmark.main()
+    found = json.loads(output.read_text())["ways"][name]
+    window = found["equal_mean"]["window_size"]
+    assert window < found["options"]["window_size"]
+    assert found["mean_attended"] > window
+    perplexities = found["equal_mean"]["perplexity"]
+    ends = [found["curve"][0]["perplexity"], found["curve"][-1]["perplexity"]]
+    assert perplexities != ends
+    assert perplexities == pytest.approx(ends, rel=0.2)
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_teacher(benchmark, monkeypatch, autocast):
     """The model's own logits, to the bit; a text is computed once."""

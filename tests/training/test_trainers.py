@@ -256,3 +256,18 @@ def tokenizer():
         eos_token="w1",
         unk_token="w0",
     )
+
+
+def test_an_adapter_that_is_not_trained_keeps_its_own_rule(tmp_path):
+    """Only active ones are saved with the model's."""
+    import peft
+
+    model = peft.get_peft_model(make_model(), lora(), adapter_name="first")
+    apply(model, OPTIONS)
+    model.save_pretrained(tmp_path / "before")
+    model.add_adapter("second", lora())
+    model.set_adapter("second")
+    apply(model, {**OPTIONS, "window_size": 5})
+    with pytest.warns(UserWarning, match="not with first: copy the sepllm.json"):
+        model.save_pretrained(tmp_path / "after")
+    assert [path.parent.name for path in (tmp_path / "after").rglob("sepllm.json")] == ["second"]

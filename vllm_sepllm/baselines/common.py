@@ -9,7 +9,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
 # Arguments with which models of Transformers ask for more than plain attention.
-_OTHERS = "softcap", "sliding_window", "s_aux"
+_OTHERS = "softcap", "sliding_window", "s_aux", "dropout"
 
 
 def refuse_others(given: dict[str, Any]) -> None:
@@ -47,8 +47,17 @@ def install(model: Any, name: str, attend: Attend, states: Sequence[Any]) -> Non
         name: in ``AttentionInterface``.
         attend: computes attention over the keys of all tokens so far. No mask is made.
         states: one for each of :func:`attention_layers`.
+
+    Raises:
+        ValueError: a layer asks for more than plain attention.
     """
     place = f"_{name.replace('-', '_')}"
+    text = model.config.get_text_config(decoder=True)
+    if any(kind != "full_attention" for kind in getattr(text, "layer_types", None) or ()):
+        raise ValueError(
+            f"the model has layers of the types {', '.join(sorted({*text.layer_types}))}: this "
+            "baseline has plain causal attention only"
+        )
 
     def forward(
         module: Any,
@@ -57,18 +66,32 @@ def install(model: Any, name: str, attend: Attend, states: Sequence[Any]) -> Non
         value: torch.Tensor,
         attention_mask: torch.Tensor | None,
         scaling: float | None = None,
+        dropout: float = 0.0,
         **more: Any,
     ) -> tuple[torch.Tensor, None]:
-        refuse_others(more)
+        refuse_others({**more, "dropout": dropout or None})
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         state = getattr(module, place)
         return attend(state, module.layer_idx, query, key, value, scaling), None
 
     AttentionInterface.register(name, forward)
-    AttentionMaskInterface.register(name, lambda *args, **more: None)
+    AttentionMaskInterface.register(name, _no_mask)
     model.set_attn_implementation(name)
     for layer, state in zip(attention_layers(model), states, strict=True):
         setattr(layer, place, state)
+
+
+def _no_mask(*args: Any, attention_mask: torch.Tensor | None = None, **more: Any) -> None:
+    """In the place of a mask.
+
+    Raises:
+        ValueError: a text is padded.
+    """
+    if attention_mask is not None and not attention_mask.all():
+        raise ValueError(
+            "attention_mask has zeros: this baseline would attend to padding; give it one text at "
+            "a time, or texts of one length"
+        )
 
 
 def num_kv_heads(model: Any) -> int:

@@ -10,6 +10,7 @@ what they did.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -44,9 +45,18 @@ def save_rules_with_adapters() -> None:
 
 
 def _folders_of_peft(model: Any, kwargs: dict[str, Any]) -> list[str]:
-    """Below the folder that is saved to: all adapters but the default one have their own."""
-    names = kwargs.get("selected_adapters") or model.peft_config
-    return ["" if name == "default" else name for name in names]
+    """Below the folder that is saved to: all adapters but the default one have their own. The rule
+    is that of those which are trained with it."""
+    saved = kwargs.get("selected_adapters") or model.peft_config
+    active = [name for name in saved if name in model.active_adapters]
+    others = [name for name in saved if name not in active]
+    if others:
+        warnings.warn(
+            f"SepLLM: the rule is saved with the active adapters ({', '.join(active)}), not with "
+            f"{', '.join(others)}: copy the sepllm.json of those that were trained under a rule",
+            stacklevel=3,
+        )
+    return ["" if name == "default" else name for name in active]
 
 
 def _folder_of_transformers(model: Any, kwargs: dict[str, Any]) -> list[str]:

@@ -80,9 +80,15 @@ class Attached:
         earlier = getattr(decoder, _HOOK, None)
         if earlier is not None:
             earlier.remove()
+        before = model.config._attn_implementation
+        if before == ATTENTION and earlier is None:
+            raise ConfigError(
+                f"the config of {type(model).__name__} says attn_implementation='sepllm' already: "
+                "it is shared with another model under a rule, or was loaded so; give each model a "
+                "config of its own (copy.deepcopy), loaded with attn_implementation='sdpa'"
+            )
         register()
         save_rules_with_adapters()
-        before = model.config._attn_implementation
         model.set_attn_implementation(ATTENTION)
         if decoder.config._attn_implementation != ATTENTION:
             model.set_attn_implementation(before)

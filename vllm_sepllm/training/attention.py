@@ -132,8 +132,9 @@ def _check(
     if step is None:
         raise ValueError(
             f"{name} was called without the hook of vllm_sepllm.training.apply: call the model as "
-            "a whole, after apply; if you do, its layers do not hand arguments on to attention, so "
-            "it cannot be trained under the rule"
+            "a whole, after apply; load a reference model (TRL) with attn_implementation='sdpa'. "
+            "Else its layers do not hand arguments on to attention, so it cannot be trained under "
+            "the rule"
         )
     if kwargs.get("is_causal") is False:
         raise ValueError(
@@ -141,9 +142,11 @@ def _check(
             "leave it out"
         )
     if dropout:
+        is_old = hasattr(getattr(module, "config", None), "attn_pdrop")  # GPT-2
+        option = "attn_pdrop" if is_old else "attention_dropout"
         raise ValueError(
             f"attention dropout is {dropout}: SepLLM attention has none; load the model without, "
-            "e.g. from_pretrained(..., attention_dropout=0.0)"
+            f"e.g. from_pretrained(..., {option}=0.0)"
         )
     if attention_mask is not None:
         raise ValueError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -66,9 +65,11 @@ class IdLayer(DynamicLayer):  # type: ignore[misc]
         return ids[:, 0, :, 0], places[:, 0, :, 0]
 
 
-@dataclass(frozen=True, eq=False)
 class Step:
     """What the tokens of one forward pass see.
+
+    It is no dataclass: FSDP makes new ones of those that it hands to a layer, and every layer would
+    work everything out again.
 
     Attributes:
         pattern: what the kept layers see.
@@ -78,11 +79,12 @@ class Step:
         found: what was worked out so far. It fills up.
     """
 
-    pattern: Pattern
-    layers: LayerPlan
-    texts: Texts
-    num_queries: int
-    found: dict[Any, Any] = field(default_factory=dict)
+    def __init__(self, pattern: Pattern, layers: LayerPlan, texts: Texts, num_queries: int) -> None:
+        self.pattern = pattern
+        self.layers = layers
+        self.texts = texts
+        self.num_queries = num_queries
+        self.found: dict[Any, Any] = {}
 
     @staticmethod
     def of(pattern: Pattern, layers: LayerPlan, num_layers: int, inputs: Mapping[str, Any]) -> Step:

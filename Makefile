@@ -5,7 +5,7 @@ PYTEST_ARGS ?=
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo test lint bench bench-serve bench-train stream peers gpu-bench gpu-tune soak fuzz clean
+.PHONY: help setup model demo test lint bench bench-serve bench-train stream peers gpu-test gpu-bench gpu-tune soak fuzz clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## /make \1\t/p' $(MAKEFILE_LIST)
@@ -44,11 +44,15 @@ peers: model  ## methods of kvpress beside SepLLM; writes benchmarks/results (SU
 	@scripts/peers.sh
 	@$(PY) benchmarks/peers.py --suite $(or $(SUITE),quick)
 
-gpu-tune:  ## which launch of a kernel is fastest on this GPU
-	@PYTHONPATH=kernels:.:build/gpu-site $(or $(PYTHON),python3) benchmarks/gpu_tune.py
+gpu-test:  ## tests of the kernels on a GPU, with the python that has torch and Triton for it
+	@PYTHONPATH=kernels:.:build/gpu-site $(or $(PYTHON),python3) -m pytest tests/kernels -n 8 \
+		--ignore tests/kernels/test_compiles.py $(ARGS)
 
-gpu-bench:  ## kernels on a GPU, with the python that has torch and Triton for it (PYTHON=python3)
-	@PYTHONPATH=kernels:.:build/gpu-site $(or $(PYTHON),python3) benchmarks/gpu.py
+gpu-tune:  ## which launch of a kernel is fastest on this GPU (ARGS="--operations decode")
+	@PYTHONPATH=kernels:.:build/gpu-site $(or $(PYTHON),python3) benchmarks/gpu_tune.py $(ARGS)
+
+gpu-bench:  ## kernels on a GPU, beside others (PYTHON=python3 ARGS="--contexts 32768")
+	@PYTHONPATH=kernels:.:build/gpu-site $(or $(PYTHON),python3) benchmarks/gpu.py $(ARGS)
 
 soak: setup  ## random traffic over a tight pool, checked after every step (MINUTES=10)
 	@PYTHONPATH=tests/support:tools $(PY) tools/soak.py --minutes $(or $(MINUTES),10)

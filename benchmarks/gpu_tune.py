@@ -70,7 +70,7 @@ def measure(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         row = run()
     except Exception as error:  # too much shared memory, most often
         return {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:120]}
-    if row["relative_error"] >= WRONG:
+    if not row["relative_error"] < WRONG:  # nor is nan
         return {"failed": f"relative error {row['relative_error']:.1e}"}
     return {"ms": row["ms"], "relative_error": row["relative_error"]}
 

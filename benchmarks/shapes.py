@@ -81,9 +81,15 @@ def kept_share(prompts: list[list[int]]) -> float:
     return float(np.mean(seen))
 
 
+@cache
+def book_ids() -> npt.NDArray[np.int64]:
+    """The book in tokens."""
+    return np.array(Tokenizer.from_str(read_gzip(TOKENIZER)).encode(read_gzip(BOOK)).ids)
+
+
 def kept_flags(num_texts: int, num_tokens: int, num_sinks: int) -> npt.NDArray[np.bool_]:
     """``[num_texts, num_tokens]``: which tokens of pieces of the book are separators or sinks."""
-    ids = np.array(Tokenizer.from_str(read_gzip(TOKENIZER)).encode(read_gzip(BOOK)).ids)
+    ids = book_ids()
     pieces = [np.roll(ids, -997 * i) for i in range(num_texts)]
     longer = [np.tile(piece, 1 + num_tokens // len(ids))[:num_tokens] for piece in pieces]
     flags = np.stack([policy().kept_flags(piece) for piece in longer])

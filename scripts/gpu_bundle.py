@@ -135,10 +135,11 @@ def wheel(version: str) -> Path:
     """The wheel of vLLM for CUDA, downloaded once."""
     folder = CACHE / f"vllm-{version}-wheel"
     if not folder.is_dir():
-        CACHE.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
-            download(version, Path(scratch))
-            shutil.copytree(scratch, folder)
+        partial = folder.with_suffix(".partial")  # what an interrupted run leaves
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        download(version, partial)
+        partial.replace(folder)
     return next(folder.glob("*.whl"))
 
 

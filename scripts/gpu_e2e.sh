@@ -7,7 +7,9 @@
 # What is measured is not measured again: call it again to go on where time ran out.
 # PYTHON chooses the interpreter, RESULTS the folder (build/gpu-e2e). If there is an archive of
 # scripts/gpu_bundle.py (BUNDLE, build/gpu-bundle.tar.xz), vLLM comes from it.
-# MODES lists what is tried, the fullest mode first ("compiled graphs eager").
+# MODES lists what is tried, the fullest mode first ("compiled graphs eager"); a mode whose tokens
+# are not there after CHECK_LIMIT seconds (180) has failed. KV_GIB gives every engine as much memory
+# for its KV cache. ARCHIVE names a .tar.gz that has results and logs after every step.
 # SMOKE=1: tiny shapes beside vLLM's default backend, for a machine without a GPU.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -17,11 +19,12 @@ PYTHON=${PYTHON:-python3}
 RESULTS=${RESULTS:-build/gpu-e2e}
 BUNDLE=${BUNDLE:-build/gpu-bundle.tar.xz}
 read -ra MODES <<<"${MODES:-compiled graphs eager}"
+CHECK_LIMIT=${CHECK_LIMIT:-180}
 FULL=( # model, backend, type of the KV cache: what matters most first
-  "llama-3-8b SEPLLM auto" "llama-3-8b FLASH_ATTN auto" "llama-3-8b SEPLLM fp8"
+  "llama-3-8b SEPLLM auto" "llama-3-8b TRITON_ATTN auto" "llama-3-8b FLASH_ATTN auto"
   "llama-3-8b-crowded SEPLLM auto" "llama-3-8b-crowded FLASH_ATTN auto"
-  "llama-3-8b-crowded SEPLLM fp8" "llama-3-8b-crowded FLASH_ATTN fp8"
-  "llama-3-8b TRITON_ATTN auto" "llama-3-8b FLASH_ATTN fp8" "llama-3-8b TRITON_ATTN fp8"
+  "llama-3-8b SEPLLM fp8" "llama-3-8b-crowded SEPLLM fp8" "llama-3-8b-crowded FLASH_ATTN fp8"
+  "llama-3-8b FLASH_ATTN fp8" "llama-3-8b TRITON_ATTN fp8"
   "pythia-6.9b SEPLLM auto" "pythia-6.9b TRITON_ATTN auto" "pythia-6.9b FLASH_ATTN auto"
   "pythia-6.9b SEPLLM fp8" "pythia-6.9b FLASH_ATTN fp8" "pythia-6.9b TRITON_ATTN fp8"
 )
@@ -31,15 +34,28 @@ say() { printf 'gpu_e2e: %s\n' "$*"; }
 
 out_of_time() { ((LIMIT > 0 && SECONDS >= LIMIT)); }
 
-# A step gets the time that is left.
+# A step gets the time that is left, and so many seconds at most; 0 is without a limit.
 step() {
-  if ((LIMIT == 0)); then
-    "$PYTHON" benchmarks/gpu_engine.py "$@"
-  elif out_of_time; then
+  local most=$1 left=$((LIMIT - SECONDS)) status
+  shift
+  if out_of_time; then
     return 124
-  else
-    timeout --kill-after=10 "$((LIMIT - SECONDS))" "$PYTHON" benchmarks/gpu_engine.py "$@"
   fi
+  if ((LIMIT > 0 && (most == 0 || left < most))); then
+    most=$left
+  fi
+  timeout --kill-after=10 "$most" "$PYTHON" benchmarks/gpu_engine.py "$@" # 0 is none to it, too
+  status=$?
+  if [[ -n ${ARCHIVE:-} ]]; then
+    tar -czf "$ARCHIVE" --exclude=models -C "$RESULTS" .
+  fi
+  return "$status"
+}
+
+# What a log says of a failure: the last line is seldom its cause.
+why() {
+  printf '%s\n' "$(tail -n 1 "$1")"
+  grep -m 5 -E '[A-Z][A-Za-z]*(Error|Exception)\b' "$1"
 }
 
 unpack() {
@@ -58,7 +74,7 @@ choose_mode() {
   local mode
   for mode in "${MODES[@]}"; do
     if [[ ! -f $RESULTS/check-$mode.json && ! -f $RESULTS/check-$mode.failed ]]; then
-      if ! step check "$RESULTS" --mode "$mode" >"$RESULTS/check-$mode.log" 2>&1; then
+      if ! step "$CHECK_LIMIT" check "$RESULTS" --mode "$mode" >"$RESULTS/check-$mode.log" 2>&1; then
         out_of_time && say "check, $mode: no time left" && exit 1
         mv "$RESULTS/check-$mode.log" "$RESULTS/check-$mode.failed"
       fi
@@ -67,7 +83,7 @@ choose_mode() {
       MODE=$mode
       return
     fi
-    say "check, $mode: failed ($(tail -n 1 "$RESULTS/check-$mode.failed"))"
+    say "check, $mode: failed ($(why "$RESULTS/check-$mode.failed"))"
   done
   say "no mode gives the reference's tokens: nothing is measured"
   exit 1
@@ -85,12 +101,13 @@ main() {
     set -- $run
     name=run-$1-$2-$3
     ! grep -qs '"is_complete": true' "$RESULTS/$name.json" || continue
-    if step measure "$RESULTS" --mode "$MODE" --model "$1" --backend "$2" --kv "$3" >"$RESULTS/$name.log" 2>&1; then
+    if step 0 measure "$RESULTS" --mode "$MODE" --model "$1" --backend "$2" --kv "$3" \
+      ${KV_GIB:+--kv-gib "$KV_GIB"} >"$RESULTS/$name.log" 2>&1; then
       say "$run: measured after $SECONDS s"
     elif out_of_time; then
       say "$run: no time left" && break
     else
-      say "$run: failed ($(tail -n 1 "$RESULTS/$name.log"))" && failed=1
+      say "$run: failed ($(why "$RESULTS/$name.log"))" && failed=1
     fi
   done
   "$PYTHON" benchmarks/gpu_engine.py table "$RESULTS"

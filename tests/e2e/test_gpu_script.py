@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 
 import pytest
 from helpers import ROOT
@@ -11,12 +12,17 @@ from helpers import ROOT
 pytestmark = pytest.mark.e2e
 
 
-def run(results, **env):
+def run(results, limit=0, **env):
     # The engine runs in the process that measures it, by tests/support/environment.py.
     given = {"PYTHON": sys.executable, "BUNDLE": "none", "RESULTS": str(results)}
     env = {**os.environ, **given, **env}
     return subprocess.run(
-        ["scripts/gpu_e2e.sh", "0"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=550
+        ["scripts/gpu_e2e.sh", str(limit)],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=550,
     )
 
 
@@ -71,7 +77,8 @@ def test_wrong_tokens_stop_it(tmp_path):
 STUB = """#!/bin/bash
 echo "$2 ${*: -1}" >>"$3/calls"
 case "$2 $*" in
-  "check "*compiled) exit 1 ;;
+  "check "*compiled) [[ -z $SLOW ]] || sleep 60
+    printf 'ValueError: the cause\nSee root cause above.\n'; exit 1 ;;
   check*) touch "$3/check-${*: -1}.json" ;;
   "measure "*SEPLLM*) kill -KILL $$ ;;
   "measure "*) printf '"is_complete": true' >"$3/run-smoke-dense-auto.json" ;;
@@ -91,6 +98,22 @@ def test_what_failed_is_said_and_not_tried_again(tmp_path):
         assert "check, graphs: greedy tokens equal" in done.stdout
         assert "smoke SEPLLM auto: failed" in done.stdout
         assert "no time left" not in done.stdout
+        assert "the cause" in done.stdout
     calls = (tmp_path / "calls").read_text().split("\n")
     assert [calls.count(f"check {mode}") for mode in ("compiled", "graphs", "eager")] == [1, 1, 0]
     assert sum(call.startswith("measure") for call in calls) == 3  # one finished the first time
+
+
+def test_a_mode_that_takes_too_long_has_failed(tmp_path):
+    """The others still have time; results and logs are in an archive after every step."""
+    stub, archive = tmp_path / "stub", tmp_path / "found.tar.gz"
+    stub.write_text(STUB)
+    stub.chmod(0o755)
+    results = tmp_path / "results"
+    given = {"CHECK_LIMIT": "1", "SLOW": "1", "ARCHIVE": str(archive), "KV_GIB": "50"}
+    done = run(results, 120, SMOKE="1", PYTHON=str(stub), **given)
+    assert "check, compiled: failed" in done.stdout
+    assert "check, graphs: greedy tokens equal" in done.stdout
+    with tarfile.open(archive) as found:
+        assert {"./check-compiled.failed", "./run-smoke-SEPLLM-auto.log"} <= {*found.getnames()}
+    assert "measure 50" in (results / "calls").read_text()

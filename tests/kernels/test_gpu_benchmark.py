@@ -48,17 +48,38 @@ def test_a_run_that_is_stopped_leaves_its_rows(monkeypatch, tmp_path):
     assert [row["op"] for row in found["results"]] == ["decode"]
 
 
-def test_a_dense_kernel_that_is_wrong_is_no_comparison(monkeypatch, capsys):
+@pytest.mark.parametrize(("content", "shown"), [(0.0, "1.0e+00"), (torch.nan, "nan")])
+def test_a_dense_kernel_that_is_wrong_is_no_comparison(monkeypatch, capsys, content, shown):
     monkeypatch.syspath_prepend(str(FOLDER))
     import gpu
 
     def prepare(query, key, value, page):
-        return lambda: torch.zeros_like(query)
+        return lambda: torch.full_like(query, content)
 
-    monkeypatch.setattr(gpu, "DENSE_KERNELS", {"zeros": prepare})
+    monkeypatch.setattr(gpu, "DENSE_KERNELS", {"wrong": prepare})
     case = gpu.make_case(gpu.SMOKE, 320, 2, 1, DEVICE)
     assert gpu.run_dense(case, gpu.call_once) == {}
-    assert "zeros: ValueError: relative error 1.0e+00" in capsys.readouterr().out
+    assert f"wrong: ValueError: relative error {shown}" in capsys.readouterr().out
+
+
+def test_a_prompt_of_which_a_part_is_left_out_does_not_count(monkeypatch):
+    """Whatever was in the memory before."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import gpu
+    import gpu_tune
+
+    whole = gpu.kept_prefill_paged
+
+    def half(query, pages, batch, output, scale):
+        right = torch.empty_like(output)
+        whole(query, pages, batch, right, scale)
+        output[len(output) // 2 :] = right[len(output) // 2 :]
+
+    case = gpu.make_case(gpu.SMOKE, 320, 1, 320, DEVICE)
+    assert gpu.run_prefill(case, gpu.call_once, False)["relative_error"] < gpu.WRONG
+    monkeypatch.setattr(gpu, "kept_prefill_paged", half)
+    measured = gpu_tune.measure(lambda: gpu.run_prefill(case, gpu.call_once, False))
+    assert measured == {"failed": "relative error nan"}
 
 
 def test_tuning(monkeypatch, capsys, tmp_path):

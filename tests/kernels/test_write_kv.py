@@ -168,3 +168,15 @@ def test_rotated_queries(dtype, is_neox, sizes, num_parts):
     torch.testing.assert_close(found, expected, atol=atol, rtol=0)
     assert not torch.isclose(found[1], query, atol=0.1).all()
     assert rotate_queries(query[:0], cos_sin[:, :0], is_neox).shape[1] == 0
+
+
+def test_what_is_no_number_stays_none():
+    """As a number, FP8's largest, it would hide what is wrong with a model."""
+    pages = torch.zeros(2, 2, 16, 2 * 32, device=DEVICE).to(FP8)
+    key = torch.zeros(1, 2, 32, dtype=BF16, device=DEVICE)
+    key[0, 1, 3] = torch.nan
+    slots = torch.full((1,), 20, dtype=torch.int64, device=DEVICE)
+    write_kv(key, torch.ones_like(key), PagedKV(*pages.tensor_split(2, -1)), slots, slots)
+    found = pages.float()[1, :, 4, :32]
+    assert found[1, 3].isnan()
+    assert found.isnan().sum() == 1

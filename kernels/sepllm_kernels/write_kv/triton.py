@@ -14,7 +14,8 @@ from sepllm_kernels.rotate_queries.triton import rotate_elements
 def _stored(elements, inverse_scale, LIMIT: tl.constexpr, dtype: tl.constexpr):
     if LIMIT > 0:
         scaled = elements.to(tl.float32) * inverse_scale
-        return tl.minimum(tl.maximum(scaled, -LIMIT), LIMIT).to(dtype)
+        scaled = tl.maximum(scaled, -LIMIT, propagate_nan=tl.PropagateNan.ALL)
+        return tl.minimum(scaled, LIMIT, propagate_nan=tl.PropagateNan.ALL).to(dtype)
     return elements.to(dtype)
 
 

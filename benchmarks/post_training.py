@@ -102,8 +102,9 @@ def ways(tokenizer: Any, held_out: Rows) -> dict[str, Way]:
     return found
 
 
-def load(folder: Path = MODEL) -> Any:
-    """A model; an adapter in the folder is merged into the untrained one."""
+def load(folder: Path | None = None) -> Any:
+    """The model of a folder, or the untrained one; an adapter is merged into that."""
+    folder = folder or MODEL
     if (folder / "adapter_config.json").exists():
         from peft import PeftModel
 
@@ -359,9 +360,12 @@ def look_at_means(
     texts = [row["input_ids"] for row in held_out]
     for name, of_way in result["ways"].items():
         folder, options = folder_of(name, given) / "model", of_way["options"]
-        if options is None or "seconds" not in of_way or "mean_attended" in of_way:
+        is_missing = name.startswith(EQUAL) and "equal_mean" not in of_way and folder.is_dir()
+        if options is None or "seconds" not in of_way:
             continue
-        if name.startswith(EQUAL) and folder.is_dir():
+        if "mean_attended" in of_way and not is_missing:
+            continue
+        if is_missing:
             rule = name.removeprefix(EQUAL).removesuffix(f", {of_way['loss']}")
             wanted = SepLLMConfig.from_dict(RULES[rule])
             window = equal_window(wanted, tokenizer, texts, 1, over_half=True)

@@ -36,7 +36,7 @@ out_of_time() { ((LIMIT > 0 && SECONDS >= LIMIT)); }
 
 # A step gets the time that is left, and so many seconds at most; 0 is without a limit.
 step() {
-  local most=$1 left=$((LIMIT - SECONDS)) status
+  local most=$1 left=$((LIMIT - SECONDS))
   shift
   if out_of_time; then
     return 124
@@ -44,12 +44,19 @@ step() {
   if ((LIMIT > 0 && (most == 0 || left < most))); then
     most=$left
   fi
-  timeout --kill-after=10 "$most" "$PYTHON" benchmarks/gpu_engine.py "$@" # 0 is none to it, too
-  status=$?
-  if [[ -n ${ARCHIVE:-} ]]; then
-    tar -czf "$ARCHIVE" --exclude=models -C "$RESULTS" .
+  if ((most == 0)); then # a terminal's Ctrl-C would not pass timeout
+    "$PYTHON" benchmarks/gpu_engine.py "$@"
+  else
+    timeout --kill-after=10 "$most" "$PYTHON" benchmarks/gpu_engine.py "$@"
   fi
-  return "$status"
+}
+
+# The archive is whole at any time.
+archive() {
+  if [[ -n ${ARCHIVE:-} ]]; then
+    tar -czf "$ARCHIVE.new" --exclude=models -C "$RESULTS" . && mv "$ARCHIVE.new" "$ARCHIVE" ||
+      say "no archive could be written"
+  fi
 }
 
 # What a log says of a failure: the last line is seldom its cause.
@@ -78,6 +85,7 @@ choose_mode() {
         out_of_time && say "check, $mode: no time left" && exit 1
         mv "$RESULTS/check-$mode.log" "$RESULTS/check-$mode.failed"
       fi
+      archive
     fi
     if [[ -f $RESULTS/check-$mode.json ]]; then
       MODE=$mode
@@ -109,8 +117,10 @@ main() {
     else
       say "$run: failed ($(why "$RESULTS/$name.log"))" && failed=1
     fi
+    archive
   done
   "$PYTHON" benchmarks/gpu_engine.py table "$RESULTS"
+  archive
   return "$failed"
 }
 

@@ -110,10 +110,11 @@ def test_a_mode_that_takes_too_long_has_failed(tmp_path):
     stub.write_text(STUB)
     stub.chmod(0o755)
     results = tmp_path / "results"
-    given = {"CHECK_LIMIT": "1", "SLOW": "1", "ARCHIVE": str(archive), "KV_GIB": "50"}
+    given = {"CHECK_LIMIT": "5", "SLOW": "1", "ARCHIVE": str(archive), "KV_GIB": "50"}
     done = run(results, 120, SMOKE="1", PYTHON=str(stub), **given)
     assert "check, compiled: failed" in done.stdout
     assert "check, graphs: greedy tokens equal" in done.stdout
     with tarfile.open(archive) as found:
         assert {"./check-compiled.failed", "./run-smoke-SEPLLM-auto.log"} <= {*found.getnames()}
+    assert not (tmp_path / "found.tar.gz.new").exists()
     assert "measure 50" in (results / "calls").read_text()

@@ -7,13 +7,12 @@ import re
 import subprocess
 import sys
 from itertools import chain
-from pathlib import Path
 from types import SimpleNamespace
 
 import msgspec
 import prometheus_client
 import pytest
-from helpers import MODEL, find_separators
+from helpers import MODEL, ROOT, find_separators
 from simulation import Simulation
 from test_scheduling import WORDS, next_token
 
@@ -433,5 +432,5 @@ def test_the_kinds_of_metrics_are_those_of_vllms_logger():
 
 
 def test_the_limits_that_requests_do_not_fit_into_are_explained():
-    shown = Path("docs/operations.md").read_text(encoding="utf-8")
+    shown = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
     assert {*re.findall(r'requests_refused_total\{reason="(\w+)"\}', shown)} == {*LIMITS}

@@ -229,11 +229,11 @@ def test_turns_of_a_session(runner):
     assert runner.restarts == [0, 31]
 
 
-def test_sessions_that_wait_give_way(runner):
-    """They neither end nor are preempted; those that run keep their rows."""
+def test_sessions_that_wait_hold_no_row(runner):
+    """They are listed as preempted when their turn ends; those that run keep their rows."""
     runner.step(dict.fromkeys("abcd", 9), new="abcd")
-    runner.step(dict.fromkeys("cd", 1))
-    runner.step({"c": 1, "e": 9}, new="e")  # d sits out one step, a or b wait for a turn
+    runner.step(dict.fromkeys("cd", 1), preempted="ab")
+    runner.step({"c": 1, "e": 9}, new="e")  # d sits out one step
     runner.step({"d": 1, "e": 1, "f": 9}, new="f")
     runner.step(dict.fromkeys("cdef", 1))
     assert runner.restarts == [0] * 6

@@ -408,6 +408,7 @@ def one_process(tmp_path):
 
 def test_fsdp_in_a_smaller_type(one_process):
     """It hands each layer copies of what it is given, tensors in bfloat16."""
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     model = make_model().float()
@@ -415,8 +416,9 @@ def test_fsdp_in_a_smaller_type(one_process):
     given = torch.tensor(make_ids(100))
     wanted = model(input_ids=given).logits
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    mesh = init_device_mesh("cpu", (1,))
     for layer in (*model.model.layers, model):
-        fully_shard(layer, mp_policy=policy)
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
     found = model(input_ids=given, labels=given)
     found.loss.backward()
     assert found.logits.dtype == torch.bfloat16

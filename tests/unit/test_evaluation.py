@@ -489,6 +489,7 @@ def test_what_is_not_served_is_marked(ways, found, material, smollm2, tmp_path):
 
 def test_chats_of_a_tokenizer_that_writes_them_itself(tmp_path):
     """Mistral's has no template."""
+    pytest.importorskip("mistral_common")  # comes with vLLM
     write_tekken(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mistral"}))
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
@@ -505,7 +506,7 @@ def test_chats_of_a_tokenizer_that_writes_them_itself(tmp_path):
 
 def test_a_long_chat_template_has_room(smollm2, material):
     assert longest_request(SMALL, material, 4096) == max(SMALL.longest, material.longest)
-    with pytest.raises(ValueError, match=rf"takes {material.longest} tokens .* context has 200"):
+    with pytest.raises(ValueError, match=rf"takes {material.longest} tokens .* can have 200"):
         longest_request(SMALL, material, 200)
     asked = replace(material.questions[0], token_ids=(1,) * 5000)
     long = replace(material, questions=(*material.questions, asked))

@@ -75,7 +75,7 @@ class EngineMetrics:
         metrics: by name, with the labels of vLLM's still to be set.
         labels: values of vLLM's labels.
         groups: kinds of KV-cache groups that the engine has.
-        planned_share: kept tokens per token that memory is planned for.
+        planned_share: kept tokens per token that are expected.
     """
 
     def __init__(
@@ -212,7 +212,7 @@ def _metrics(prometheus: PrometheusStatLogger) -> dict[str, Any]:
         "held": ("pages_held", "Pages of the KV cache that requests hold.", [*LABELS, "group"]),
         "planned_share": (
             "planned_kept_share",
-            "Tokens kept per token behind the sinks that memory is planned for.",
+            "Tokens kept per token behind the sinks that are expected. Memory has a margin.",
             LABELS,
         ),
         "seen_share": (

@@ -199,8 +199,8 @@ def longest_request(suite: Suite, material: Material, max_length: int) -> int:
     """
     if material.longest > max_length:
         raise ValueError(
-            f"a question takes {material.longest} tokens with this model's chat template, its "
-            f"context has {max_length}: take a model with a longer one"
+            f"a question takes {material.longest} tokens with this model's chat template, it "
+            f"can have {max_length}: take a model with a longer context, or raise max_model_len"
         )
     return min(max_length, max(suite.longest, material.longest))
 

@@ -177,7 +177,8 @@ class SepLLMScheduler(SessionScheduler):
             for name in self._chunks.keys() & output.num_scheduled_tokens.keys():
                 if not self.requests[name].is_prefill_chunk:
                     del self._chunks[name]
-        # vLLM tries none of those that wait in a step in which it preempts others.
+        # vLLM tries none of those that wait in a step in which it preempts others. (Sessions whose
+        # turn has ended are listed there, too: then the next step looks.)
         if not (output.num_scheduled_tokens or self.running or output.preempted_req_ids):
             self._unblock()
         return output

@@ -4,6 +4,7 @@ What is final when, in vLLM 0.32 and 0.33:
 
 - A new request's ``prompt_token_ids``: all of it. The prefix found in the cache is part of it. The
   next turn of a session is sent as a new request under the same id, with all turns in its prompt.
+  When a turn ends, our scheduler lists the session as preempted, so that it holds no row.
 - A resumed request's ``all_token_ids``, and those of a request that sat out a step: the scheduler's
   own. What is computed of a resumed request are pages of the prefix cache, whose ids are known; it
   resumes when no output from before its preemption is on its way.
@@ -43,8 +44,6 @@ class RunnerSteps:
         self._runner = runner
         self._held: dict[str, int] = {}
         self._free = list(range(len(counts)))
-        self._last_step: dict[str, int] = {}  # of each request that holds a row
-        self._number = 0
         self._is_running = False
         self._step: Any = None
 
@@ -88,10 +87,8 @@ class RunnerSteps:
         return self._step
 
     def _begin(self, scheduled: SchedulerOutput) -> None:
-        self._number += 1
         for req_id in (*scheduled.finished_req_ids, *(scheduled.preempted_req_ids or ())):
             self._release(req_id)
-        self._last_step.update(dict.fromkeys(scheduled.num_scheduled_tokens, self._number))
         for new in scheduled.scheduled_new_reqs:
             self._restart(new.req_id, new.prompt_token_ids, new.num_computed_tokens)
         cached = scheduled.scheduled_cached_reqs
@@ -101,19 +98,11 @@ class RunnerSteps:
 
     def _restart(self, req_id: str, token_ids: Sequence[int] | None, num_computed: int) -> None:
         if req_id not in self._held:
-            self._held[req_id] = self._take()
+            assert self._free, "a step has more requests than rows"
+            self._held[req_id] = self._free.pop()
         self._counts.restart(self._held[req_id], computed_ids(req_id, token_ids, num_computed))
-
-    def _take(self) -> int:
-        """A free row, or that of a session that waits for its next turn, which tells no one."""
-        if not self._free:
-            idle = min(self._held, key=self._last_step.__getitem__)
-            assert self._last_step[idle] < self._number, "a step has more requests than rows"
-            self._release(idle)
-        return self._free.pop()
 
     def _release(self, req_id: str) -> None:
         row = self._held.pop(req_id, None)
         if row is not None:
-            del self._last_step[req_id]
             self._free.append(row)

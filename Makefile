@@ -60,7 +60,8 @@ soak: setup  ## random traffic over a tight pool, checked after every step (MINU
 fuzz: setup  ## random engines under random traffic, answers against the mask (MINUTES=10)
 	@PYTHONPATH=tests/support:tools $(PY) tools/fuzz.py --minutes $(or $(MINUTES),10)
 
-clean:  ## remove caches and build output (.venv stays)
-	rm -rf build dist *.egg-info scripts/vllm-name/build scripts/vllm-name/*.egg-info
+clean:  ## remove caches and build output (.venv, models and trainings stay)
+	rm -rf dist *.egg-info scripts/vllm-name/build scripts/vllm-name/*.egg-info
+	[ ! -d build ] || find build -mindepth 1 -maxdepth 1 ! -name models ! -name training -exec rm -rf {} +
 	rm -rf .pytest_cache .mypy_cache .ruff_cache
 	find vllm_sepllm kernels tests benchmarks examples scripts -name __pycache__ -prune -exec rm -rf {} +

@@ -27,9 +27,9 @@ def processor() -> dict[str, Any]:
     """The processor, and which cores this process may use."""
     info = Path("/proc/cpuinfo").read_text()
     models = [line.split(":")[1].strip() for line in info.splitlines() if "model name" in line]
-    flags = next(line for line in info.splitlines() if line.startswith("flags")).split()
+    flags = next((line for line in info.splitlines() if line.startswith("flags")), "").split()
     return {
-        "cpu": models[0],
+        "cpu": models[0] if models else platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "features": sorted(set(flags) & {"avx2", "avx512f", "avx512_bf16", "amx_bf16"}),
         "python": platform.python_version(),

@@ -1,12 +1,15 @@
 # .venv/bin/python examples/offline.py    (after make model)
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from vllm import LLM, SamplingParams
 
+MODEL = Path(__file__).parent.parent / "build/models/SmolLM2-135M-Instruct"
+
 if __name__ == "__main__":  # vLLM starts processes that import this file again
     llm = LLM(
-        "build/models/SmolLM2-135M-Instruct",
+        str(MODEL),
         attention_backend="sepllm",
         additional_config={"sepllm": {"window_size": 256}},
         max_model_len=2048,

@@ -13,7 +13,12 @@ if [[ ! -d $repository/$model && -d $model ]]; then
 fi
 cd "$repository"
 [[ ! -d $model ]] || export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" # a name is looked up on the Hub
-exec .venv/bin/vllm serve "$model" \
+if [[ -z ${MODEL:-} && ! -d $model ]]; then
+  printf 'serve.sh: no %s: run make model, or name another with MODEL=...\n' "$model" >&2 && exit 1
+fi
+vllm=.venv/bin/vllm
+[[ -x $vllm ]] || vllm=vllm # of the environment that is active
+exec "$vllm" serve "$model" \
   --host 127.0.0.1 \
   --attention-backend sepllm \
   --additional-config '{"sepllm": {"keep": ["separators", "special", "digits", "capitalized"]}}' \

@@ -7,14 +7,14 @@
 #     DRY_RUN=1 scripts/setup.sh         only say what pip would install
 #
 # Says and does nothing when .venv is up to date; an interrupted run is simply started again.
-# PYTHON=... chooses the interpreter.
+# PYTHON=... chooses the interpreter. Linux only.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 VLLM=0.32.0
 UNWANTED=(torchvision torchaudio torchcodec) # CUDA builds that break `import transformers`
 STAMP=.venv/sepllm-setup
-OF=.venv/sepllm-backend # which backend .venv is for
+OF=.venv/sepllm-backend # which backend .venv is for, and in which folder it was made
 PY=.venv/bin/python
 
 say() { printf 'setup: %s\n' "$*"; }
@@ -36,15 +36,15 @@ find_backend() {
 # Hash of everything that decides what .venv holds.
 wanted() {
   cat scripts/setup.sh scripts/requirements_of.py scripts/vllm-name/pyproject.toml pyproject.toml \
-    - <<<"$1" | sha256sum | cut -d ' ' -f 1
+    - <<<"$1 $PWD" | sha256sum | cut -d ' ' -f 1
 }
 
 can_make_venv() {
-  "$1" -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
+  "$1" -c 'import sys, ensurepip, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null
 }
 
 find_python() {
-  local name names=(python3.11 python3.12 python3.13 python3)
+  local name names=(python3.11 python3.12 python3.13 python3.14 python3)
   [[ -z ${PYTHON:-} ]] || names=("$PYTHON")
   for name in "${names[@]}"; do
     if can_make_venv "$name"; then
@@ -52,23 +52,31 @@ find_python() {
       return
     fi
   done
-  fail "no usable Python among ${PYTHON:-python3.11, python3.12, python3.13, python3}: install" \
-    "Python 3.11 or newer with its venv module (Debian, Ubuntu: apt install python3.11-venv)," \
+  fail "no usable Python among ${PYTHON:-python3.11 to python3.14, python3}: install" \
+    "Python 3.11 to 3.14 with its venv module (Debian, Ubuntu: apt install python3-venv)," \
     "or name one with PYTHON=/path/to/python"
 }
 
+is_usable() {
+  "$PY" -c 'import sys, pip; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null
+}
+
+# The note comes first: what an interrupted run leaves is known as ours.
+start_over() {
+  rm -rf .venv && mkdir .venv && echo "$2" >"$OF" && "$1" -m venv .venv
+}
+
 make_venv() {
-  local python
-  # Both builds of vLLM hold the same files.
-  if [[ -f $OF && $(<"$OF") != "$1" ]]; then
+  local python own="$1 in $PWD"
+  # Both builds of vLLM hold the same files, and programs in .venv have its place in them.
+  if [[ -f $OF && $(<"$OF") != "$own" ]]; then
     python=$(find_python)
     say "making .venv again, as it was made for $(<"$OF")"
-    "$python" -m venv --clear .venv
-  elif ! "$PY" -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+    start_over "$python" "$own"
+  elif ! is_usable; then
     python=$(find_python)
-    "$python" -m venv --clear .venv
+    start_over "$python" "$own"
   fi
-  echo "$1" >"$OF"
   # requirements_of.py needs packaging before anything else is there.
   install --upgrade pip packaging
 }
@@ -124,15 +132,18 @@ for each in json.load(sys.stdin)["install"]:
 
 main() {
   local backend hash
+  [[ $(uname -s) == Linux ]] || fail "vLLM is installed on Linux only (on Windows: WSL)"
   backend=$(find_backend)
   hash=$(wanted "$backend")
-  if [[ -z ${DRY_RUN:-} && -f $STAMP && $(<"$STAMP") == "$hash" ]]; then
+  if [[ -z ${DRY_RUN:-} && -f $STAMP && $(<"$STAMP") == "$hash" ]] && is_usable; then
     return
   fi
   if [[ -n ${DRY_RUN:-} ]]; then
     say_what_pip_would_do "$backend"
     return
   fi
+  [[ ! -e .venv || -f $OF ]] ||
+    fail ".venv was not made by this script: move it away, and start again"
   make_venv "$backend"
   rm -f "$STAMP"
   say "installing vLLM $VLLM for ${backend^^} into .venv: a few minutes, once"

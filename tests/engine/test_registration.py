@@ -1,6 +1,7 @@
 """Names, pickling, and that nothing changes while another backend is selected."""
 
 import copy
+import os
 import pickle
 import subprocess
 import sys
@@ -210,3 +211,22 @@ def test_an_untested_version_is_warned_of_once(monkeypatch):
     assert len(warnings) == 1
     assert "0.99.0" in warnings[0]
     assert "0.32.0" in warnings[0]
+
+
+def test_a_platform_that_would_leave_it_out_is_refused():
+    """``VLLM_TARGET_DEVICE=cpu``: vLLM asks no plugin, and its own platform has full attention."""
+    code = (
+        "from vllm.engine.arg_utils import EngineArgs\n"
+        "from vllm_sepllm.engine.doctor import diagnose\n"
+        f"print(diagnose({MODEL!r}, {{}}).problems)\n"
+        f"EngineArgs({MODEL!r}).create_engine_config()\n"
+        "print('others are served')\n"
+        f"EngineArgs({MODEL!r}, attention_backend='sepllm').create_engine_config()\n"
+    )
+    env = {**os.environ, "VLLM_TARGET_DEVICE": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    *_, problems, others = done.stdout.splitlines()
+    assert "as it does with VLLM_TARGET_DEVICE=cpu: unset that variable" in problems
+    assert others == "others are served"
+    assert done.returncode == 1
+    assert "SepLLM attention: vLLM took CpuPlatform for its platform" in done.stderr

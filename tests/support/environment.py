@@ -7,6 +7,8 @@ import os
 # Before vLLM or torch is imported anywhere. One thread: these machines are small and shared, and
 # threads that spin for each other cost more than they give on models this size.
 os.environ.update(
+    no_proxy=os.environ.get("no_proxy", "") + ",127.0.0.1,localhost",
+    NO_PROXY=os.environ.get("NO_PROXY", "") + ",127.0.0.1,localhost",
     HF_HUB_OFFLINE="1",
     NUMBA_NUM_THREADS="1",  # vLLM's ngram drafts
     OMP_NUM_THREADS="1",

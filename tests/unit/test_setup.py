@@ -26,7 +26,6 @@ with open({{log!r}}, "a") as log:
     print(*given, file=log)
 if given[:2] == ["-m", "venv"]:
     folder = pathlib.Path(given[-1], "bin")
-    shutil.rmtree(folder.parent, ignore_errors=True)
     folder.mkdir(parents=True)
     shutil.copy(__file__, folder / "python")
 elif given[0].endswith("requirements_of.py"):
@@ -43,6 +42,7 @@ class Folder:
             (path / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, path / name)
         self.program("python3.11", PYTHON.format(log=str(self.log)))
+        self.program("nvidia-smi", "#!/bin/sh\nexit 1\n")  # the machine may have one
 
     def program(self, name, text):
         file = self.path / "bin" / name
@@ -62,7 +62,8 @@ class Folder:
             text=True,
             timeout=60,
         )
-        asked = self.log.read_text().splitlines()
+        lines = self.log.read_text().splitlines()
+        asked = [line for line in lines if not line.startswith("-c ")]  # which Python it is
         return done.returncode, done.stdout + done.stderr, asked
 
 
@@ -144,7 +145,7 @@ def test_a_python_in_a_folder_with_a_space(folder):
     shutil.copy(folder.path / "bin/python3.11", place / "python3")
     code, said, asked = folder.set_up(BACKEND="cpu", PYTHON=str(place / "python3"))
     assert code == 0, said
-    assert "-m venv --clear .venv" in asked
+    assert "-m venv .venv" in asked
 
 
 @pytest.mark.parametrize("name", ["rocm", "CUDA", "cpu,cuda"])
@@ -153,3 +154,35 @@ def test_other_backends_are_refused(folder, name):
     assert code == 1
     assert said.startswith(f"setup: BACKEND={name}: must be cpu or cuda; leave it out")
     assert not asked
+
+
+def test_an_environment_of_somebody_else_stays(folder):
+    (folder.path / ".venv/bin").mkdir(parents=True)
+    code, said, asked = folder.set_up(BACKEND="cpu")
+    assert code == 1
+    assert said == "setup: .venv was not made by this script: move it away, and start again\n"
+    assert not asked
+    assert (folder.path / ".venv/bin").exists()
+
+
+@pytest.mark.parametrize("broken", ["bin/python", "bin"])
+def test_an_environment_that_does_not_work_is_made_again(folder, broken):
+    """An interpreter that is gone, or a run that was interrupted."""
+    assert folder.set_up(BACKEND="cpu")[0] == 0
+    found = folder.path / ".venv" / broken
+    shutil.rmtree(found) if found.is_dir() else found.unlink()
+    code, _, asked = folder.set_up(BACKEND="cpu")
+    assert code == 0
+    assert [package for package in installed(asked) if package in CPU] == CPU
+
+
+def test_a_clone_that_was_moved_is_set_up_again(folder):
+    """Programs in .venv have its place in them."""
+    assert folder.set_up(BACKEND="cpu")[0] == 0
+    folder.path = folder.path.rename(folder.path.with_name("moved"))
+    folder.log = folder.path / "log.txt"
+    folder.program("python3.11", PYTHON.format(log=str(folder.log)))
+    code, said, asked = folder.set_up(BACKEND="cpu")
+    assert code == 0
+    assert "making .venv again, as it was made for cpu in " in said
+    assert [package for package in installed(asked) if package in CPU] == CPU

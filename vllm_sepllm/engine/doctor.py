@@ -20,6 +20,7 @@ from vllm_sepllm.engine.compat import (
     vllm_version,
 )
 from vllm_sepllm.engine.in_process import sentence_of
+from vllm_sepllm.engine.patches import platform_problem
 from vllm_sepllm.planning import NEXT_TO_NOTHING, Plan
 
 PLUGIN_GROUPS = ("vllm.general_plugins", "vllm.platform_plugins")
@@ -116,7 +117,10 @@ def _platform(diagnosis: Diagnosis) -> None:
     from vllm.platforms import current_platform
 
     name = current_platform.device_name
-    if current_platform.is_cpu() and is_cpu_build():
+    problem = platform_problem()
+    if problem is not None:
+        diagnosis.note("platform", name, problem)
+    elif current_platform.is_cpu() and is_cpu_build():
         diagnosis.note("platform", name)
     elif current_platform.is_cuda():
         diagnosis.rows.append(("platform", f"{name} ({CUDA_CAUTION})", False))

@@ -15,24 +15,31 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.exceptions import VLLMValidationError
 
+from vllm_sepllm.config import ConfigError
+
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
 PATCHED = "_patched_by_sepllm"
 
 
-def allow_endless_streams() -> None:
-    """Let ``max_model_len`` exceed a model's trained positions in cache positions. Idempotent.
+def look_at_arguments() -> None:
+    """Let ``max_model_len`` exceed a model's trained positions in cache positions, and refuse
+    SEPLLM on a platform that would leave it out. Idempotent.
 
     Why: vLLM compares the two while it makes the model's configuration, before any plugin sees
     which attention is to run. Its own way out, ``VLLM_ALLOW_LONG_MAX_MODEL_LEN=1``, would lift the
     limit for every model of the process, and warn of what cannot happen here.
 
+    And with ``VLLM_TARGET_DEVICE=cpu`` vLLM asks no plugin for the platform. Its own one for CPUs
+    answers CPU_ATTN, full attention, whatever backend was asked for.
+
     Changes ``vllm.engine.arg_utils.EngineArgs.create_model_config``: with
     ``position_mode="cache"`` the length asked for is set after that comparison. What it may be is
     for ``checks`` to say.
 
-    Not needed once vLLM lets an attention backend say how long its models may read.
+    Not needed once vLLM lets an attention backend say how long its models may read, and its
+    platform refuses backends that it does not run.
     """
     from vllm.engine.arg_utils import EngineArgs
 
@@ -45,7 +52,12 @@ def allow_endless_streams() -> None:
     @wraps(original)
     def create_model_config(self: EngineArgs, *args: Any, **kwargs: Any) -> ModelConfig:
         asked: int | None = self.max_model_len
-        if asked is None or asked < 1 or not settings.asks_for_cache_positions(self):
+        is_ours = settings.is_asked_for(self)
+        problem = platform_problem() if is_ours else None
+        if problem is not None:
+            raise ConfigError(f"SepLLM attention: {problem}")
+        grows = is_ours and settings.asks_for_cache_positions(self)
+        if asked is None or asked < 1 or not grows:
             return original(self, *args, **kwargs)
         self.max_model_len = None
         try:
@@ -57,6 +69,19 @@ def allow_endless_streams() -> None:
 
     setattr(create_model_config, PATCHED, True)
     EngineArgs.create_model_config = create_model_config
+
+
+def platform_problem() -> str | None:
+    """Why this process would leave SEPLLM out without a word; ``None`` if it would not."""
+    from vllm.platforms import current_platform
+
+    kind: type = type(current_platform)
+    if kind.__module__.startswith("vllm_sepllm.") or not current_platform.is_cpu():
+        return None
+    return (
+        f"vLLM took {kind.__name__} for its platform without asking plugins, as it does with "
+        "VLLM_TARGET_DEVICE=cpu: unset that variable"
+    )
 
 
 def tell_clients_why() -> None:

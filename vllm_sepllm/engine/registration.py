@@ -37,10 +37,10 @@ def register() -> None:
 
     It is called before arguments become a configuration, and in every process.
     """
-    from vllm_sepllm.engine.patches import allow_endless_streams
+    from vllm_sepllm.engine.patches import look_at_arguments
 
     _register_backend()
-    allow_endless_streams()
+    look_at_arguments()
 
 
 def _register_backend() -> None:

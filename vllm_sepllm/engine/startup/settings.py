@@ -131,12 +131,16 @@ class Settings:
 _last: tuple[tuple[Any, int, Any], Settings] | None = None
 
 
-def asks_for_cache_positions(engine_args: EngineArgs) -> bool:
-    """Whether arguments select SEPLLM with ``position_mode="cache"``; malformed ones do not."""
+def is_asked_for(engine_args: EngineArgs) -> bool:
+    """Whether arguments select SEPLLM."""
     attention = engine_args.attention_config
     chosen = [engine_args.attention_backend, attention.backend]
     chosen += attention.backend_per_kind.values()
-    names = [getattr(backend, "name", str(backend)).upper() for backend in chosen]
+    return BACKEND_NAME in [getattr(backend, "name", str(backend)).upper() for backend in chosen]
+
+
+def asks_for_cache_positions(engine_args: EngineArgs) -> bool:
+    """Whether options say ``position_mode="cache"``; malformed ones do not."""
     additional = engine_args.additional_config
     given = additional.get(OPTIONS_KEY) if isinstance(additional, dict) else None
     # The rest may be wrong without the rule of the model, which is not known yet.
@@ -144,10 +148,9 @@ def asks_for_cache_positions(engine_args: EngineArgs) -> bool:
         k: given[k] for k in (PRESET, "position_mode") if isinstance(given, dict) and k in given
     }
     try:
-        is_cache = SepLLMConfig.from_dict(decisive).position_mode == "cache"
+        return SepLLMConfig.from_dict(decisive).position_mode == "cache"
     except ConfigError:
         return False
-    return is_cache and BACKEND_NAME in names
 
 
 def carried_rule(vllm_config: VllmConfig) -> Any:

@@ -223,7 +223,7 @@ def test_a_platform_that_would_leave_it_out_is_refused():
         "print('others are served')\n"
         f"EngineArgs({MODEL!r}, attention_backend='sepllm').create_engine_config()\n"
     )
-    env = {**os.environ, "VLLM_TARGET_DEVICE": "cpu"}
+    env = {**os.environ, "VLLM_TARGET_DEVICE": "cpu", "VLLM_LOGGING_LEVEL": "ERROR"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     *_, problems, others = done.stdout.splitlines()
     assert "as it does with VLLM_TARGET_DEVICE=cpu: unset that variable" in problems

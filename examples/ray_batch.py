@@ -23,6 +23,8 @@ from typing import Any
 import ray
 from ray.exceptions import OutOfMemoryError, RayActorError
 
+from vllm_sepllm.engine.compat import is_cpu_build
+
 HERE = Path(__file__).resolve().parent
 BOOK = HERE / "data" / "860.txt"
 CONTEXT = 1024  # tokens of a page and of what continues it
@@ -132,7 +134,7 @@ def work(queue: deque[Chapter], total: int, output: Output, args: argparse.Names
     left = len(queue)
 
     def hire() -> None:
-        remote = ray.remote(Reader).options(num_cpus=args.cpus)
+        remote = ray.remote(Reader).options(num_cpus=args.cpus, num_gpus=args.gpus)
         actor = remote.remote(args.model, args.dtype, args.window)
         tasks[actor.name.remote()] = Task(actor, "actor that was starting")
 
@@ -172,9 +174,10 @@ def start_ray(args: argparse.Namespace) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "WARNING"}
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**quiet)
-        found = ray.cluster_resources().get("CPU", 0)
-        if found < args.cpus:
-            sys.exit(f"--cpus={args.cpus}: the cluster has {found:.0f}; see `ray status`")
+        for option, kind in ("cpus", "CPU"), ("gpus", "GPU"):
+            wanted, found = getattr(args, option), ray.cluster_resources().get(kind, 0)
+            if found < wanted:
+                sys.exit(f"--{option}={wanted}: the cluster has {found:.0f}; see `ray status`")
     else:
         cpus, store = args.actors * args.cpus, 200 * 2**20
         local: dict[str, Any] = {"num_cpus": cpus, "object_store_memory": store}
@@ -191,6 +194,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--actors", type=int, default=2)
     parser.add_argument("--cpus", type=int, default=1, help="cores, and threads, of each actor")
+    parser.add_argument("--gpus", type=int, help="of each actor; 1 where vLLM is built for GPUs")
     parser.add_argument("--chapters", type=int, help="only the first so many; default: all")
     parser.add_argument("--max-tokens", type=int, default=64, help="new tokens per page")
     args = parser.parse_args()
@@ -203,6 +207,10 @@ def parse() -> argparse.Namespace:
             f"--max-tokens={args.max_tokens}: must be at most {CONTEXT - PAGE}, "
             f"what a page of {PAGE} tokens leaves of {CONTEXT}"
         )
+    if args.gpus is None:
+        args.gpus = 0 if is_cpu_build() else 1
+    if args.model.startswith((".", "/")) and not Path(args.model).is_dir():
+        parser.error(f"--model={args.model}: no such folder; `make model` fetches the usual one")
     if Path(args.model).is_dir():
         args.model = str(Path(args.model).resolve())  # actors run in another directory
     return args

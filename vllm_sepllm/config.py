@@ -23,10 +23,13 @@ SepLLM: arXiv 2412.12094. StreamingLLM: arXiv 2309.17453.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from vllm_sepllm import __version__
 from vllm_sepllm.keep_classes import SEPARATORS
 from vllm_sepllm.option_checks import (
     MAX_TOKENS,
@@ -233,6 +236,13 @@ class SepLLMConfig:
             return (), ()
         pairs = tuple((number, only_ids(items)) for number, items in self.keep_after)
         return pairs, only_ids(self.segment_ends)
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal where the same tokens are kept by the same code."""
+        options = {**self.to_dict(), "planning_text": None}  # a path of one machine
+        parts = json.dumps([__version__, options], sort_keys=True)
+        return hashlib.sha256(parts.encode()).hexdigest()[:16]
 
     @property
     def needs_tokenizer(self) -> bool:

@@ -265,6 +265,24 @@ def test_batch_chapters(example):
     assert chapters[-1].text.rstrip("* \n").endswith("by Margaret Mayo")
 
 
+def test_each_actor_has_a_gpu_of_its_own(example, monkeypatch):
+    """Ray hides no GPU from an actor that asks for none, so all would take the first."""
+    asked = []
+
+    class Remote:
+        def options(self, **options):
+            asked.append(options)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(example.ray, "remote", lambda kind: Remote())
+    for cpu_build, gpus in ((False, 1), (True, 0)):
+        monkeypatch.setattr(example, "is_cpu_build", lambda found=cpu_build: found)
+        monkeypatch.setattr(sys, "argv", ["ray_batch.py", "--model", "a/name"])
+        with pytest.raises(KeyboardInterrupt):
+            example.work(example.deque(example.chapters()), 30, None, example.parse())
+        assert asked.pop() == {"num_cpus": 1, "num_gpus": gpus}
+
+
 def test_batch_refuses_what_it_cannot_continue(example, tmp_path):
     path = tmp_path / "new" / "out.jsonl"
     settings = {"model": "m", "max_tokens": 3}
@@ -290,6 +308,7 @@ def test_batch_refuses_what_it_cannot_continue(example, tmp_path):
     [
         ("--actors=0", "--actors=0: must be at least 1"),
         ("--max-tokens=513", "--max-tokens=513: must be at most 512"),
+        ("--model=/no/such", "--model=/no/such: no such folder"),
     ],
 )
 def test_batch_refuses_bad_options(example, monkeypatch, capsys, option, sentence):

@@ -7,6 +7,7 @@ import torch
 
 from vllm_sepllm.config import ConfigError
 from vllm_sepllm.engine.gpu import backend as gpu_backend
+from vllm_sepllm.engine.worker.worker import SepLLMWorker
 
 pytestmark = pytest.mark.engine
 
@@ -23,6 +24,32 @@ def test_layout_of_pages():
     found = get_supported_kv_cache_layouts([*ours, TritonAttentionBackend])
     assert found[0] is KVCacheLayout.LBHNC
     assert set(found) == set(KVCacheLayout)
+
+
+def test_stages_agree_on_the_layout_of_pages(monkeypatch):
+    """One may have dense layers alone, whose backend says nothing of layouts."""
+    from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
+    from vllm.v1.attention.backends.utils import (
+        get_supported_kv_cache_layouts,
+        resolve_kv_cache_layout,
+    )
+
+    class Base:
+        def get_supported_kv_cache_layouts(self):
+            return [layout.name for layout in get_supported_kv_cache_layouts(self.backends)]
+
+    class Stage(SepLLMWorker, Base):
+        def __init__(self, size, *backends):
+            self.parallel_config = SimpleNamespace(pipeline_parallel_size=size)
+            self.backends = backends
+
+    ours = gpu_backend.SepLLMGPUBackend, gpu_backend.KeptGPUBackend
+    stages = Stage(2, *ours, TritonAttentionBackend), Stage(2, TritonAttentionBackend)
+    cache = SimpleNamespace(kv_cache_layout=None, get_resolved_kv_cache_layout=None)
+    config = SimpleNamespace(cache_config=cache, kv_transfer_config=None)
+    found = resolve_kv_cache_layout(config, [s.get_supported_kv_cache_layouts() for s in stages])
+    assert found.name == "LBHNC"
+    assert len(Stage(1, *ours).get_supported_kv_cache_layouts()) > 1
 
 
 def test_buffers_end_with_their_layers(monkeypatch):

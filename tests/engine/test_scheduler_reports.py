@@ -5,6 +5,7 @@ from helpers import find_separators
 from simulation import Simulation
 from test_scheduling import WORDS, answer, next_token
 
+from vllm_sepllm.config import ConfigError
 from vllm_sepllm.engine.scheduling import scheduler
 from vllm_sepllm.engine.scheduling.traffic import FEWEST_TOKENS, TrafficShare
 from vllm_sepllm.planning import Plan
@@ -125,3 +126,17 @@ def test_an_id_cannot_write_into_the_log(monkeypatch):
     [line] = lines
     assert line.isprintable()
     assert len(line) < 500
+
+
+def test_a_worker_that_keeps_other_tokens_is_noticed(monkeypatch):
+    """A node that was started with other options, or runs another version of the package."""
+    from vllm_sepllm import config as options
+
+    class Elsewhere(Simulation):
+        def _make_scheduler(self, config, kv_cache_config):
+            monkeypatch.setattr(options, "__version__", "another")
+            return super()._make_scheduler(config, kv_cache_config)
+
+    given = {"window_size": 64, "separator_token_ids": SEPARATORS}
+    with pytest.raises(ConfigError, match="a worker has other options, or another version"):
+        Elsewhere(given, next_token, num_blocks=40, block_size=32)

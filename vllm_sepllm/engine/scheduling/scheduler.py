@@ -28,6 +28,7 @@ from vllm_sepllm.engine.scheduling.admission import Admission
 from vllm_sepllm.engine.scheduling.kept_manager import KeptManager
 from vllm_sepllm.engine.scheduling.pool_state import PoolState
 from vllm_sepllm.engine.scheduling.sessions import SessionScheduler
+from vllm_sepllm.engine.scheduling.spec import check_fingerprint
 from vllm_sepllm.engine.scheduling.tally import (
     FULL,
     KEPT,
@@ -61,6 +62,7 @@ class SepLLMScheduler(SessionScheduler):
         self._kept_managers = [m for m in managers if isinstance(m, KeptManager)]
         self._positional_managers = [m for m in managers if not isinstance(m, KeptManager)]
         for manager in self._kept_managers:
+            check_fingerprint(manager, settings)
             manager.attach(settings.rule, self.requests, self._in_flight_tokens)
             manager.counts_tokens = manager is self._kept_managers[0]
             PoolState.of(pool).prefixes.make_room(self.max_model_len, manager.block_size)
@@ -177,8 +179,7 @@ class SepLLMScheduler(SessionScheduler):
             for name in self._chunks.keys() & output.num_scheduled_tokens.keys():
                 if not self.requests[name].is_prefill_chunk:
                     del self._chunks[name]
-        # vLLM tries none of those that wait in a step in which it preempts others. (Sessions whose
-        # turn has ended are listed there, too: then the next step looks.)
+        # A step that preempts tries none of those that wait. Sessions that stop are listed, too.
         if not (output.num_scheduled_tokens or self.running or output.preempted_req_ids):
             self._unblock()
         return output
@@ -317,8 +318,7 @@ class SepLLMScheduler(SessionScheduler):
             for request in self.finish_requests(refused, RequestStatus.FINISHED_ERROR):
                 limit, reason = refused[request.request_id]
                 self._tally.refused[limit] += 1
-                # The id is a client's: any text of any length.
-                logger.error("Request %.120r ended: %s.", request.request_id, reason)
+                logger.error("Request %.120r ended: %s.", request.request_id, reason)  # any text
                 output = EngineCoreOutput(
                     request_id=request.request_id,
                     new_token_ids=[],

@@ -24,6 +24,7 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec, SlidingWindowSpec, replace_as
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cache_spec
 
+from vllm_sepllm.config import ConfigError
 from vllm_sepllm.engine.scheduling.kept_manager import KeptManager
 from vllm_sepllm.engine.scheduling.window_manager import WindowManager
 from vllm_sepllm.engine.startup.settings import Settings
@@ -63,12 +64,15 @@ class KeptSpec(AttentionSpec):
         num_sink_tokens: ``a``, tokens.
         max_separator_tokens: ``s``, kept tokens seen before the window beside the sinks.
         planned_share: kept tokens per token of a text that memory is planned for.
+        fingerprint: of the options and of this package. vLLM compares specs of ranks, which may
+            have been given other ones, or run another version.
     """
 
     window_size: int
     num_sink_tokens: int
     planned_share: float
     max_separator_tokens: int | None = None
+    fingerprint: str = ""
 
     @property
     def uses_slot_mapping(self) -> bool:
@@ -136,9 +140,24 @@ def kept_spec(spec: AttentionSpec, settings: Settings) -> KeptSpec:
         num_sink_tokens=options.num_sink_tokens,
         planned_share=settings.plan.planned_share,
         max_separator_tokens=options.max_separator_tokens,
+        fingerprint=options.fingerprint,
     )
 
 
 def window_specs(specs: Mapping[str, KVCacheSpec]) -> list[WindowSpec]:
     """Those of window groups."""
     return [spec for spec in specs.values() if isinstance(spec, WindowSpec)]
+
+
+def check_fingerprint(manager: KeptManager, settings: Settings) -> None:
+    """Whether the worker that a manager's spec is from keeps the same tokens as this process.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    spec: Any = manager.kv_cache_spec
+    if spec.fingerprint != settings.config.fingerprint:
+        raise ConfigError(
+            "SepLLM attention: a worker has other options, or another version of vllm-sepllm, than "
+            "the scheduler: start every node with the same --additional-config and the same package"
+        )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.config import get_layers_from_vllm_config, set_current_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_sepllm.config import ConfigError
 from vllm_sepllm.engine.scheduling.spec import window_specs
@@ -74,6 +75,28 @@ class SepLLMWorker(Worker):
                 "dense_layers, so SepLLM attention has nothing to do: use another attention backend"
             )
         return specs
+
+    def get_supported_kv_cache_layouts(self) -> list[str]:
+        """vLLM's. All pipeline stages must say the same, though one may have no layer of ours, so
+        they say only what ours prefer."""
+        names: list[str] = super().get_supported_kv_cache_layouts()
+        ours = KVCacheLayout.LBHNC.name
+        has_stages = self.parallel_config.pipeline_parallel_size > 1
+        return [ours] if has_stages and ours in names else names
+
+    def reload_weights(self, *args: Any, **kwargs: Any) -> None:
+        """vLLM's.
+
+        Raises:
+            ConfigError: captured graphs would go on with the scales of the first weights.
+        """
+        cache_dtype = self.cache_config.cache_dtype
+        if cache_dtype.startswith("fp8") and not self.model_config.enforce_eager:
+            raise ConfigError(
+                f"reload_weights with kv_cache_dtype={cache_dtype!r}: captured graphs keep the "
+                "scales of the first weights; start the engine anew, or with enforce_eager"
+            )
+        super().reload_weights(*args, **kwargs)
 
     def _check_dense_layers(self) -> None:
         """Layers asked to be dense would have been SepLLM's.

@@ -6,6 +6,7 @@ from types import ModuleType
 import pytest
 import torch
 from helpers import MODEL
+from vllm.utils.import_utils import resolve_obj_by_qualname
 
 pytestmark = pytest.mark.engine
 
@@ -134,17 +135,25 @@ def test_backends_of_layers(platform, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("is_cpu", "cuda", "expected"),
+    ("cpu", "cuda", "expected"),
     [
-        (True, None, "engine.cpu.platform.SepLLMCpuPlatform"),
-        (False, "vllm.platforms.cuda.CudaPlatform", "engine.gpu.platform.SepLLMCudaPlatform"),
-        (False, None, None),
+        ("cpu.CpuPlatform", None, "cpu.platform.SepLLMCpuPlatform"),
+        ("zen_cpu.ZenCpuPlatform", None, "cpu.zen_platform.SepLLMZenPlatform"),
+        (None, "cuda.CudaPlatform", "gpu.platform.SepLLMCudaPlatform"),
+        (None, None, None),
     ],
 )
-def test_the_platform_of_a_build(monkeypatch, is_cpu, cuda, expected):
+def test_the_platform_of_a_build(monkeypatch, cpu, cuda, expected):
+    """It is below the one that vLLM would take, and has what that one has."""
     from vllm_sepllm.engine import registration
 
-    monkeypatch.setattr("vllm_sepllm.engine.compat.is_cpu_build", lambda: is_cpu)
-    monkeypatch.setattr("vllm.platforms.cuda_platform_plugin", lambda: cuda)
+    for kind, own in (("cpu", cpu), ("cuda", cuda)):
+        path = own and f"vllm.platforms.{own}"
+        monkeypatch.setattr(f"vllm.platforms.{kind}_platform_plugin", lambda path=path: path)
     found = registration.platform()
-    assert found == (expected and f"vllm_sepllm.{expected}")
+    assert found == (expected and f"vllm_sepllm.engine.{expected}")
+    if cpu:
+        ours, own = (resolve_obj_by_qualname(p) for p in (found, f"vllm.platforms.{cpu}"))
+        assert issubclass(ours, own)
+        assert ours().is_zen_cpu() == own().is_zen_cpu()
+        assert ours().supported_dtypes == own().supported_dtypes

@@ -133,12 +133,16 @@ class Runner:
             entries = i * NUM_PAGES * PAGE + prefix[:-1]
             wanted_entries.extend(np.where(kept, entries, -1)[span] % (NUM_PAGES * PAGE))
             wanted_limits.extend(policy.stream_limit(prefix, np.arange(span.start, span.stop)))
+        built = []
         for group, builder in enumerate(self.builders):
             sizes = [lengths[r] for r in names], [s.stop for s in spans]
             metadata = builder.build(0, make_batch(*sizes, first_page=1 + group))
+            built.append(metadata)
             entries, limits = read(self.kind, metadata, group)
             assert list(entries) == list(wanted_entries)
             assert list(limits) == list(wanted_limits)
+        if self.kind != "device":
+            assert all(each.masks is built[0].masks for each in built), "masks of each group"
 
 
 @pytest.fixture(scope="module", params=BUILDERS)

@@ -212,15 +212,16 @@ def test_masks_are_kept_and_reused():
     first = check(inputs, masks=masks)
     # The first block's windows differ in size; two tiles of 32 rows leave 24 of the last 88.
     assert sorted(masks) == [0, 256, 512, 576]
-    assert [mask.shape[1] for _, mask in sorted(masks.items())] == [1, 8, 2, 1]
+    assert [len(mask) for _, mask in sorted(masks.items())] == [256, 256, 64, 24]
+    assert all(mask.dtype is torch.bool for mask in masks.values()), "a byte for each pair"
     made = dict(masks)
     other_layer = (torch.randn_like(inputs[0]), *inputs[1:])
     check(other_layer, masks=masks)
     assert all(masks[key] is mask for key, mask in made.items())
     assert torch.equal(kept_prefill(*inputs, masks=masks), first)
     # A mask passed in decides what is seen, so it is used and not made again.
-    masks[0] = torch.full_like(masks[0], float("-inf"))
-    masks[0][..., -1] = 0
+    masks[0] = torch.zeros_like(masks[0])
+    masks[0][:, -1] = True
     changed = kept_prefill(*inputs, masks=masks)
     assert not torch.allclose(changed[:256], first[:256])
     assert torch.equal(changed[256:], first[256:])

@@ -14,21 +14,21 @@ from vllm_sepllm.engine.names import (
     BACKEND_PATH,
     CPU_PLATFORM_PATH,
     CUDA_PLATFORM_PATH,
+    ZEN_PLATFORM_PATH,
 )
 
 
 def platform() -> str | None:
-    """``vllm.platform_plugins``: our platform class on CPU builds and on CUDA, nothing elsewhere.
+    """``vllm.platform_plugins``: a class below vLLM's own for CPUs and CUDA, nothing elsewhere.
 
     It is where a plugin sees a whole configuration. vLLM's own CPU platform also answers CPU_ATTN
     whatever backend was asked for.
     """
-    from vllm_sepllm.engine.compat import is_cpu_build
+    from vllm.platforms import cpu_platform_plugin, cuda_platform_plugin
 
-    if is_cpu_build():
-        return CPU_PLATFORM_PATH
-    from vllm.platforms import cuda_platform_plugin
-
+    own = cpu_platform_plugin()
+    if own is not None:
+        return ZEN_PLATFORM_PATH if own.endswith(".ZenCpuPlatform") else CPU_PLATFORM_PATH
     return CUDA_PLATFORM_PATH if cuda_platform_plugin() is not None else None
 
 

@@ -136,7 +136,11 @@ class SepLLMCPUImpl(SepLLMImpl):
                     firsts, counts = batch.query_start[reads.requests], np.diff(reads.query_start)
                     spans = zip(firsts.tolist(), counts.tolist(), strict=True)
                     token_index = torch.cat([torch.arange(i, i + n) for i, n in spans])
-            kept.works[key] = StepWork(plan, paged, token_index, [{} for _ in plan.staircase])
+            masks = [
+                kept.masks.setdefault((pages.block_size, number), {})
+                for number in range(len(plan.staircase))
+            ]
+            kept.works[key] = StepWork(plan, paged, token_index, masks)
         return kept.works[key]
 
     def _run_paged(

@@ -117,8 +117,16 @@ class HostCounts:
             self._left[row, start + 1 : stop + 1] = lefts
 
 
+# What blocks of rows of a prompt see, by the size of pages and the number of the prompt in a plan.
+Masks = dict[tuple[int, int], dict[int, torch.Tensor]]
+
+
 class HostStep:
     """One step, for the builders of all kept groups.
+
+    Attributes:
+        counts: of all requests.
+        masks: what layers have made, for those of all groups.
 
     Args:
         counts: of all requests.
@@ -131,6 +139,7 @@ class HostStep:
         self._index = index
         self._token_ids = token_ids
         self._found: KeptTokens | None = None
+        self.masks: Masks = {}
 
     def kept_tokens(self, query_start: CountArray, stops: IntArray) -> KeptTokens:
         """The step's kept tokens. The first group's question has them counted, once.

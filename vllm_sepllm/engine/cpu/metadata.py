@@ -15,7 +15,7 @@ import torch
 from vllm.v1.attention.backend import AttentionMetadata, CommonAttentionMetadata
 
 from vllm_sepllm.engine.cpu.attention import PagedCall
-from vllm_sepllm.engine.cpu.counts import HostStep, KeptTokens
+from vllm_sepllm.engine.cpu.counts import HostStep, KeptTokens, Masks
 from vllm_sepllm.engine.cpu.plan import Batch, BatchPlan, plan_batch
 from vllm_sepllm.engine.cpu.tables import IntArray, TableArray
 from vllm_sepllm.engine.worker.metadata import KeptBuilder, WindowMetadata
@@ -37,7 +37,7 @@ class StepWork:
         plan: how the batch reads both groups.
         paged: the call of the C++ kernel, if any.
         token_index: batch index of the paged queries; ``None`` is all, in order.
-        masks: of each staircase row, by the tile they are for.
+        masks: of each staircase, by the block of rows they are for.
     """
 
     plan: BatchPlan
@@ -58,6 +58,7 @@ class KeptMetadata(AttentionMetadata):
             at its entry; ``None`` if not in cache positions.
         works: what layers have made of the plan, for the other layers of the step: by window group
             and number of heads.
+        masks: the step's, of all groups.
         rotations: cosines and sines of shifts, by the layers' rotation and the shifts' name.
     """
 
@@ -67,6 +68,7 @@ class KeptMetadata(AttentionMetadata):
     slot_mapping: torch.Tensor
     key_shifts: torch.Tensor | None = None
     works: dict[tuple[WindowMetadata, int], StepWork] = field(default_factory=dict)
+    masks: Masks = field(default_factory=dict)
     rotations: dict[tuple[Rotation, ShiftName], torch.Tensor] = field(default_factory=dict)
 
     def plan(self, window: WindowMetadata, block_size: int) -> BatchPlan:
@@ -122,7 +124,8 @@ class KeptMetadataBuilder(KeptBuilder):
         spans = found.query_start, found.starts, found.stops
         batch = Batch(*spans, found.rows, step.counts.table, block_table)
         rule = step.counts.rule
-        metadata = KeptMetadata(rule, batch, torch.from_numpy(kept), torch.from_numpy(slots))
+        index = torch.from_numpy(kept), torch.from_numpy(slots)
+        metadata = KeptMetadata(rule, batch, *index, masks=step.masks)
         if self.options.position_mode == "cache":
             metadata.key_shifts = torch.from_numpy(found.position - found.entry)
         return metadata

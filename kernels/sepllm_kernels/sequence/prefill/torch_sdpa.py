@@ -137,9 +137,10 @@ def kept_prefill(
     """Attend each row to its part of the stream and to its window.
 
     Arguments and result as :func:`kept_prefill_reference`, the result in the query's dtype.
-    ``masks`` keeps what is added to the logits of each block, which does not depend on the layer:
-    pass one dictionary, empty at first, for the same rows in all layers of a step that have as many
-    heads, and another one for other rows.
+    ``masks`` keeps what each block of rows sees, a byte for each pair: pass one dictionary, empty
+    at first, for the same rows in all layers of a step, and another one for other rows. What is
+    added to logits is made of it each time: it is as large for every head of a group, and in their
+    type.
     """
     num_rows, num_heads, _ = query.shape
     num_kv_heads, num_window = window_key.shape[:2]
@@ -155,13 +156,13 @@ def kept_prefill(
         if block.first not in masks:
             entries = torch.cat([torch.arange(sinks), torch.arange(low, num_stream)])
             sizes = block.num_seen, window_size, starts, num_sinks, block.num_tiles
-            mask = block_mask(limits, entries, *sizes)
-            masks[block.first] = block.bias(mask, num_heads // num_kv_heads, query.dtype)
+            masks[block.first] = block_mask(limits, entries, *sizes)
         seen = slice(0, sinks), slice(low, num_stream)
         keys = [block.stream(stream_key[:, part]) for part in seen] + [block.window(window_key)]
         values = [block.stream(stream_value[:, part]) for part in seen]
         values.append(block.window(window_value))
-        options = masks[block.first], scale, logits_soft_cap
+        bias = block.bias(masks[block.first], num_heads // num_kv_heads, query.dtype)
+        options = bias, scale, logits_soft_cap
         if stream_query is None and sink_query is None:
             keys, values, own = [torch.cat(keys, 2)], [torch.cat(values, 2)], [query]
         else:

@@ -174,14 +174,14 @@ def start_ray(args: argparse.Namespace) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "WARNING"}
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**quiet)
-        for option, kind in ("cpus", "CPU"), ("gpus", "GPU"):
-            wanted, found = getattr(args, option), ray.cluster_resources().get(kind, 0)
-            if found < wanted:
-                sys.exit(f"--{option}={wanted}: the cluster has {found:.0f}; see `ray status`")
     else:
         cpus, store = args.actors * args.cpus, 200 * 2**20
         local: dict[str, Any] = {"num_cpus": cpus, "object_store_memory": store}
         ray.init("local", include_dashboard=False, **local, **quiet)
+    for option, kind in ("cpus", "CPU"), ("gpus", "GPU"):
+        wanted, found = getattr(args, option), ray.cluster_resources().get(kind, 0)
+        if found < wanted:
+            sys.exit(f"--{option}={wanted}: Ray has {found:.0f}; see `ray status`")
 
 
 def parse() -> argparse.Namespace:
@@ -198,6 +198,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--chapters", type=int, help="only the first so many; default: all")
     parser.add_argument("--max-tokens", type=int, default=64, help="new tokens per page")
     args = parser.parse_args()
+    if args.gpus is not None and args.gpus < 0:
+        parser.error(f"--gpus={args.gpus}: must be at least 0")
     for name in ("actors", "cpus", "chapters", "max_tokens", "window"):
         value = getattr(args, name)
         if value is not None and value < 1:

@@ -82,6 +82,7 @@ choose_mode() {
   for mode in "${MODES[@]}"; do
     if [[ ! -f $RESULTS/check-$mode.json && ! -f $RESULTS/check-$mode.failed ]]; then
       if ! step "$CHECK_LIMIT" check "$RESULTS" --mode "$mode" >"$RESULTS/check-$mode.log" 2>&1; then
+        archive
         out_of_time && say "check, $mode: no time left" && exit 1
         mv "$RESULTS/check-$mode.log" "$RESULTS/check-$mode.failed"
       fi

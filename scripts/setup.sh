@@ -9,7 +9,7 @@
 # Says and does nothing when .venv is up to date; an interrupted run is simply started again.
 # PYTHON=... chooses the interpreter. Linux only.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd -P "$(dirname "${BASH_SOURCE[0]}")/.."
 
 VLLM=0.32.0
 UNWANTED=(torchvision torchaudio torchcodec) # CUDA builds that break `import transformers`
@@ -61,13 +61,21 @@ is_usable() {
   "$PY" -c 'import sys, pip; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null
 }
 
-# The note comes first: what an interrupted run leaves is known as ours.
+# The note is there at any time: what an interrupted run leaves is known as ours.
 start_over() {
-  rm -rf .venv && mkdir .venv && echo "$2" >"$OF" && "$1" -m venv .venv
+  local new=.venv.new old=.venv.old
+  rm -rf "$new" "$old"
+  mkdir "$new"
+  echo "$2" >"$new/${OF#.venv/}"
+  [[ ! -e .venv && ! -L .venv ]] || mv .venv "$old"
+  mv "$new" .venv
+  rm -rf "$old"
+  "$1" -m venv .venv
 }
 
 make_venv() {
   local python own="$1 in $PWD"
+  [[ ! -f $OF || $(<"$OF") != "$1" ]] || echo "$own" >"$OF" # before 2026-11-28 it named no folder
   # Both builds of vLLM hold the same files, and programs in .venv have its place in them.
   if [[ -f $OF && $(<"$OF") != "$own" ]]; then
     python=$(find_python)
@@ -142,7 +150,7 @@ main() {
     say_what_pip_would_do "$backend"
     return
   fi
-  [[ ! -e .venv || -f $OF ]] ||
+  [[ ! -e .venv || -f $OF || -z $(ls -A .venv) ]] ||
     fail ".venv was not made by this script: move it away, and start again"
   make_venv "$backend"
   rm -f "$STAMP"

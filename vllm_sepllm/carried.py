@@ -8,7 +8,6 @@ it a server could not notice a wrong window.
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -53,7 +52,6 @@ def carried_by(model: str) -> Any:
         else:
             from transformers import PretrainedConfig
 
-            logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # reports every retry
             found, _ = PretrainedConfig.get_config_dict(model)
         return found.get(RULE_KEY) or (found.get("text_config") or {}).get(RULE_KEY)
     except Exception:  # what transformers raises differs; who loads the model says what is wrong

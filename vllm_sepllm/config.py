@@ -27,6 +27,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache
 from typing import Any
 
 from vllm_sepllm import __version__
@@ -240,9 +241,7 @@ class SepLLMConfig:
     @property
     def fingerprint(self) -> str:
         """Equal where the same tokens are kept by the same code."""
-        options = {**self.to_dict(), "planning_text": None}  # a path of one machine
-        parts = json.dumps([__version__, options], sort_keys=True)
-        return hashlib.sha256(parts.encode()).hexdigest()[:16]
+        return _fingerprint(self, __version__)
 
     @property
     def needs_tokenizer(self) -> bool:
@@ -325,3 +324,10 @@ def _preset_options(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(after, Mapping) and isinstance(keep, (list, tuple)):
         options["keep_after"] = {item: number for item, number in after.items() if item in keep}
     return options
+
+
+@lru_cache(maxsize=4)  # each layer asks, and with many kept ids it takes a while
+def _fingerprint(config: SepLLMConfig, of_package: str) -> str:
+    options = {**config.to_dict(), "planning_text": None}  # a path of one machine
+    parts = json.dumps([of_package, options], sort_keys=True)
+    return hashlib.sha256(parts.encode()).hexdigest()[:16]

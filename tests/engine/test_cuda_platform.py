@@ -156,4 +156,4 @@ def test_the_platform_of_a_build(monkeypatch, cpu, cuda, expected):
         ours, own = (resolve_obj_by_qualname(p) for p in (found, f"vllm.platforms.{cpu}"))
         assert issubclass(ours, own)
         assert ours().is_zen_cpu() == own().is_zen_cpu()
-        assert ours().supported_dtypes == own().supported_dtypes
+        assert ours.supported_dtypes is own.supported_dtypes

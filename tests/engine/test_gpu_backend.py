@@ -52,6 +52,28 @@ def test_stages_agree_on_the_layout_of_pages(monkeypatch):
     assert len(Stage(1, *ours).get_supported_kv_cache_layouts()) > 1
 
 
+@pytest.mark.parametrize("cache_dtype", ["auto", "fp8_e4m3"])
+@pytest.mark.parametrize("eager", [False, True])
+def test_weights_are_not_loaded_below_captured_scales(cache_dtype, eager):
+    loaded = []
+
+    class Base:
+        def reload_weights(self, *args, **kwargs):
+            loaded.append((args, kwargs))
+
+    class Worker(SepLLMWorker, Base):
+        cache_config = SimpleNamespace(cache_dtype=cache_dtype)
+        model_config = SimpleNamespace(enforce_eager=eager)
+
+    if cache_dtype == "auto" or eager:
+        Worker().reload_weights(1, weights_path="x")
+        assert loaded == [((1,), {"weights_path": "x"})]
+    else:
+        with pytest.raises(ConfigError, match="captured graphs keep the scales"):
+            Worker().reload_weights()
+        assert not loaded
+
+
 def test_buffers_end_with_their_layers(monkeypatch):
     """Layers of one shape share them, and none outlives an engine: in sleep mode vLLM refuses to
     load another one while something of the first is allocated."""

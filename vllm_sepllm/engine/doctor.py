@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_sepllm.carried import carried_by, with_rule
-from vllm_sepllm.config import ConfigError, SepLLMConfig
+from vllm_sepllm.config import ConfigError
 from vllm_sepllm.engine.compat import (
     CUDA_CAUTION,
     caution,
@@ -61,10 +61,7 @@ def diagnose(model: str | None, options: dict[str, Any], dtype: str = "auto") ->
     _plugins(diagnosis)
     try:
         rule = None if model is None else carried_by(model)
-        if rule is None:
-            parsed = SepLLMConfig.from_dict(options)
-        else:
-            parsed = with_rule(options, rule, "the model's config.json")
+        parsed = with_rule(options, rule, "the model's config.json")
     except ConfigError as error:
         diagnosis.note("options", "refused", str(error))
         return diagnosis

@@ -161,8 +161,6 @@ def carried_rule(vllm_config: VllmConfig) -> Any:
 
 def _parse(additional: Any, carried: Any = None) -> SepLLMConfig:
     given = additional.get(OPTIONS_KEY) if isinstance(additional, dict) else None
-    if carried is None:
-        return SepLLMConfig.from_dict(given)
     return with_rule(given, carried, SOURCE)
 
 

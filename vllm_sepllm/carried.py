@@ -116,12 +116,13 @@ def _beside(rule: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in rule.items() if name not in gone}
 
 
-def differences(config: SepLLMConfig, carried: SepLLMConfig) -> list[str]:
-    """Where options differ from those that a model was trained under, a clause each."""
+def differences(config: SepLLMConfig, carried: SepLLMConfig, num_layers: int) -> list[str]:
+    """Where options differ from those that a model of ``num_layers`` layers was trained under, a
+    clause each."""
     found = []
     for field in fields(SepLLMConfig):
         here, there = getattr(config, field.name), getattr(carried, field.name)
-        is_other = _meant(field.name, here) != _meant(field.name, there)
+        is_other = _meant(field.name, here, num_layers) != _meant(field.name, there, num_layers)
         if field.name not in _SERVING and is_other:
             found.append(f"{field.name} is {_shown(here)} here and was {_shown(there)}")
     return found
@@ -150,9 +151,11 @@ def write_rule(folder: str | Path, config: SepLLMConfig) -> Path:
     return path
 
 
-def _meant(name: str, value: Any) -> object:
-    """Equal for values of an option that mean the same: texts and ids in any order, and lists of
-    separators as their texts."""
+def _meant(name: str, value: Any, num_layers: int) -> object:
+    """Equal for values of an option that mean the same: texts and ids in any order, lists of
+    separators as their texts, and layers counted from the first."""
+    if name == "dense_layers":
+        return {index + num_layers if index < 0 else index for index in value}
     if name == "separators":
         return {*separator_texts(value)}
     if name == "keep_after":

@@ -127,11 +127,21 @@ def test_what_means_the_same_is_no_difference():
         "keep": ["names", "digits", "separators"],
         "keep_after": 4,
         "separators": ["default"],
+        "dense_layers": [0, -1],
     }
-    here = {"keep": ["digits", "separators", "names"], "keep_after": 4}
-    assert differences(SepLLMConfig.from_dict(here), SepLLMConfig.from_dict(trained)) == []
-    other = SepLLMConfig.from_dict({**here, "keep_after": {"digits": 4, "names": 3}})
-    assert len(differences(other, SepLLMConfig.from_dict(trained))) == 1
+    here = {
+        "keep": ["digits", "separators", "names"],
+        "keep_after": 4,
+        "dense_layers": [31, 0],
+    }
+
+    def different(**options):
+        given = SepLLMConfig.from_dict({**here, **options})
+        return differences(given, SepLLMConfig.from_dict(trained), 32)
+
+    assert different() == []
+    assert len(different(keep_after={"digits": 4, "names": 3})) == 1
+    assert len(different(dense_layers=[0, 30])) == 1
 
 
 def test_options_that_need_the_rule(trained, said):
@@ -210,7 +220,7 @@ def test_adapters(tmp_path, said):
 
     served = SepLLMConfig(window_size=64)
     manager = SimpleNamespace(_load_adapter=lambda request: f"loaded {request.lora_name}")
-    check_adapters(manager, served)
+    check_adapters(manager, served, 2)
 
     def load(name):
         request = SimpleNamespace(lora_name=name, lora_path=str(tmp_path / name))

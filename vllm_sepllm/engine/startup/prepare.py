@@ -83,10 +83,18 @@ def _resolve(vllm_config: VllmConfig, options: SepLLMConfig) -> KeptIds:
     return found
 
 
+def _different_from_rule(vllm_config: VllmConfig, options: SepLLMConfig) -> list[str] | None:
+    """See :func:`differences`; ``None`` if the model carries no rule."""
+    rule = carried_rule(vllm_config)
+    if rule is None:
+        return None
+    num_layers = vllm_config.model_config.get_total_num_hidden_layers()
+    return differences(options, config_of(rule, SOURCE), num_layers)
+
+
 def _contradictions(vllm_config: VllmConfig, options: SepLLMConfig) -> list[str]:
     """Where options differ from the rule that the model was trained under: one sentence."""
-    rule = carried_rule(vllm_config)
-    different = [] if rule is None else differences(options, config_of(rule, SOURCE))
+    different = _different_from_rule(vllm_config, options)
     if not different:
         return []
     return [
@@ -146,10 +154,7 @@ def announce(vllm_config: VllmConfig, found: KeptIds) -> None:
     options, plan = settings.config, settings.plan
     version = vllm_version() or "unknown"
     bound = options.max_separator_tokens
-    rule = carried_rule(vllm_config)
-    is_as_trained = rule is not None and not differences(
-        settings.asked_for, config_of(rule, SOURCE)
-    )
+    is_as_trained = _different_from_rule(vllm_config, settings.asked_for) == []
     logger.info_once(
         "SepLLM attention: policy=%s, %d sinks, window of %d tokens, %s, "
         "memory planned for %.1f%% kept behind the window (%s)%s, block size %d, vLLM %s%s%s%s",

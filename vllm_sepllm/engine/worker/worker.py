@@ -50,7 +50,8 @@ class SepLLMWorker(Worker):
         super().load_model(*args, **kwargs)
         settings = Settings.of(self.vllm_config)
         if self.lora_config is not None:
-            check_adapters(self.model_runner.lora_manager, settings.asked_for)
+            num_layers = self.vllm_config.model_config.get_total_num_hidden_layers()
+            check_adapters(self.model_runner.lora_manager, settings.asked_for, num_layers)
         if settings.config.position_mode == "cache":
             config = self.model_config
             with set_current_vllm_config(self.vllm_config):

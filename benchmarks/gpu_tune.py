@@ -139,7 +139,7 @@ def tune_packed(
         "KEY_GRADIENT": lambda: call.key_gradients(kept, given)[0],
     }
     for name, run in passes.items():
-        with replaced(packed, **{name: (packed.LAST,)}):
+        with replaced(packed, **{name: packed.LAST[:1]}):
             expected = run().float()
 
         def timed(run: Any = run, expected: Any = expected) -> dict[str, Any]:

@@ -126,6 +126,12 @@ def training_cases() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], Sequ
         else:
             constants |= {"IS_STREAM": False}
         yield packed._packed_key_gradient, types, constants, gradients[1], capability
+    # The largest heads and elements in the least memory, with the launch that has to fit.
+    types = dict.fromkeys(PACKED, "*fp32")
+    constants = {"GROUP": 4, "NUM_HEADS": 4, "HEAD_SIZE": 256, "IS_STREAM": False}
+    kernels = packed._packed_forward, packed._packed_query_gradient, packed._packed_key_gradient
+    for kernel in kernels:
+        yield kernel, types, constants, packed.LAST[-1:], L40
     deltas = {"NUM_HEADS": 12, "HEAD_SIZE": 64, "ROWS": packed.DELTA_ROWS}
     yield packed._packed_deltas, dict.fromkeys(PACKED, "*bf16"), deltas, (), H200
 

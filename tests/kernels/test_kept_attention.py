@@ -182,6 +182,21 @@ def test_soft_cap(operation, soft_cap):
     run_and_check(operation, make_case(mixed_requests(2), 40), soft_cap)
 
 
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+def test_a_key_that_is_no_number_reaches_the_result(operation, number, monkeypatch):
+    """Also where it is in one piece of many: a result without it would look right."""
+    monkeypatch.setattr("sepllm_kernels.paged.decode.triton.PROGRAMS", 20)
+    case = make_case([Request.random(400, 1, 1.0, rng())], window_size=30)
+    page, entry = divmod(100, case.shape.page_size)
+    key = case.pages.key[int(case.batch.kept_table[0, page]), 0, entry]
+    key[3] = torch.copysign(torch.tensor(number), case.queries[0, 0, 3].cpu())
+    output = case.empty_output()
+    operation(case.queries, case.pages, case.batch, output, case.shape.scale)
+    group = case.shape.num_heads // case.shape.num_kv_heads
+    assert output[0, 0].isnan().all()
+    assert not output[0, group:].isnan().any()
+
+
 @pytest.mark.parametrize("padding", [1, 3])
 def test_padding(operation, padding):
     """As in a batch padded to the size of a captured graph: nothing of it is computed."""

@@ -7,6 +7,7 @@ import torch
 from batches import DEVICE
 from sepllm_kernels.sequence.packed import (
     PackedPlan,
+    check_gpu_has_kernels,
     flex,
     packed_attention,
     packed_attention_reference,
@@ -295,6 +296,19 @@ def test_tensors_that_do_not_fit(change, sentence):
     given = {name: torch.zeros(3, 2, 8) for name in ("query", "key", "value")}
     with pytest.raises(ValueError, match=sentence):
         packed_attention(**{**given, **change}, plan=text_of(3, 2, 2), scale=1.0)
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype", "sentence"),
+    [
+        (16, torch.float64, "float64, for which there is no GPU kernel"),
+        (8, torch.float32, "heads have 8 elements"),
+    ],
+)
+def test_what_no_gpu_kernel_computes(size, dtype, sentence):
+    check_gpu_has_kernels(torch.zeros(3, 2, 16, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match=sentence):
+        check_gpu_has_kernels(torch.zeros(3, 2, size, dtype=dtype))
 
 
 def text_of(num_tokens: int, every: int, window: int) -> PackedPlan:

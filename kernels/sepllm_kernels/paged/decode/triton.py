@@ -110,7 +110,8 @@ def _decode(
         TILE,
         PAIRED,
     )
-    some = tl.where(weight_sum > 0, weight_sum, 1.0)
+    # A sum that is no number is none of an empty piece: it has to reach the result.
+    some = tl.where(weight_sum == 0, 1.0, weight_sum)
     result = acc / some[:, None] * value_scale
     dim = tl.arange(0, triton.next_power_of_2(HEAD_SIZE))
     stored = row_valid[:, None] & (dim[None, :] < HEAD_SIZE)
@@ -120,9 +121,9 @@ def _decode(
     else:
         slot = (tl.load(plan_slots + req) + piece).to(tl.int64)
         at = ((slot * MAX_TOKENS + row // GROUP) * num_heads + head) * (HEAD_SIZE + BESIDE)
-        taken = stored & (weight_sum > 0)[:, None]
+        taken = stored & (weight_sum != 0)[:, None]
         tl.store(partial + at[:, None] + dim[None, :], result, mask=taken)
-        log_sum = tl.where(weight_sum > 0, maximum + tl.log2(some), float("-inf"))
+        log_sum = tl.where(weight_sum == 0, float("-inf"), maximum + tl.log2(some))
         tl.store(partial + at + HEAD_SIZE, log_sum, mask=row_valid)
 
 

@@ -117,7 +117,7 @@ def _prefill(
         PAGE,
         TILE,
     )
-    some = tl.where(weight_sum > 0, weight_sum, 1.0)  # without a window, a token may see nothing
+    some = tl.where(weight_sum == 0, 1.0, weight_sum)  # without a window, a token may see nothing
     result = acc / some[:, None] * value_scale
     dim = tl.arange(0, triton.next_power_of_2(HEAD_SIZE))
     out = token.to(tl.int64) * NUM_HEADS + head
@@ -125,7 +125,7 @@ def _prefill(
     stored = row_valid[:, None] & (dim[None, :] < HEAD_SIZE)
     tl.store(output + at, result.to(output.dtype.element_ty), mask=stored)
     if log_sums is not None:
-        log_sum = tl.where(weight_sum > 0, (maximum + tl.log2(some)) / LOG2_E, float("-inf"))
+        log_sum = tl.where(weight_sum == 0, float("-inf"), (maximum + tl.log2(some)) / LOG2_E)
         tl.store(log_sums + out, log_sum, mask=row_valid)
 
 

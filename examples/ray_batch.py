@@ -30,6 +30,7 @@ BOOK = HERE / "data" / "860.txt"
 CONTEXT = 1024  # tokens of a page and of what continues it
 PAGE = 512  # tokens
 ATTEMPTS = 3
+LINE_START = b'{"chapter": '  # of the output
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,14 @@ class Output:
     def _read(self) -> set[int]:
         data = self.path.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) < len(data):
+        done = {self._chapter(i, line) for i, line in enumerate(whole.splitlines(), 1)}
+        rest = data[len(whole) :]
+        if rest:
+            if not (rest.startswith(LINE_START) or LINE_START.startswith(rest)):
+                sys.exit(f"{self.path}: its last line is not of this script; move the file away")
             print(f"{self.path}: dropping a last line that was cut off", flush=True)
             self.file.truncate(len(whole))
-        return {self._chapter(i, line) for i, line in enumerate(whole.splitlines(), 1)}
+        return done
 
     def _chapter(self, number: int, line: bytes) -> int:
         try:

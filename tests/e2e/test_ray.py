@@ -301,6 +301,11 @@ def test_batch_refuses_what_it_cannot_continue(example, tmp_path):
     path.write_bytes(path.read_bytes() + b"{}\n")
     with pytest.raises(SystemExit, match=r"line 2: not a line of this script"):
         example.Output(path, settings)
+    for foreign in (b'{"a": 1, "precious": true}', b"\x00\n\x01", b"two\nlines"):
+        path.write_bytes(foreign)
+        with pytest.raises(SystemExit, match=r"not (a line )?of this script; move the file away"):
+            example.Output(path, settings)
+        assert path.read_bytes() == foreign
 
 
 @pytest.mark.parametrize(

@@ -332,8 +332,8 @@ def test_counts_are_shown_where_vllm_shows_its_own(manager):
     assert ("seen_kept_share", 'engine="0"') not in found, "no request of it has ended"
     from vllm_sepllm.engine.startup.settings import Settings
 
-    planned = Settings.of(config_of(dense_layers=[0])).plan.share
-    assert found["planned_kept_share", one] == pytest.approx(planned)
+    plan = Settings.of(config_of(dense_layers=[0])).plan
+    assert found["planned_kept_share", one] == pytest.approx(1.25 * plan.share)
 
 
 @pytest.fixture

@@ -142,12 +142,13 @@ GOOD = ("--model", MODEL, "--memory", "64MiB")
         (("--context", "-1"), "--context -1: must be at least 1"),
         (("--context", "100000"), "max_model_len"),
         (("-o", "window_size=0"), "window_size=0"),
-        (("--text", "nowhere.txt"), "'nowhere.txt' cannot be read"),
+        (("--text", "nowhere.txt"), "--text 'nowhere.txt' cannot be read"),
         (("--text", BOOK, "-o", f"planning_text={BOOK}"), "drop one of them"),
         (("--engine", "max_model_len=5"), "is --context here"),
         (("--engine", "kv_cache_memory_bytes=5"), "is --memory here"),
-        (("--engine", "unheard_of=5"), "unheard_of"),
-        (("--model", "nowhere/at/all"), "nowhere/at/all"),
+        (("--engine", "unheard_of=5"), "EngineArgs have no argument 'unheard_of': leave it out"),
+        (("--model", "nowhere/at/all"), "'nowhere/at/all' is no folder: give a folder"),
+        (("--model", BOOK), "is a file: give the folder"),
     ],
 )
 def test_refused_with_one_sentence(arguments, part):
@@ -155,6 +156,14 @@ def test_refused_with_one_sentence(arguments, part):
     assert code == 2, shown
     [line] = [line for line in shown.splitlines() if line.startswith("vllm-sepllm: ")]
     assert part in line
+
+
+def test_a_config_that_is_none(tmp_path):
+    (tmp_path / "config.json").write_text("[1]")
+    code, shown = run("--model", tmp_path, "--memory", "64MiB")
+    assert code == 2
+    assert "cannot be read (" in shown
+    assert "see whether vllm serve starts with it" in shown
 
 
 def test_a_model_with_layers_of_other_kinds(tmp_path):

@@ -1,4 +1,5 @@
 import base64
+import errno
 import hashlib
 import json
 import re
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from inspection_pages import read_page
@@ -315,6 +317,29 @@ def test_html_that_cannot_be_written(invoke, tmp_path):
     text.write_text("One, two.")
     assert_refused(invoke("--html", long, "--text", text), "cannot be written (File name too long)")
     assert_refused(invoke("--html", text, "--text", text), "is the text itself")
+    config = tmp_path / "config.json"
+    config.write_text("{}")
+    assert_refused(invoke("--html", config), "exists and is no page")
+    assert config.read_text() == "{}"
+
+
+def test_a_page_is_replaced_in_one_step(invoke, tmp_path, monkeypatch):
+    page = tmp_path / "page.html"
+    page.touch()
+    assert invoke("--html", page).exit_code == 0
+    before = page.read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", Mock(side_effect=OSError(errno.ENOSPC, "No space left")))
+        assert_refused(invoke("--html", page, "--limit", 1), "No space left", "with room for it")
+    assert page.read_text() == before
+    assert [*tmp_path.iterdir()] == [page]
+    assert invoke("--html", page, "--limit", 1).exit_code == 0
+    assert page.read_text() != before
+
+
+def test_a_terminal_of_no_columns(invoke, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "0")
+    assert "seen by the last token" in invoke().output
 
 
 def test_a_rule_that_the_model_carries(invoke, tokenizer, tmp_path, monkeypatch):
@@ -329,11 +354,15 @@ def test_a_rule_that_the_model_carries(invoke, tokenizer, tmp_path, monkeypatch)
         return CliRunner().invoke(cli.app, command).stdout
 
     given = [part for key, value in rule.items() for part in ("-o", f"{key}={json.dumps(value)}")]
-    assert shown(tmp_path) == shown(MODEL, *given) != shown(MODEL)
+    source = f"\nWhat -o does not say is as config.json of {tmp_path} carries it.\n"
+    assert shown(tmp_path) == shown(MODEL, *given) + source != shown(MODEL) + source
     wide = shown(tmp_path, "-o", "window_size=9")
-    assert wide == shown(MODEL, *given[:2], "-o", "window_size=9", *given[4:])
+    assert wide == shown(MODEL, *given[:2], "-o", "window_size=9", *given[4:]) + source
     text.write_text(AWKWARD, encoding="utf-8-sig")
-    assert shown(tmp_path) == shown(MODEL, *given), "a byte-order mark is no text"
+    assert shown(tmp_path) == shown(MODEL, *given) + source, "a byte-order mark is no text"
+    hostile = {**rule, "keep": ["separators"], "separators": ["\u009b31m", "\u202eabc", "."]}
+    (tmp_path / "config.json").write_text(json.dumps({"sepllm": hostile}))
+    assert not {"\u009b", "\u202e"} & {*shown(tmp_path)}
     after = {**rule, "keep_after": {"digits": 1}}
     (tmp_path / "config.json").write_text(json.dumps({"sepllm": after}))
     assert "kept" in shown(tmp_path, "-o", 'keep_after={"digits":2}'), "needs the rule's keep"

@@ -415,8 +415,10 @@ def test_no_pager_into_a_pipe(page, monkeypatch):
     assert "Line 399" in page(BOOK, flags=["--full"])[0]
 
 
-def test_without_colours_the_classes_still_differ(in_terminal, monkeypatch):
-    monkeypatch.setenv("NO_COLOR", "1")
+@pytest.mark.parametrize(("name", "value"), [("NO_COLOR", "1"), ("TERM", "xterm")])
+def test_with_few_colours_the_classes_still_differ(in_terminal, monkeypatch, name, value):
+    monkeypatch.delenv("COLORTERM", raising=False)
+    monkeypatch.setenv(name, value)
     in_terminal(BOOK)
     raw = in_terminal.screen.getvalue()
     styles = {name: re.search(rf"\x1b\[([0-9;]*)m {name} ", raw)[1] for name in NAMES}

@@ -7,6 +7,7 @@ import fcntl
 import io
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -183,13 +184,9 @@ def status(what: str) -> Status:
     return Console(stderr=True).status(what)
 
 
-def load_tokenizer(model: str) -> Any:
-    """The tokenizer of a folder or of a name on the Hub.
-
-    Raises:
-        InputError: there is none.
-    """
-    remedy = "give a folder that holds tokenizer.json, or a name on the Hugging Face Hub"
+def check_model(model: str, remedy: str) -> None:
+    """Refuse what is neither a folder nor can be a name on the Hub, with an :class:`InputError`
+    that ends with ``remedy``."""
     try:
         is_file, is_folder = Path(model).is_file(), Path(model).is_dir()
     except OSError as error:
@@ -199,6 +196,16 @@ def load_tokenizer(model: str) -> Any:
     is_path = model.startswith((".", "/", "~")) or model.count("/") > 1
     if not model or (is_path and not is_folder):
         raise InputError(f"model {model!r} is no folder: {remedy}")
+
+
+def load_tokenizer(model: str) -> Any:
+    """The tokenizer of a folder or of a name on the Hub.
+
+    Raises:
+        InputError: there is none.
+    """
+    remedy = "give a folder that holds tokenizer.json, or a name on the Hugging Face Hub"
+    check_model(model, remedy)
     transformers = import_transformers()
     transformers.logging.set_verbosity_error()
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # it reports every retry
@@ -248,6 +255,8 @@ def output() -> Iterator[Console]:
     """Standard output; what its encoding lacks is replaced, and a write that fails is reported."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
+    if os.environ.get("COLUMNS") == "0":  # with so many rich prints nothing
+        del os.environ["COLUMNS"]
     try:
         yield Console()
         if sys.stdout:

@@ -193,7 +193,7 @@ def _chosen(
     unserved = [H2O, POD]
     for name in names:
         if name not in (*options, *unserved):
-            known = ", ".join([*options, *unserved])
+            known = ", ".join(map(repr, [*options, *unserved]))  # they have commas
             raise InputError(f"--only {name!r}: must be one of {known}")
     wanted = {*names}
     if H2O in wanted and not wanted & {SEPLLM, FACTS}:

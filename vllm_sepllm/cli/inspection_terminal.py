@@ -80,7 +80,9 @@ def print_inspection(
             ``None`` for as many as fit above the rest.
         extra: lines behind everything else.
     """
-    styles = styles_of(inspection, console.no_color)
+    # Of sixteen colours several classes would get the same.
+    few_colours = console.no_color or console.color_system == "standard"
+    styles = styles_of(inspection, few_colours)
     brief = limit is None and console.height < LOW
     names = _legend(inspection, styles, brief)
     below = [Text(), *names, Text(), *_facts(console, inspection, extra)]
@@ -97,9 +99,9 @@ def print_inspection(
         console.print(part, soft_wrap=isinstance(part, Text))
 
 
-def styles_of(inspection: Inspection, no_colour: bool) -> dict[str, str]:
+def styles_of(inspection: Inspection, few_colours: bool) -> dict[str, str]:
     """The style of each kind of token."""
-    fixed, more = (NO_COLOURS, CLASS_NO_COLOURS) if no_colour else (COLOURS, CLASS_COLOURS)
+    fixed, more = (NO_COLOURS, CLASS_NO_COLOURS) if few_colours else (COLOURS, CLASS_COLOURS)
     others = [kind for kind in labels(inspection.config) if kind not in fixed]
     return {**fixed, **dict(zip(others, cycle(more), strict=False))}
 
@@ -131,7 +133,7 @@ def _legend(inspection: Inspection, styles: Mapping[str, str], brief: bool = Fal
 
 def _facts(console: Console, inspection: Inspection, extra: Sequence[str]) -> list[Text | Table]:
     """Options, counts and what else is to be said."""
-    parts: list[Text | Table] = [Text(describe(inspection))]
+    parts: list[Text | Table] = [Text(visible_text(describe(inspection)))]
     if console.color_system is None:
         parts.append(Text("The classes are shown by colour, and here is none: see --html."))
     rows = summary_rows(inspection)
@@ -145,7 +147,7 @@ def _facts(console: Console, inspection: Inspection, extra: Sequence[str]) -> li
             table.add_row(Text(what), Text(value))
         parts.append(table)
     for line in notices(inspection):
-        parts += [Text(), Text(line, "bold")]
+        parts += [Text(), Text(visible_text(line), "bold")]
     for line in extra:
         parts += [Text(), Text(line)]
     return parts

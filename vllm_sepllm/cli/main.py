@@ -33,7 +33,7 @@ from vllm_sepllm.cli.inspection_memory import read_shape
 from vllm_sepllm.cli.inspection_terminal import print_inspection
 from vllm_sepllm.cli.sizing import size
 from vllm_sepllm.cli.tuning import tune
-from vllm_sepllm.config import ConfigError
+from vllm_sepllm.config import PRESET, ConfigError
 
 SAMPLE = (
     "Call me Ishmael. Some years ago, never mind how long precisely, having little or no money "
@@ -44,6 +44,7 @@ SAMPLE = (
 SAMPLE_WINDOW = 16
 SHOWN = 2000  # tokens, in a pipe
 ON_A_PAGE = 20_000  # tokens
+PAGE_START = b"<!doctype html>"
 
 app = typer.Typer(
     help="Tools around SepLLM attention for vLLM.", no_args_is_help=True, add_completion=False
@@ -58,7 +59,9 @@ Options = Annotated[
 
 @app.command()
 def inspect(
-    model: Annotated[str, typer.Option(help="Folder or name of the model; only its tokenizer.")],
+    model: Annotated[
+        str, typer.Option(help="Folder or name of the model; its tokenizer and config.")
+    ],
     text: Annotated[
         str | None, typer.Option(metavar="FILE|-", help="UTF-8 text; - is standard input.")
     ] = None,
@@ -87,7 +90,8 @@ def inspect(
         source = SAMPLE if text is None else read_text(text)
         tokenizer = load_tokenizer(model)
         # A server takes the model's rule where nothing else is said.
-        config = with_rule(options, carried_by(model), f"config.json of {model}")
+        rule = carried_by(model)
+        config = with_rule(options, rule, f"config.json of {model}")
         try:
             with status("cutting the text into tokens"):
                 inspection = inspect_text(tokenizer, config, source, block_size)
@@ -100,7 +104,9 @@ def inspect(
         raise exit_with(f"{error}{_shell_hint(options)}", 2) from None
     if limit is None and not (sys.stdout and sys.stdout.isatty()):  # None where it is closed
         limit = SHOWN
-    extra = [] if html is None else [visible_text(f"wrote {html}")]
+    extra = [] if html is None else [f"wrote {html}"]
+    if rule is not None and PRESET not in options:
+        extra.append(f"What -o does not say is as config.json of {model} carries it.")
     with output() as console:
         print_inspection(console, inspection, limit, extra)
 
@@ -165,15 +171,33 @@ def _limit(limit: int | None, full: bool) -> int | None:
 
 
 def _write(path: Path, page: str, text: str | None) -> None:
+    """Replace a page in one step; what is no page is left alone."""
     try:
         if text not in (None, "-") and path.exists() and path.samefile(text):
             raise InputError(f"--html {str(path)!r} is the text itself: give another file")
-        path.write_text(page, encoding="utf-8")
+        if path.exists() and not path.is_file():  # such as /dev/stdout
+            path.write_text(page, encoding="utf-8")
+            return
+        target = path.resolve()
+        if target.exists() and not _is_page(target):
+            raise InputError(f"--html {str(path)!r} exists and is no page: give another file")
+        partial = target.with_name(f"{target.name}.new")
+        try:
+            partial.write_text(page, encoding="utf-8")
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
     except InputError:
         raise
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise InputError(
-            f"--html {str(path)!r} cannot be written ({reason}): give a file in a folder that "
-            "exists"
+            f"--html {str(path)!r} cannot be written ({reason}): give a file, with room for it, in "
+            "a folder that exists and can be written to"
         ) from error
+
+
+def _is_page(path: Path) -> bool:
+    with path.open("rb") as file:
+        start = file.read(len(PAGE_START))
+    return not start or start.lower() == PAGE_START

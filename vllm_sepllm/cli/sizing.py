@@ -13,6 +13,7 @@ from rich.table import Table
 from vllm_sepllm.cli.common import (
     InputError,
     check_least,
+    check_model,
     engine_options,
     exit_with,
     first_line,
@@ -44,7 +45,9 @@ def parse_memory(given: str) -> int:
 
 
 def size(
-    model: Annotated[str, typer.Option(help="Folder or name of the model; only its config.")],
+    model: Annotated[
+        str, typer.Option(help="Folder or name of the model; its config and tokenizer.")
+    ],
     memory: Annotated[
         str,
         typer.Option(
@@ -76,6 +79,7 @@ def size(
 ) -> None:
     """Say how many requests fit into a KV cache, beside full attention, and start nothing."""
     try:
+        check_model(model, "give a folder that holds config.json, or a name on the Hub")
         options = _options(option, text)
         arguments = {**engine_options(engine), "model": model, "dtype": dtype}
         for name, instead in (
@@ -114,7 +118,10 @@ def _options(given: list[str] | None, text: str | None) -> dict[str, Any]:
         raise InputError("--text with -o planning_text: drop one of them")
     if text == "-":
         raise InputError("--text -: start-up reads it again, so give a file")
-    read_planning_text(text)
+    try:
+        read_planning_text(text)
+    except ConfigError as error:
+        raise InputError(str(error).replace("planning_text=", "--text ", 1)) from None
     return {**options, "planning_text": text}
 
 
@@ -131,8 +138,13 @@ def _sizes(arguments: dict[str, Any], options: dict[str, Any], memory: int) -> A
         ) from None
     try:
         return sizes(arguments, options, memory)
-    except Exception as error:  # what vLLM raises differs by model and by option
+    except ValueError as error:  # vLLM's and ours have sentences
         raise InputError(sentence_of(error)) from error
+    except Exception as error:  # what else is raised differs by model and by option
+        raise InputError(
+            f"the configuration of model {arguments['model']!r} cannot be read "
+            f"({type(error).__name__}: {first_line(error)}): see whether vllm serve starts with it"
+        ) from error
 
 
 def _table(found: Any) -> Table:

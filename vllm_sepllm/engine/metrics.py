@@ -75,7 +75,7 @@ class EngineMetrics:
         metrics: by name, with the labels of vLLM's still to be set.
         labels: values of vLLM's labels.
         groups: kinds of KV-cache groups that the engine has.
-        planned_share: kept tokens per token that are expected.
+        planned_share: kept tokens per token that memory is planned for.
     """
 
     def __init__(
@@ -171,7 +171,10 @@ class SepLLMStatLogger(AggregateStatLoggerBase):
         self._writes_lines = writes_lines
         self._engines = {
             index: EngineMetrics(
-                metrics, prometheus.per_engine_labelvalues[index], groups, settings.plan.share
+                metrics,
+                prometheus.per_engine_labelvalues[index],
+                groups,
+                settings.plan.planned_share,
             )
             for index in engine_indexes
         }
@@ -212,7 +215,7 @@ def _metrics(prometheus: PrometheusStatLogger) -> dict[str, Any]:
         "held": ("pages_held", "Pages of the KV cache that requests hold.", [*LABELS, "group"]),
         "planned_share": (
             "planned_kept_share",
-            "Tokens kept per token behind the sinks that are expected. Memory has a margin.",
+            "Tokens kept per token behind the sinks that memory is planned for.",
             LABELS,
         ),
         "seen_share": (

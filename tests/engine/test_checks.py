@@ -179,6 +179,10 @@ ENGINE = [
     ({"runner": "pooling", "convert": "embed"}, "is run for pooling"),
     ({"disable_hybrid_kv_cache_manager": True}, "disable_hybrid_kv_cache_manager=True"),
     (
+        {"ec_transfer_config": {"ec_connector": "ECExampleConnector", "ec_role": "ec_consumer"}},
+        "ec_connector='ECExampleConnector'",
+    ),
+    (
         {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
         "kv_connector='ExampleConnector'",
     ),

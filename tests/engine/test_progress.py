@@ -226,6 +226,57 @@ def small_simulation(**options):
     )
 
 
+@pytest.mark.parametrize("drafts", [3, 16])
+@pytest.mark.parametrize("caching", [True, False])
+def test_a_lone_request_makes_room_for_drafts_once(drafts, caching):
+    """Drafts count as kept. Where the pool has no page for them it goes on without, and is not
+    computed again for each token of its answer."""
+    prompt, num_tokens = [SEPARATORS[0]] * 400, 60
+
+    def outcome(num_blocks):
+        simulation = Simulation(
+            {"window_size": 16, "separator_token_ids": list(SEPARATORS)},
+            next_token,
+            num_blocks=num_blocks,
+            block_size=16,
+            max_model_len=512,
+            enable_prefix_caching=caching,
+            propose=lambda name, tokens: [WORDS[0]] * drafts,
+            speculative_config={
+                "method": "ngram",
+                "prompt_lookup_max": 2,
+                "prompt_lookup_min": 1,
+                "num_speculative_tokens": drafts,
+            },
+        )
+        request = simulation.add("it", prompt, num_tokens)
+        simulation.add("behind", [WORDS[0]] * 40, 3)
+        simulation.settle()
+        assert simulation.finished["behind"] == "length"
+        return simulation, request
+
+    found = (outcome(num_blocks) for num_blocks in range(25, 60))
+    simulation, request = next(each for each in found if each[0].finished["it"] == "length")
+    assert simulation.answers["it"] == answer(prompt, num_tokens)
+    assert request.num_preemptions <= 2
+
+
+def test_what_waits_for_something_else_is_not_refused():
+    """Only memory is counted here. Whatever else vLLM lets a request wait for, it is served after
+    that, and nobody says that it does not fit."""
+    simulation = small_simulation()
+    simulation._check_progress = lambda *_: None
+    waiting = [True] * 8
+    pending = simulation.scheduler._ec_transfer_pending
+    simulation.scheduler._ec_transfer_pending = lambda *given: (
+        waiting.pop() if waiting else pending(*given)
+    )
+    simulation.add("it", WORDS[:5] * 6, 3)
+    simulation.settle()
+    assert not waiting
+    assert simulation.finished == {"it": "length"}
+
+
 def test_a_request_waits_for_the_pages_of_a_session():
     """A session that waits for its user keeps its pages; nothing ends, and both are served."""
     simulation = small_simulation()

@@ -6,7 +6,7 @@ from simulation import Simulation
 from test_scheduling import WORDS, answer, next_token
 
 from vllm_sepllm.config import ConfigError
-from vllm_sepllm.engine.scheduling import scheduler
+from vllm_sepllm.engine.scheduling import progress, scheduler
 from vllm_sepllm.engine.scheduling.traffic import FEWEST_TOKENS, TrafficShare
 from vllm_sepllm.planning import Plan
 
@@ -119,7 +119,7 @@ def test_the_warning_comes_once_in_traffic(monkeypatch):
 def test_an_id_cannot_write_into_the_log(monkeypatch):
     """It is a client's, of any length."""
     lines = []
-    monkeypatch.setattr(scheduler.logger, "error", lambda text, *args: lines.append(text % args))
+    monkeypatch.setattr(progress.logger, "error", lambda text, *args: lines.append(text % args))
     simulation = endless()
     simulation.add("a\nb\x1b" * 1000, [SEPARATORS[0]] * (TRAINED + 1), 4)
     simulation.settle()

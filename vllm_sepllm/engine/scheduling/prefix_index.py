@@ -65,6 +65,7 @@ class PrefixIndex:
         self._capacity = COUNTS_PER_PAGE * num_pages
         self._kept_count: OrderedDict[BlockHash, int] = OrderedDict()
         self._continued: set[BlockHash] = set()
+        self._new: set[BlockHash] = set()
 
     def __len__(self) -> int:
         return len(self._kept_count)
@@ -77,6 +78,7 @@ class PrefixIndex:
         self, block_hash: BlockHash, kept_count: int, before: BlockHash | None = None
     ) -> None:
         """Remember the kept tokens of a prefix, and that it is that of ``before`` and a block."""
+        self._new.add(block_hash)
         self._kept_count[block_hash] = kept_count
         self._kept_count.move_to_end(block_hash)
         if before in self._kept_count:
@@ -84,6 +86,14 @@ class PrefixIndex:
         if len(self._kept_count) > self._capacity:
             forgotten, _ = self._kept_count.popitem(last=False)
             self._continued.discard(forgotten)
+
+    def step_starts(self) -> None:
+        """vLLM begins to schedule a step."""
+        self._new.clear()
+
+    def is_new(self, block_hash: BlockHash) -> bool:
+        """Whether the prefix that ends with a block was stored in this step."""
+        return block_hash in self._new
 
     def is_continued(self, block_hash: BlockHash) -> bool:
         """Whether a longer text with this prefix was known."""

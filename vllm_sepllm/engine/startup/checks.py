@@ -198,6 +198,9 @@ def _cache_refusals(
     if vllm_config.kv_transfer_config is not None:
         connector = vllm_config.kv_transfer_config.kv_connector
         yield f"kv_connector={connector!r} moves pages it takes for dense ones: leave it out"
+    if vllm_config.ec_transfer_config is not None:
+        connector = vllm_config.ec_transfer_config.ec_connector
+        yield f"ec_connector={connector!r} is not supported under SEPLLM: leave it out"
     events = vllm_config.kv_events_config
     if events is not None and events.enable_kv_cache_events:
         yield (

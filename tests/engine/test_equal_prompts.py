@@ -1,0 +1,102 @@
+"""Prompts that begin alike and come together: computed once and held once, as with full attention.
+
+Pages of the stream are found from the next step on, so a request waits for it.
+"""
+
+import pytest
+from simulation import Simulation
+from test_scheduling import SEPARATORS, WORDS, answer, next_token
+
+pytestmark = pytest.mark.engine
+
+PROMPT = [SEPARATORS[0] if i % 6 == 5 else WORDS[i * i % 9] for i in range(200)]
+COUNT = 6
+OPTIONS = {"num_blocks": 300, "max_num_batched_tokens": 2048, "block_size": 16}
+
+
+@pytest.fixture(params=[False, True], ids=["synchronous", "asynchronous"])
+def simulate(request):
+    def make(bound=None, **options):
+        sepllm = {"separator_token_ids": list(SEPARATORS), "window_size": 32}
+        sepllm["max_separator_tokens"] = bound
+        asynchronous = request.param
+        return Simulation(sepllm, next_token, asynchronous=asynchronous, **OPTIONS, **options)
+
+    return make
+
+
+def together(simulation, prompts, **options):
+    """Answers to prompts that are there before the first step, checked; pages held at most."""
+    for i, prompt in enumerate(prompts):
+        simulation.add(f"r{i}", prompt, 8, **options)
+    most = 0
+    while simulation.scheduler.has_unfinished_requests():
+        simulation.step()
+        simulation.check()
+        most = max(most, simulation.num_held)
+    simulation.settle()
+    for i, prompt in enumerate(prompts):
+        assert simulation.answers[f"r{i}"] == answer(prompt, 8)
+    assert simulation.num_held == 0
+    return most
+
+
+def test_equal_prompts_are_computed_once(simulate):
+    alone, all_of_them = simulate(), simulate()
+    one = together(alone, [PROMPT])
+    most = together(all_of_them, [PROMPT] * COUNT)
+    assert [all_of_them.cached[f"r{i}"] for i in range(COUNT)] == [0] + [192] * (COUNT - 1)
+    # Each of the others has a copy of the stream's last page and pages of its own at the end.
+    assert most <= one + (COUNT - 1) * 4
+    assert COUNT * one > 2 * most
+
+
+def test_what_they_have_in_common_is_computed_once(simulate):
+    simulation = simulate()
+    together(simulation, [PROMPT[:128] + [word] * 40 for word in WORDS[:COUNT]])
+    assert sorted(simulation.cached.values()) == [0] + [128] * (COUNT - 1)
+
+
+def test_others_do_not_wait(simulate):
+    simulation = simulate()
+    for i in range(COUNT):
+        simulation.add(f"r{i}", [WORDS[i], *PROMPT], 8)
+    # Only the first block of these is new, and their last token is in it.
+    for i in range(2):
+        simulation.add(f"short{i}", PROMPT[:16], 8)
+    simulation.step()
+    assert len(simulation.scheduler.running) == COUNT + 2
+    simulation.settle()
+
+
+@pytest.mark.parametrize("bound", [1, 4])
+def test_nobody_waits_for_what_it_cannot_find(simulate, bound):
+    """With a bound few places can be resumed at. A request waits no longer than it finds more."""
+    simulation = simulate(bound, long_prefill_token_threshold=48)
+    waited = []
+    pending = simulation.scheduler._ec_transfer_pending
+
+    def count(request, num_computed_tokens):
+        waits = pending(request, num_computed_tokens)
+        if waits:
+            waited.append((request.request_id, num_computed_tokens))
+        return waits
+
+    simulation.scheduler._ec_transfer_pending = count
+    together(simulation, [PROMPT] * COUNT)
+    assert waited
+    assert len(waited) == len(set(waited))
+    for name in {name for name, _ in waited}:
+        found = [num_tokens for other, num_tokens in waited if other == name]
+        assert found == sorted(found)
+    assert not simulation.scheduler._waited
+
+
+def test_a_request_that_reads_no_prefix_does_not_wait(simulate):
+    simulation = simulate()
+    simulation.add("r0", PROMPT, 8)
+    simulation.add("r1", PROMPT, 8).skip_reading_prefix_cache = True
+    simulation.step()
+    assert len(simulation.scheduler.running) == 2
+    simulation.settle()
+    assert simulation.cached == {"r0": 0, "r1": 0}

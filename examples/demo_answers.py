@@ -50,7 +50,7 @@ def ways(tokenizer: Any, prompt: list[int]) -> dict[str, dict[str, Any] | None]:
         FULL: None,
         "SepLLM": {"window_size": WINDOW},
         FACTS: {"window_size": WINDOW, **FACTS_OPTIONS},
-        "StreamingLLM, equal size": {"policy": "streaming", "window_size": equal.window_size},
+        "StreamingLLM, equal tokens": {"policy": "streaming", "window_size": equal.window_size},
     }
 
 

@@ -112,9 +112,9 @@ def test_budgets_are_those_of_streaming(material, tokenizer):
     found = unserved_ways([H2O, POD], ways, 64)
     assert [way.name for way in found] == [
         "H2O, KV of SepLLM",
-        "H2O, the whole prompt first, KV of SepLLM",
+        "H2O, the document in full, KV of SepLLM",
         "H2O, KV of facts",
-        "H2O, the whole prompt first, KV of facts",
+        "H2O, the document in full, KV of facts",
         "PoD, untrained",
     ]
     by_name = {way.name: way for way in ways}

@@ -20,7 +20,7 @@ def simulate(request):
         sepllm = {"separator_token_ids": list(SEPARATORS), "window_size": 32}
         sepllm["max_separator_tokens"] = bound
         asynchronous = request.param
-        return Simulation(sepllm, next_token, asynchronous=asynchronous, **OPTIONS, **options)
+        return Simulation(sepllm, next_token, asynchronous=asynchronous, **OPTIONS | options)
 
     return make
 
@@ -67,6 +67,52 @@ def test_others_do_not_wait(simulate):
     simulation.step()
     assert len(simulation.scheduler.running) == COUNT + 2
     simulation.settle()
+
+
+def first_steps(simulation, names, max_steps=400):
+    """The step in which each request is first computed."""
+    found = {}
+    for step in range(1, max_steps):
+        before = {name: simulation.scheduler.requests[name].num_computed_tokens for name in names}
+        simulation.step()
+        for name in names:
+            request = simulation.scheduler.requests.get(name)
+            if request is None or request.num_computed_tokens > before[name]:
+                found.setdefault(name, step)
+        names = [name for name in names if name not in found]
+        if not names:
+            return found
+    raise AssertionError(f"{names} never started")
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "priority"])
+def test_nobody_takes_the_turn_of_those_that_wait(simulate, policy):
+    """Rows are few, and those behind have long answers."""
+    simulation = simulate(max_num_seqs=8, scheduling_policy=policy)
+    equal = [f"r{i}" for i in range(4)]
+    for name in equal:
+        simulation.add(name, PROMPT, 4, priority=0)
+    for i in range(12):
+        simulation.add(f"other{i}", [WORDS[i % 9]] * (20 + i), 50, priority=1)
+    found = first_steps(simulation, equal)
+    assert [found[name] for name in equal] == [1, 2, 2, 2]
+    simulation.settle()
+    assert set(simulation.finished.values()) == {"length"}
+
+
+@pytest.mark.parametrize("num_blocks", [60, 90, 140])
+def test_nobody_takes_the_pages_of_those_that_wait(simulate, num_blocks):
+    """The first one's prompt takes several steps, in which there is room for others."""
+    simulation = simulate(num_blocks=num_blocks, max_num_seqs=40, long_prefill_token_threshold=64)
+    equal = [f"r{i}" for i in range(4)]
+    for name in equal:
+        simulation.add(name, PROMPT * 2, 4)
+    for i in range(30):
+        simulation.add(f"other{i}", [WORDS[i % 9]] * (20 + i), 50)
+    found = first_steps(simulation, equal)
+    assert max(found.values()) <= 1 + -(-len(PROMPT * 2) // 64)
+    simulation.settle()
+    assert set(simulation.finished.values()) == {"length"}
 
 
 @pytest.mark.parametrize("bound", [1, 4])

@@ -261,6 +261,26 @@ def test_a_lone_request_makes_room_for_drafts_once(drafts, caching):
     assert request.num_preemptions <= 2
 
 
+def test_a_reset_takes_drafts_from_nobody():
+    """It preempts all that run, and memory is not short."""
+    simulation = Simulation(
+        {"window_size": 16, "separator_token_ids": list(SEPARATORS)},
+        next_token,
+        num_blocks=200,
+        block_size=16,
+        propose=propose,
+        **ngram(True),
+    )
+    for i in range(3):
+        simulation.add(f"r{i}", WORDS[i:8] * 9, 12)
+    for _ in range(3):
+        simulation.step()
+    simulation.scheduler.reset_prefix_cache(reset_running_requests=True)
+    assert not simulation.scheduler._undrafted
+    simulation.settle()
+    assert set(simulation.finished.values()) == {"length"}
+
+
 def test_what_waits_for_something_else_is_not_refused():
     """Only memory is counted here. Whatever else vLLM lets a request wait for, it is served after
     that, and nobody says that it does not fit."""

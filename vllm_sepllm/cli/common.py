@@ -194,6 +194,7 @@ def check_model(model: str, remedy: str) -> None:
     if is_file:
         raise InputError(f"model {model!r} is a file: give the folder that holds it")
     is_path = model.startswith((".", "/", "~")) or model.count("/") > 1
+    is_path &= "://" not in model  # vLLM knows others
     if not model or (is_path and not is_folder):
         raise InputError(f"model {model!r} is no folder: {remedy}")
 

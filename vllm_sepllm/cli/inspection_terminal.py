@@ -149,7 +149,7 @@ def _facts(console: Console, inspection: Inspection, extra: Sequence[str]) -> li
     for line in notices(inspection):
         parts += [Text(), Text(visible_text(line), "bold")]
     for line in extra:
-        parts += [Text(), Text(line)]
+        parts += [Text(), Text(visible_text(line))]
     return parts
 
 

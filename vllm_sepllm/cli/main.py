@@ -171,22 +171,13 @@ def _limit(limit: int | None, full: bool) -> int | None:
 
 
 def _write(path: Path, page: str, text: str | None) -> None:
-    """Replace a page in one step; what is no page is left alone."""
+    """Write a page; what is there and is none is left alone."""
     try:
         if text not in (None, "-") and path.exists() and path.samefile(text):
             raise InputError(f"--html {str(path)!r} is the text itself: give another file")
-        if path.exists() and not path.is_file():  # such as /dev/stdout
-            path.write_text(page, encoding="utf-8")
-            return
-        target = path.resolve()
-        if target.exists() and not _is_page(target):
+        if path.is_file() and not _is_page(path):  # /dev/stdout is none
             raise InputError(f"--html {str(path)!r} exists and is no page: give another file")
-        partial = target.with_name(f"{target.name}.new")
-        try:
-            partial.write_text(page, encoding="utf-8")
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+        path.write_text(page, encoding="utf-8")
     except InputError:
         raise
     except (OSError, ValueError) as error:

@@ -16,6 +16,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 
 from vllm_sepllm.engine.scheduling.tally import FULL, KEPT, LIMITS, WINDOW, take
 from vllm_sepllm.engine.startup.settings import Settings
+from vllm_sepllm.planning import Plan
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -75,7 +76,7 @@ class EngineMetrics:
         metrics: by name, with the labels of vLLM's still to be set.
         labels: values of vLLM's labels.
         groups: kinds of KV-cache groups that the engine has.
-        planned_share: kept tokens per token that memory is planned for.
+        plan: what memory is planned for.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class EngineMetrics:
         metrics: dict[str, Any],
         labels: list[object],
         groups: tuple[str, ...],
-        planned_share: float,
+        plan: Plan,
     ) -> None:
         self._counters = {name: metrics[name].labels(*labels) for name in COUNTERS}
         self._labelled = {
@@ -94,8 +95,8 @@ class EngineMetrics:
         for group in groups:
             metrics["held"].labels(*labels, group).set(0)
         self._shares = metrics["shares"].labels(*labels)
-        metrics["planned_share"].labels(*labels).set(planned_share)
-        self._planned_share = planned_share
+        metrics["planned_share"].labels(*labels).set(plan.planned_share)
+        self._expected_share = plan.share
         self._since: Counter[str] = Counter()  # the last line of the log
         self._last: dict[str, Any] = {"held": dict.fromkeys(groups, 0), "seen_share": None}
 
@@ -140,7 +141,7 @@ class EngineMetrics:
         ]
         if self._last["seen_share"] is not None:
             seen = self._last["seen_share"]
-            parts.append(f"kept of the traffic: {seen:.1%} (planned {self._planned_share:.1%})")
+            parts.append(f"kept of the traffic: {seen:.1%} (planned {self._expected_share:.1%})")
         if since["small_chunks"]:
             parts.append(f"put into small chunks: {since['small_chunks']:,} requests")
         if since["refused"]:
@@ -174,7 +175,7 @@ class SepLLMStatLogger(AggregateStatLoggerBase):
                 metrics,
                 prometheus.per_engine_labelvalues[index],
                 groups,
-                settings.plan.planned_share,
+                settings.plan,
             )
             for index in engine_indexes
         }

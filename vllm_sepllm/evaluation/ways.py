@@ -20,7 +20,7 @@ FULL, SEPLLM, FACTS, YOURS = "full attention", "SepLLM", "facts", "your options"
 EQUAL = "StreamingLLM, KV of "
 RANDOM = "random ids for separators"
 H2O, POD = "H2O", "PoD"  # not served
-H2O_WHOLE = "H2O, the whole prompt first"
+H2O_WHOLE = "H2O, the document in full"
 ALL = 2**20  # tokens: a window that nothing leaves
 ALIKE = 0.02  # windows that differ by less than this share are the same
 
@@ -167,8 +167,8 @@ def make_ways(
 def unserved_ways(wanted: Collection[str], ways: Sequence[Way], window: int) -> list[Way]:
     """H2O with as much KV as some ways, half of it for recent tokens, and PoD, untrained.
 
-    H2O is there twice. It holds as much KV as the others at any time, or as its authors' code does
-    it, the whole prompt first.
+    H2O is there twice. It holds as much KV as the others at any time; or the whole document, or
+    half of a text, first, and what comes behind that sees what is left, as with kvpress's methods.
 
     Args:
         wanted: of both names.

@@ -62,6 +62,7 @@ class ProgressScheduler(SessionScheduler):
         self._cold: set[str] = set()  # requests that start without a prefix from the cache
         self._chunks: dict[str, int] = {}  # tokens per step, of requests that fit in no larger ones
         self._undrafted: set[str] = set()  # requests that have no room for drafts
+        self._is_scheduling = False  # else whoever is preempted does not lack pages
 
     @property
     def _in_flight_tokens(self) -> int:
@@ -79,6 +80,7 @@ class ProgressScheduler(SessionScheduler):
 
     def _update_request_as_session(self, session: Request, update: Any) -> None:
         super()._update_request_as_session(session, update)
+        self._undrafted.discard(session.request_id)
         self._check_fits(session)
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
@@ -86,7 +88,7 @@ class ProgressScheduler(SessionScheduler):
         self._spare.forget_uncomputed(request, self._positional_managers)
         super()._preempt_request(request, *args, **kwargs)
         self._check_fits(request)
-        if not self.running:  # nobody else took the pages it lacks
+        if self._is_scheduling and not self.running:  # nobody else took the pages it lacks
             self._take_smaller_chunks(request)
             self._undrafted.add(request.request_id)
 
@@ -126,8 +128,12 @@ class ProgressScheduler(SessionScheduler):
         self._hold_back(self._refused)
         for name in self._undrafted:
             self.requests[name].spec_token_ids = []
-        with self._in_small_chunks() if self._chunks else nullcontext():
-            output: SchedulerOutput = super().schedule(*args, **kwargs)
+        self._is_scheduling = True
+        try:
+            with self._in_small_chunks() if self._chunks else nullcontext():
+                output: SchedulerOutput = super().schedule(*args, **kwargs)
+        finally:
+            self._is_scheduling = False
         for manager in self._kept_managers:
             manager.step_is_scheduled()
         if self._cold or self._chunks:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from vllm.logger import init_logger
-from vllm.v1.core.kv_cache_utils import resolve_block_hashes
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.single_type_kv_cache_manager import (
@@ -19,7 +18,7 @@ from vllm.v1.request import Request
 
 from vllm_sepllm.engine.scheduling.kept_manager import KeptManager
 from vllm_sepllm.engine.scheduling.pool_state import PoolState
-from vllm_sepllm.engine.scheduling.progress import ProgressScheduler
+from vllm_sepllm.engine.scheduling.sharing import SharingScheduler
 from vllm_sepllm.engine.scheduling.spec import check_fingerprint
 from vllm_sepllm.engine.scheduling.tally import (
     FULL,
@@ -36,7 +35,7 @@ from vllm_sepllm.engine.startup.settings import Settings
 logger = init_logger(f"vllm.{__name__}")
 
 
-class SepLLMScheduler(ProgressScheduler):
+class SepLLMScheduler(SharingScheduler):
     """Set as ``scheduler_cls`` at start-up when the SEPLLM backend is selected."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -53,8 +52,6 @@ class SepLLMScheduler(ProgressScheduler):
         is_bounded = settings.config.max_separator_tokens is not None
         self._traffic = TrafficShare(None if is_bounded else settings.plan)
         self._reports = Reports(self._tally, ((_kind(manager), manager) for manager in managers))
-        self._prefixes = PoolState.of(pool).prefixes
-        self._waited: dict[str, int] = {}  # tokens that a request had found when it waited last
         self.kv_cache_manager.estimate_cached_tokens = self._num_cached_tokens
         self._warn_of_small_pool()
 
@@ -77,38 +74,7 @@ class SepLLMScheduler(ProgressScheduler):
                 self.scheduler_config.max_num_batched_tokens,
             )
 
-    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        """vLLM's, see :meth:`_ec_transfer_pending`."""
-        self._prefixes.step_starts()
-        return super().schedule(*args, **kwargs)
-
-    def _ec_transfer_pending(self, request: Request, num_computed_tokens: int) -> bool:
-        """vLLM's, of connectors that are refused at start-up: whether a request waits for the next
-        step. It does, too, if another one computes in this step what comes behind its prefix.
-
-        Pages of the stream are found from the next step on. So prompts that are equal, or begin
-        alike, and come together would each be computed and held whole. A request waits again only
-        if it has found more since.
-        """
-        if request.num_computed_tokens or request.skip_reading_prefix_cache:
-            return False
-        name, before = request.request_id, self._waited.get(request.request_id, -1)
-        if not self._kept_managers or name in self._cold or num_computed_tokens <= before:
-            return False
-        size = self._kept_managers[0].block_size
-        next_block = num_computed_tokens // size
-        # The last token is computed in any case.
-        if (next_block + 1) * size >= request.num_tokens or not request.block_hashes:
-            return False
-        hash_size = self.kv_cache_manager.block_pool.hash_block_size
-        hashes = resolve_block_hashes(request.block_hashes, hash_size, size)
-        if not self._prefixes.is_new(hashes[next_block]):
-            return False
-        self._waited[name] = num_computed_tokens
-        return True
-
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
-        self._waited.pop(request.request_id, None)
         if self._kept_managers and request.num_computed_tokens:  # else it was refused at once
             num_kept, num_tokens = self._kept_managers[0].counted(request.request_id)
             if num_tokens and self.log_stats:

@@ -45,9 +45,7 @@ def parse_memory(given: str) -> int:
 
 
 def size(
-    model: Annotated[
-        str, typer.Option(help="Folder or name of the model; its config and tokenizer.")
-    ],
+    model: Annotated[str, typer.Option(help="Folder or name of the model: config and tokenizer.")],
     memory: Annotated[
         str,
         typer.Option(

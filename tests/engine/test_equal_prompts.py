@@ -100,13 +100,15 @@ def test_nobody_takes_the_turn_of_those_that_wait(simulate, policy):
     assert set(simulation.finished.values()) == {"length"}
 
 
+@pytest.mark.parametrize("num_equal", [len(PROMPT) * 2, 150])
 @pytest.mark.parametrize("num_blocks", [60, 90, 140])
-def test_nobody_takes_the_pages_of_those_that_wait(simulate, num_blocks):
+def test_nobody_takes_the_pages_of_those_that_wait(simulate, num_blocks, num_equal):
     """The first one's prompt takes several steps, in which there is room for others."""
     simulation = simulate(num_blocks=num_blocks, max_num_seqs=40, long_prefill_token_threshold=64)
     equal = [f"r{i}" for i in range(4)]
     for name in equal:
-        simulation.add(name, PROMPT * 2, 4)
+        tail = [WORDS[int(name[1:])]] * (len(PROMPT) * 2 - num_equal)
+        simulation.add(name, (PROMPT * 2)[:num_equal] + tail, 4)
     for i in range(30):
         simulation.add(f"other{i}", [WORDS[i % 9]] * (20 + i), 50)
     found = first_steps(simulation, equal)
@@ -146,3 +148,48 @@ def test_a_request_that_reads_no_prefix_does_not_wait(simulate):
     assert len(simulation.scheduler.running) == 2
     simulation.settle()
     assert simulation.cached == {"r0": 0, "r1": 0}
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "priority"])
+def test_nobody_takes_the_tokens_of_those_that_wait(simulate, policy):
+    """A prompt of many steps behind them would leave them none until it is computed."""
+    simulation = simulate(max_num_batched_tokens=256, max_model_len=2048, scheduling_policy=policy)
+    equal = ["r0", "r1"]
+    for name in equal:
+        simulation.add(name, PROMPT, 4, priority=0)
+    simulation.add("long", [WORDS[i % 7] for i in range(1900)], 4, priority=1)
+    found = first_steps(simulation, [*equal, "long"])
+    assert found == {"r0": 1, "r1": 2, "long": 2}
+    simulation.settle()
+
+
+def test_they_wait_again_after_a_reset(simulate):
+    """What they had found when they waited first is gone."""
+    simulation = simulate()
+    for i in range(COUNT):
+        simulation.add(f"r{i}", PROMPT, 40)
+    for _ in range(8):
+        simulation.step()
+    assert len(simulation.scheduler.running) == COUNT
+    assert simulation.scheduler.reset_prefix_cache(reset_running_requests=True)
+    simulation.step()
+    assert len(simulation.scheduler.running) == 1
+    simulation.settle()
+    for i in range(COUNT):
+        assert simulation.answers[f"r{i}"] == answer(PROMPT, 40)
+
+
+def test_equal_prompts_that_wait_are_searched_for_once(simulate, monkeypatch):
+    simulation = simulate(long_prefill_token_threshold=64)
+    for i in range(COUNT):
+        simulation.add(f"r{i}", PROMPT, 8)
+    searched = []
+    manager = simulation.scheduler.kv_cache_manager
+    search = manager.get_computed_blocks
+    monkeypatch.setattr(
+        manager, "get_computed_blocks", lambda request: searched.append(request) or search(request)
+    )
+    simulation.step()
+    assert [request.request_id for request in searched] == ["r0", "r1"]
+    simulation.settle()
+    assert all(simulation.answers[f"r{i}"] == answer(PROMPT, 8) for i in range(COUNT))

@@ -279,6 +279,14 @@ def plot(result: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def perplexity_of(row: dict[str, Any], first: int = 0) -> float:
+    """Of the tokens of all bins from ``first`` on; the last bin may hold fewer."""
+    num_losses = row["tokens"] - 1
+    weights = [min(BIN, num_losses - start) for start in range(0, num_losses, BIN)]
+    bins = list(zip(row["nll_per_bin"], weights, strict=True))[first:]
+    return math.exp(sum(nll * weight for nll, weight in bins) / sum(weight for _, weight in bins))
+
+
 def show(result: dict[str, Any], console: Console) -> None:
     """The table: KV is what is held while generating, the most of it while a chunk is read."""
     table = Table(title=f"{result['tokens']:,} tokens of books, a model of {result['trained']:,}")
@@ -290,7 +298,7 @@ def show(result: dict[str, Any], console: Console) -> None:
         figures = (
             f"{tokens:,}",
             f"{math.exp(nll[0]):.1f}",
-            f"{math.exp(mean(nll[-10:])):.1f}",
+            f"{perplexity_of(row, len(nll) - 10):.1f}",
             f"{60e6 * row['minutes'] / tokens:.0f}",
             f"{row.get('generate_last', row['generate_first'])['kv_mib']:.2f}",
             f"{row['most_kv_mib']:.2f}",
@@ -303,7 +311,7 @@ def show(result: dict[str, Any], console: Console) -> None:
         perplexity, seconds = (100 * flat[kind]["off"] for kind in ("perplexity", "time"))
         last_pages, early_pages = flat["pages"]["last"], flat["pages"]["early"]
         console.print(
-            f"{name}: perplexity of all {math.exp(mean(row['nll_per_bin'])):.2f}; of the last "
+            f"{name}: perplexity of all {perplexity_of(row):.2f}; of the last "
             f"{STRETCH:,} tokens {math.exp(row['nll_last']):.2f}, {perplexity:+.2f} % off the same "
             f"text from scratch, time per token {seconds:+.1f} % off early ones, at most "
             f"{last_pages} KV pages and {early_pages} early. Generating: "

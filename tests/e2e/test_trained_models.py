@@ -1,5 +1,10 @@
 """What was trained under the rule is served under it, with no option given: tokens of the mask."""
 
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import MODEL, Reference
@@ -7,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vllm_sepllm.training import apply
 
+ROOT = Path(__file__).resolve().parents[2]
 RULE = {"num_sink_tokens": 2, "window_size": 48, "max_separator_tokens": 12}
 pytestmark = pytest.mark.e2e
 
@@ -26,8 +32,8 @@ def trained(model, book, rate=3e-3, steps=3):
     return model.eval()
 
 
-def check(engine, model, separator_ids, prompts, **request):
-    reference = Reference(model, separator_ids, 2, 48, 12)
+def check(engine, model, separator_ids, prompts, rule=(2, 48, 12), **request):
+    reference = Reference(model, separator_ids, *rule)
     for number, prompt in enumerate(prompts):
         answer = engine.serve({f"{number}": {"prompt": prompt, **request}})[f"{number}"]
         reference.check(prompt, list(answer.outputs[0].token_ids))
@@ -35,14 +41,24 @@ def check(engine, model, separator_ids, prompts, **request):
 
 
 def test_a_model(engines, book, separator_ids, tmp_path):
-    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    attached = apply(model, RULE, tokenizer)
-    trained(model, book).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    attached.remove()
-    engine = engines(sepllm=None, model=str(tmp_path), attention_backend="sepllm")
-    check(engine, model, separator_ids, [book[part] for part in PROMPTS])
+    """A recipe's, by the line that it prints at its end."""
+    changes = f'training.output_dir="{tmp_path}"', f'model.path="{MODEL}"', "data.length=192"
+    changes += "training.max_steps=2", "training.warmup_steps=0", "training.learning_rate=3e-3"
+    changes += "training.gradient_accumulation_steps=1", "sepllm.window_size=48"
+    options = [part for change in changes for part in ("--set", change)]
+    recipe = [sys.executable, "examples/training/post_train.py", *options]
+    said = subprocess.run(recipe, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    [line] = [line for line in said.splitlines() if "vllm serve" in line]
+    folder, *options = shlex.split(line[line.index("vllm serve") :])[2:]
+    assert options == ["--attention-backend", "sepllm"]
+    engine = engines(sepllm=None, model=folder, attention_backend="sepllm")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    untrained = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    assert any(
+        not torch.equal(*pair)
+        for pair in zip(model.parameters(), untrained.parameters(), strict=True)
+    )
+    check(engine, model, separator_ids, [book[part] for part in PROMPTS], (4, 48))
 
 
 def test_an_adapter(engines, book, separator_ids, tmp_path):

@@ -108,6 +108,7 @@ def training_cases() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], Sequ
     for (num_heads, num_kv_heads, head_size), kind, capability, has_sinks in (
         ((32, 8, 128), "bf16", H200, True),
         ((12, 12, 64), "bf16", A100, False),
+        ((12, 12, 64), "bf16", L40, False),
     ):
         types = dict.fromkeys(PACKED, f"*{kind}")
         group = num_heads // num_kv_heads

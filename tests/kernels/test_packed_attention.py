@@ -58,9 +58,13 @@ def random_text(rng: torch.Generator) -> dict[str, torch.Tensor]:
 
 def random_plan(rng: torch.Generator) -> PackedPlan:
     """Some texts one behind the other."""
+    return joined_plan([random_text(rng) for _ in range(whole(1, 4, rng))])
+
+
+def joined_plan(texts: list[dict[str, torch.Tensor]]) -> PackedPlan:
+    """Texts one behind the other."""
     parts, num_tokens, num_kept = [], 0, 0
-    for _ in range(whole(1, 4, rng)):
-        text = random_text(rng)
+    for text in texts:
         shifts = {"kept": num_tokens, "window_first": num_tokens}
         parts.append({name: part + shifts.get(name, num_kept) for name, part in text.items()})
         num_tokens += text["window_first"].shape[0]
@@ -200,6 +204,14 @@ def test_flex_attention(seed):
     assert furthest([found], [masked(*given, plan.mask(), 0.3)]) < 1e-10
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="FlexAttention has no backward on CPU")
+@pytest.mark.parametrize("seed", range(2))
+def test_gradients_of_flex_attention(seed):
+    """No further from float64 than twice what torch is in the same type under the mask."""
+    plan = random_plan(torch.Generator().manual_seed(300 + seed)).to(DEVICE)
+    check_type(flex.packed_attention_flex, plan, HEADS[seed], torch.float32)
+
+
 def test_what_is_kept_for_the_backward_pass():
     """Queries, keys, values, the result and one logarithm for each query and head: linear."""
     plan = random_plan(torch.Generator().manual_seed(9))
@@ -225,6 +237,31 @@ def test_kernels(seed, heads, dtype):
     """No further from float64 than twice what torch is in the same type under the mask."""
     plan = random_plan(torch.Generator().manual_seed(seed)).to(DEVICE)
     check_type(packed_attention_triton, plan, heads, dtype)
+
+
+@pytest.mark.parametrize("operation", [packed_attention_torch, packed_attention_triton])
+def test_tiles_that_nobody_sees_are_not_read(operation):
+    """Zero times NaN is NaN: what is read for a token reaches its result, however little it counts.
+    The first and the last text are NaN, and the third is as if they were not. Texts between them
+    may share a tile with the third, or with tokens that see such a tile."""
+    lengths = 256, 448, 200, 448, 448, 256
+    texts = [vars(text_of(length, 2, 60)) for length in lengths]
+    plan = joined_plan([{**text, "sinks": torch.zeros_like(text["stream"])} for text in texts])
+    plan.check()
+    ends = torch.tensor(lengths).cumsum(0).tolist()
+    device = DEVICE if operation is packed_attention_triton else "cpu"
+    plan = plan.to(device)
+    given = [t.detach().float().to(device) for t in inputs(plan, (2, 1, 16), 11)]
+    poisoned = [tensor.clone() for tensor in given]
+    for tensor in poisoned:
+        tensor[: ends[0]] = tensor[ends[4] :] = math.nan
+    for tensor in (*given[:3], *poisoned[:3]):
+        tensor.requires_grad_()
+    wanted, found = (passes(operation, each, plan, 0.3) for each in (given, poisoned))
+    middle = slice(ends[1], ends[2])
+    for ours, other in zip(found, wanted, strict=True):
+        assert ours[: ends[0]].isnan().all()
+        assert torch.equal(ours[middle], other[middle])
 
 
 @pytest.mark.parametrize("num_sinks", [0, 4])

@@ -2,12 +2,16 @@
 
 import copy
 import json
+import os
+import subprocess
+import sys
 from contextlib import ExitStack
 
 import pytest
+import tokenizers
 import torch
 import transformers
-from small_models import ARCHITECTURES, SEPARATORS, bias_of, make_ids, make_model
+from small_models import ARCHITECTURES, SEPARATORS, VOCABULARY, bias_of, make_ids, make_model
 from transformers import DynamicCache
 
 from vllm_sepllm.config import ConfigError
@@ -20,8 +24,9 @@ from vllm_sepllm.training.step import Step
 pytestmark = pytest.mark.training
 
 SINKS, WINDOW = 3, 20
-OPTIONS = {"num_sink_tokens": SINKS, "window_size": WINDOW, "separator_token_ids": SEPARATORS}
-LISTED = {"keep": list(SEPARATORS), "num_sink_tokens": SINKS, "window_size": WINDOW}
+SIZES = {"num_sink_tokens": SINKS, "window_size": WINDOW}
+OPTIONS = {"separator_token_ids": SEPARATORS, **SIZES}
+LISTED = {"keep": list(SEPARATORS), **SIZES}
 EQUAL = 1e-9  # logits of order 1 in float64; models compute their norms in float32
 
 
@@ -114,6 +119,48 @@ def test_rules(rule):
     found = model(input_ids=torch.tensor([ids])).logits[0]
     assert (found - wanted).abs().max() < EQUAL
     assert_equal_gradients(gradients(model, found), gradients(plain, wanted))
+
+
+def test_classes_by_name():
+    """Kept are those of the tokenizer's words, which the test reads itself."""
+    plain, model = make_model(), make_model()
+    apply(model, {"keep": ["digits", "capitalized"], **SIZES}, words())
+    kept = [i for i in range(VOCABULARY) if i % 5 in (1, 2)]
+    [ids] = make_ids(300)
+    wanted = masked_logits(plain, ids, sepllm_mask(ids, kept, SINKS, WINDOW))
+    found = model(input_ids=torch.tensor([ids])).logits[0]
+    assert (found - wanted).abs().max() < EQUAL
+    assert_equal_gradients(gradients(model, found), gradients(plain, wanted))
+
+
+def words():
+    """A tokenizer of which one word of five is capitalized, and one is a number."""
+    beginnings = "w", "N", "", "o", "l"
+    texts = [str(i) if i % 5 == 2 else beginnings[i % 5] + "x" * i for i in range(VOCABULARY)]
+    model = tokenizers.models.WordLevel({text: i for i, text in enumerate(texts)}, texts[0])
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(model))
+
+
+WITHOUT_VLLM = """
+import sys
+sys.modules["vllm"] = sys.modules["triton"] = sys.modules["xformers"] = None  # importing them fails
+import torch
+from small_models import SEPARATORS, make_ids, make_model
+from vllm_sepllm.training import apply
+model = make_model()
+apply(model, {"num_sink_tokens": 3, "window_size": 20, "separator_token_ids": SEPARATORS})
+ids = torch.tensor(make_ids(200))
+model(input_ids=ids, labels=ids).loss.backward()
+print(float(model.get_input_embeddings().weight.grad.norm()) > 0)
+"""
+
+
+def test_it_needs_no_vllm():
+    """Nor what vLLM brings with it."""
+    command = [sys.executable, "-c", WITHOUT_VLLM]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.stdout.split()[-1:] == ["True"], done.stderr[-2000:]
 
 
 def test_logits_and_gradients(plain, model):

@@ -131,8 +131,13 @@ def perplexity_under_the_mask(folder, recipe, length):
 
 
 def test_post_train_an_adapter(run, tmp_path):
-    options = 'method.train="adapter"', 'method.loss="cross-entropy"', "training.max_steps=1"
-    said = run("post_train", *DEMO, *options)
+    options = 'method.train="adapter"', 'method.loss="cross-entropy"', "training.logging_steps=1"
+    run("post_train", *DEMO, *options, "training.max_steps=1")
+    first = summary(tmp_path)["log"]
+    said = run("post_train", *DEMO, *options, "training.max_steps=2")
+    log = summary(tmp_path)["log"]
+    assert [entry["step"] for entry in log if "loss" in entry] == [1, 2]
+    assert log[:1] == first[:1], "the step was trained again"
     rule = json.loads((tmp_path / "model/sepllm.json").read_text())
     assert rule == {"num_sink_tokens": 4, "window_size": 64}
     assert f"--lora-modules trained={tmp_path / 'model'}" in said

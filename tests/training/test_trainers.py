@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
-from small_models import SEPARATORS, VOCABULARY, make_ids, make_model
+from small_models import SEPARATORS, VOCABULARY, bias_of, make_ids, make_model
 
 from vllm_sepllm.config import ConfigError
+from vllm_sepllm.oracle.dense_mask import sepllm_mask
 from vllm_sepllm.training import apply
 
 pytestmark = pytest.mark.training
@@ -213,6 +214,31 @@ def test_virtual_tokens_are_refused():
     apply(model, OPTIONS)
     with pytest.raises(ValueError, match="virtual tokens"):
         model(input_ids=torch.tensor([rows(1)[0]["input_ids"]]))
+
+
+def test_evaluate(tmp_path):
+    """The loss that a Trainer reports is that of the explicit mask."""
+    import transformers
+
+    model, data = make_model(), rows(3)
+    wanted = []
+    with torch.no_grad():
+        for row in data:
+            ids = row["input_ids"]
+            bias = bias_of(sepllm_mask(ids, SEPARATORS, 2, 16))
+            logits = model(input_ids=torch.tensor([ids]), attention_mask=bias).logits[0]
+            loss = torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(ids[1:]))
+            wanted.append(float(loss))
+    apply(model, OPTIONS)
+    settings = arguments(tmp_path, per_device_eval_batch_size=1)
+    trainer = transformers.Trainer(
+        model=model,
+        args=settings,
+        eval_dataset=data,
+        data_collator=transformers.default_data_collator,
+    )
+    # A Trainer adds losses up in float32.
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(sum(wanted) / 3, rel=1e-6)
 
 
 @pytest.mark.parametrize("packing", [False, True])

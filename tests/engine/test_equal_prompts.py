@@ -7,6 +7,8 @@ import pytest
 from simulation import Simulation
 from test_scheduling import SEPARATORS, WORDS, answer, next_token
 
+from vllm_sepllm.engine.scheduling.sharing import MOST_PASSED_OVER
+
 pytestmark = pytest.mark.engine
 
 PROMPT = [SEPARATORS[0] if i % 6 == 5 else WORDS[i * i % 9] for i in range(200)]
@@ -193,3 +195,34 @@ def test_equal_prompts_that_wait_are_searched_for_once(simulate, monkeypatch):
     assert [request.request_id for request in searched] == ["r0", "r1"]
     simulation.settle()
     assert all(simulation.answers[f"r{i}"] == answer(PROMPT, 8) for i in range(COUNT))
+
+
+def test_those_behind_get_the_rest_of_the_step(simulate):
+    """Pairs of prompts that take more than half a step: none of its tokens is left over."""
+    simulation = simulate(max_num_batched_tokens=256)
+    for i in range(4):
+        for side in "ab":
+            simulation.add(f"{side}{i}", [WORDS[i], *PROMPT[:170]], 4)
+    simulation.step()
+    requests = simulation.scheduler.requests
+    found = {name: requests[name].num_computed_tokens for name in requests}
+    assert found["a0"] == 171
+    assert found["b0"] == 0
+    assert found["a1"] == 256 - 171
+    simulation.settle()
+
+
+def test_nobody_is_passed_over_for_ever(simulate):
+    """Pairs of a higher priority come in every step, and somebody waits in each."""
+    simulation = simulate(
+        max_num_batched_tokens=256, max_model_len=2048, scheduling_policy="priority"
+    )
+    simulation.add("long", [WORDS[i % 7] for i in range(1900)], 4, priority=1)
+    for step in range(MOST_PASSED_OVER + 1):
+        assert not simulation.scheduler.requests["long"].num_computed_tokens
+        for side in "ab":
+            prompt = [WORDS[step % 9], WORDS[step // 9], *PROMPT[:90]]
+            simulation.add(f"{side}{step}", prompt, 1, priority=0)
+        simulation.step()
+    assert simulation.scheduler.requests["long"].num_computed_tokens
+    simulation.settle()

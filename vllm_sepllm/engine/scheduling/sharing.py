@@ -7,6 +7,8 @@ and held whole. Here one of them is computed, and the others wait for it.
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vllm.v1.core.kv_cache_utils import BlockHash, resolve_block_hashes
@@ -16,13 +18,34 @@ from vllm.v1.request import Request
 from vllm_sepllm.engine.scheduling.pool_state import PoolState
 from vllm_sepllm.engine.scheduling.progress import ProgressScheduler
 
+# A request is passed over for the tokens of those that wait in so many steps at most: with
+# priorities there may be new ones in each.
+MOST_PASSED_OVER = 8
+
+
+@dataclass
+class Reserved:
+    """What those that wait in one step keep from the ones behind them, and what these get.
+
+    Attributes:
+        waiting_for: tokens found of each prompt that waits, by its last block.
+        pages: that those which wait will need.
+        left: tokens of this step that nobody has yet, at least.
+        behind: tokens of the next step that go to requests which started behind.
+    """
+
+    waiting_for: dict[BlockHash, int] = field(default_factory=dict)
+    pages: int = 0
+    left: int = 0
+    behind: int = 0
+
 
 class SharingScheduler(ProgressScheduler):
     """vLLM's scheduler, in which a request waits for the prefix that another one computes.
 
     Step by step: in the next one it has found what was computed in this one. It waits again only
-    if it has found more since, so it loses a step at most. Those behind it in the queue get the
-    rows, pages and tokens that it leaves, as if it had started.
+    if it has found more since. Those behind it in the queue get what it leaves of rows, pages and
+    tokens, as if it had started.
     """
 
     max_num_active_reqs: int
@@ -32,22 +55,19 @@ class SharingScheduler(ProgressScheduler):
         super().__init__(*args, **kwargs)
         self._prefixes = PoolState.of(self.kv_cache_manager.block_pool).prefixes
         self._waited: dict[str, int] = {}  # tokens that a request had found when it waited last
-        # Of this step: the tokens found of each prompt that waits, by its last block, and the
-        # pages reserved for them.
-        self._waiting_for: dict[BlockHash, int] = {}
-        self._reserved = 0
+        self._reserved = Reserved()
         self._behind: set[str] = set()  # requests that started behind those that wait
+        self._passed_over: Counter[str] = Counter()  # steps, by requests behind those that wait
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """vLLM's, see :meth:`_ec_transfer_pending`."""
         self._prefixes.step_starts()
-        self._waiting_for.clear()
-        most, self._reserved = self.max_num_active_reqs, 0
+        most, self._reserved = self.max_num_active_reqs, Reserved()
         try:
             output = super().schedule(*args, **kwargs)
         finally:
             self.max_num_active_reqs = most
-        if self._waiting_for:  # their prompts have their turn in the next step, not its interval
+        if self._reserved.waiting_for:  # they have their turn in the next step, whatever it is for
             self.prefill_capacity_bound = True
         else:
             self._behind.clear()
@@ -57,8 +77,8 @@ class SharingScheduler(ProgressScheduler):
         self, request: Request, *args: Any, **kwargs: Any
     ) -> tuple[Any, int, int, bool]:
         """vLLM's, but one search is enough for equal prompts that wait."""
-        if self._waiting_for and request.block_hashes:
-            num_found = self._waiting_for.get(request.block_hashes[-1])
+        if self._reserved.waiting_for and request.block_hashes:
+            num_found = self._reserved.waiting_for.get(request.block_hashes[-1])
             if num_found is not None and self._is_being_computed(request, num_found):
                 return self.kv_cache_manager.empty_kv_cache_blocks, num_found, 0, False
         return super()._get_local_prefix_cache_hit(request, *args, **kwargs)
@@ -66,52 +86,70 @@ class SharingScheduler(ProgressScheduler):
     def _ec_transfer_pending(self, request: Request, num_computed_tokens: int) -> bool:
         """Whether a request whose turn it is waits for the next step. vLLM asks this for connectors
         that are refused at start-up, when it knows how much of the prompt was found."""
+        name = request.request_id
         if self._is_being_computed(request, num_computed_tokens):
-            self._reserved += self._pages_missing(request)
-            self._waited[request.request_id] = num_computed_tokens
-            self._waiting_for[request.block_hashes[-1]] = num_computed_tokens
+            self._reserve(request)
+            self._waited[name] = num_computed_tokens
+            self._reserved.waiting_for[request.block_hashes[-1]] = num_computed_tokens
             self.max_num_active_reqs -= 1  # its row
             return True
-        if not self._waiting_for:
-            return False
-        if self._leaves_room(request, num_computed_tokens):
-            self._behind.add(request.request_id)
-            return False
-        self.max_num_active_reqs = 0  # nobody else starts in this step
-        return True
+        if self._reserved.waiting_for and not self._may_start(request, num_computed_tokens):
+            self.max_num_active_reqs = 0  # nor does anybody else in this step
+            return True
+        self._passed_over.pop(name, None)
+        return False
 
-    def _pages_missing(self, request: Request) -> int:
-        """Free pages that a request which waits will need, at most."""
-        if request.block_hashes[-1] in self._waiting_for:
+    def _reserve(self, request: Request) -> None:
+        """Keep what a request will need that begins to wait."""
+        if not self._reserved.waiting_for:
+            self._reserved.left = self.max_num_scheduled_tokens
+            for other in self.running:
+                tokens = other.num_tokens_with_spec + other.num_output_placeholders
+                is_behind = other.request_id in self._behind
+                self._take_tokens(max(1, tokens - other.num_computed_tokens), is_behind)
+        if request.block_hashes[-1] in self._reserved.waiting_for:
             # It shares those reserved for an equal prompt, but for the last one of each group: a
             # copy if it is appended to, and one for what comes behind.
-            return 2 * len(self.kv_cache_manager.coordinator.single_type_managers)
-        return self._pages_wanted(request)
+            self._reserved.pages += 2 * len(self.kv_cache_manager.coordinator.single_type_managers)
+        else:
+            self._reserved.pages += self._pages_wanted(request)
+
+    def _may_start(self, request: Request, num_found: int) -> bool:
+        """Whether a request may start behind those that wait. They must find their pages in the
+        next step, and half of its tokens."""
+        num_free = self.kv_cache_manager.block_pool.get_num_free_blocks()
+        if self._pages_wanted(request) > num_free - self._reserved.pages:
+            return False
+        name, half = request.request_id, max(1, self.max_num_scheduled_tokens // 2)
+        before = replace(self._reserved)
+        self._take_tokens(request.num_tokens - num_found, is_behind=True)
+        if self._reserved.behind > half and self._passed_over[name] < MOST_PASSED_OVER:
+            self._reserved = before
+            self._passed_over[name] += 1
+            return False
+        self._behind.add(name)
+        return True
+
+    def _take_tokens(self, num_tokens: int, is_behind: bool) -> None:
+        """Give a request with so many tokens to compute those that it gets of this step, and those
+        of the next one if it counts among the ones behind."""
+        most = self.max_num_scheduled_tokens
+        threshold = self.scheduler_config.long_prefill_token_threshold
+        if threshold:
+            is_adaptive = self.scheduler_config.long_prefill_token_threshold_adaptive
+            share = most // 2 if is_adaptive else 0  # of two requests, there are no fewer
+            most = min(most, max(threshold, share))
+        taken = max(0, min(num_tokens, most, self._reserved.left))
+        self._reserved.left -= taken
+        if is_behind:
+            self._reserved.behind += min(num_tokens - taken, most)
 
     def _pages_wanted(self, request: Request) -> int:
         """Free pages that vLLM wants to see before it starts a request, had it found nothing."""
         name = request.request_id
         chunk = self._chunks.get(name, self.scheduler_config.max_num_batched_tokens)
-        return self._admission.pages_needed(name, self._num_tokens(request), chunk)
-
-    def _leaves_room(self, request: Request, num_computed_tokens: int) -> bool:
-        """Whether a request may start behind those that wait: they must find their pages in the
-        next step, and half of its tokens."""
-        num_free = self.kv_cache_manager.block_pool.get_num_free_blocks()
-        if self._pages_wanted(request) > num_free - self._reserved:
-            return False
-        num_tokens = self._next_chunk(request.num_tokens - num_computed_tokens)
-        for name in self._behind & self.requests.keys():
-            other = self.requests[name]
-            num_tokens += self._next_chunk(other.num_tokens - other.num_computed_tokens)
-        return num_tokens <= self.max_num_scheduled_tokens // 2
-
-    def _next_chunk(self, num_tokens: int) -> int:
-        """Tokens that a step computes of so many, at most."""
-        config = self.scheduler_config
-        if config.long_prefill_token_threshold and not config.long_prefill_token_threshold_adaptive:
-            return min(num_tokens, config.long_prefill_token_threshold)
-        return num_tokens
+        needed = self._admission.pages_needed(name, self._num_tokens(request), chunk)
+        return needed + int(self.kv_cache_manager.watermark_blocks)
 
     def _is_being_computed(self, request: Request, num_found: int) -> bool:
         """Whether another request computes in this step what comes behind the ``num_found`` first
@@ -131,7 +169,7 @@ class SharingScheduler(ProgressScheduler):
         return self._prefixes.is_new(hashes[next_block])
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
-        self._waited.pop(request.request_id, None)
+        self._start_anew(request)
         super()._preempt_request(request, *args, **kwargs)
 
     def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
@@ -140,6 +178,11 @@ class SharingScheduler(ProgressScheduler):
         return bool(super().reset_prefix_cache(*args, **kwargs))
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        self._start_anew(request)
+        self._passed_over.pop(request.request_id, None)
+        return super()._free_request(request, *args, **kwargs)
+
+    def _start_anew(self, request: Request) -> None:
+        """Forget what a request that has lost its pages had found, and when it started."""
         self._waited.pop(request.request_id, None)
         self._behind.discard(request.request_id)
-        return super()._free_request(request, *args, **kwargs)

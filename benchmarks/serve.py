@@ -159,7 +159,7 @@ class Bench:
         """All traces of a model on one server. None is started if nothing is left to do."""
         if self.is_done(model, way, case.traces):
             return
-        folder = str(ROOT / case.model) if case.model else str(self._llama())
+        folder = self.model_folder(case)
         tokenizer = Tokenizer.from_file(f"{folder}/tokenizer.json")
         log = LOGS / f"{model}-{way.replace(', ', '-').replace(' ', '-')}.log"
         self.console.print(f"{model}, {way}: starting, log in {log.relative_to(ROOT)}")
@@ -167,21 +167,25 @@ class Bench:
         with Server(folder, case.options() + options, log) as server:
             self.console.print(f"{model}, {way}: ready after {time.monotonic() - begin:.0f} s")
             for trace, first in case.traces:
-                self._warm(server, folder, trace.requests(tokenizer)[:2])
+                self.warm(server, folder, trace.requests(tokenizer)[:2])
                 while (rate := self.left(model, way, trace, first)) is not None:
                     requests = trace.requests(tokenizer, part(rate, first))
-                    point = self._measure_point(server, folder, requests, rate)
+                    point = self.measure_point(server, folder, requests, rate)
                     self.results.add({"model": model, "way": way, "trace": trace.name, **point})
                     line = serve_report.line(self.results.content["points"][-1])
                     self.console.print(line, soft_wrap=True)
 
-    def _warm(self, server: Server, model: str, requests: list[Request]) -> None:
+    def model_folder(self, case: Case) -> str:
+        """Where its model is; that with random weights is made."""
+        return str(ROOT / case.model) if case.model else str(self._llama())
+
+    def warm(self, server: Server, model: str, requests: list[Request]) -> None:
         """What is done once is done. No request that is measured begins like these."""
         path = self._folder / "requests.jsonl"
         write_requests(path, [replace(r, prompt=f"First of all. {r.prompt}") for r in requests])
         bench(server, model, path, len(requests), ALL_AT_ONCE)
 
-    def _measure_point(
+    def measure_point(
         self, server: Server, model: str, requests: list[Request], rate: float | str
     ) -> dict[str, Any]:
         """Requests at one rate, from an empty prefix cache."""

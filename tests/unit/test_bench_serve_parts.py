@@ -261,3 +261,25 @@ Server("model", [], Path({str(tmp_path / "log")!r})).__enter__()
         while psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
             assert time.monotonic() < deadline
             time.sleep(0.05)
+
+
+def test_turns_are_compared_round_by_round(capsys):
+    """A slow minute slows both servers of a round down, so ratios are those of rounds."""
+    import serve_turns
+
+    answered = {"a": [2.0, 1.0, 4.0], "b": [1.0, 0.5, 1.0]}
+    points = [
+        {"model": "m", "trace": "chat", "way": way, "round": i, "requests_per_second": each[i]}
+        for i in range(3)
+        for way, each in sorted(answered.items(), reverse=bool(i % 2))
+    ]
+    other = {"model": "m", "trace": "short", "way": "a", "round": 0, "requests_per_second": 9.0}
+    found = serve_turns.rates([*points, other], "m", "chat")
+    assert found == answered
+    assert serve_turns.ratios(answered) == [2.0, 2.0, 4.0]
+    settings = {"m": {"traces": ["chat", "short"], "ways": ["a", "b"]}}
+    serve_turns.show({"points": [*points, other], "settings": settings}, Console(width=100))
+    [row] = [line for line in capsys.readouterr().out.splitlines() if "chat" in line]
+    assert row.replace("│", " ").split() == [
+        *["m", "chat", "a", "/", "b", "2.00", "/", "1.00", "2.00", "2.00", "4.00"]
+    ]

@@ -212,6 +212,25 @@ def test_those_behind_get_the_rest_of_the_step(simulate):
     simulation.settle()
 
 
+def test_short_ones_need_nothing_of_the_next_step(simulate):
+    """What was passed over starts in the end, and takes more than those behind may. A short prompt
+    behind it takes no more."""
+    simulation = simulate(
+        num_blocks=2000,
+        max_num_batched_tokens=330,
+        max_model_len=2048,
+        long_prefill_token_threshold=100,
+    )
+    for name, first in (("computed", 0), ("waits", 0), ("behind", 1), ("passed over", 2)):
+        simulation.add(name, [WORDS[first], *PROMPT * 9], 4)
+    found = first_steps(simulation, ["computed", "behind", "passed over"])
+    assert found == {"computed": 1, "behind": 1, "passed over": MOST_PASSED_OVER + 1}
+    simulation.add("short", [WORDS[8]] * 20, 4)
+    assert first_steps(simulation, ["short"]) == {"short": 1}
+    assert not simulation.scheduler.requests["waits"].num_computed_tokens
+    simulation.settle()
+
+
 def test_nobody_is_passed_over_for_ever(simulate):
     """Pairs of a higher priority come in every step, and somebody waits in each."""
     simulation = simulate(

@@ -58,18 +58,23 @@ class SharingScheduler(ProgressScheduler):
         self._reserved = Reserved()
         self._behind: set[str] = set()  # requests that started behind those that wait
         self._passed_over: Counter[str] = Counter()  # steps, by requests behind those that wait
+        self._num_requests = 0  # when the step began
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """vLLM's, see :meth:`_ec_transfer_pending`."""
         self._prefixes.step_starts()
+        self._num_requests = sum(self.get_request_counts())
         most, self._reserved = self.max_num_active_reqs, Reserved()
         try:
-            output = super().schedule(*args, **kwargs)
+            output: SchedulerOutput = super().schedule(*args, **kwargs)
         finally:
             self.max_num_active_reqs = most
+        for name in self._passed_over.keys() & output.num_scheduled_tokens.keys():
+            del self._passed_over[name]
+        is_full = output.total_num_scheduled_tokens >= self.max_num_scheduled_tokens
         if self._reserved.waiting_for:  # they have their turn in the next step, whatever it is for
             self.prefill_capacity_bound = True
-        else:
+        elif not (is_full or output.preempted_req_ids):  # else nobody that waits was looked at
             self._behind.clear()
         return output
 
@@ -96,7 +101,6 @@ class SharingScheduler(ProgressScheduler):
         if self._reserved.waiting_for and not self._may_start(request, num_computed_tokens):
             self.max_num_active_reqs = 0  # nor does anybody else in this step
             return True
-        self._passed_over.pop(name, None)
         return False
 
     def _reserve(self, request: Request) -> None:
@@ -104,9 +108,9 @@ class SharingScheduler(ProgressScheduler):
         if not self._reserved.waiting_for:
             self._reserved.left = self.max_num_scheduled_tokens
             for other in self.running:
-                tokens = other.num_tokens_with_spec + other.num_output_placeholders
-                is_behind = other.request_id in self._behind
-                self._take_tokens(max(1, tokens - other.num_computed_tokens), is_behind)
+                tokens = other.num_tokens + other.num_output_placeholders
+                tokens = max(1 + self.num_spec_tokens, tokens - other.num_computed_tokens)
+                self._take_tokens(tokens, other.request_id in self._behind)
         if request.block_hashes[-1] in self._reserved.waiting_for:
             # It shares those reserved for an equal prompt, but for the last one of each group: a
             # copy if it is appended to, and one for what comes behind.
@@ -117,13 +121,14 @@ class SharingScheduler(ProgressScheduler):
     def _may_start(self, request: Request, num_found: int) -> bool:
         """Whether a request may start behind those that wait. They must find their pages in the
         next step, and half of its tokens."""
-        num_free = self.kv_cache_manager.block_pool.get_num_free_blocks()
+        cache = self.kv_cache_manager
+        num_free = cache.block_pool.get_num_free_blocks() - cache.watermark_blocks
         if self._pages_wanted(request) > num_free - self._reserved.pages:
             return False
-        name, half = request.request_id, max(1, self.max_num_scheduled_tokens // 2)
-        before = replace(self._reserved)
+        name, before = request.request_id, replace(self._reserved)
+        allowed = max(1, self.max_num_scheduled_tokens // 2, before.behind)
         self._take_tokens(request.num_tokens - num_found, is_behind=True)
-        if self._reserved.behind > half and self._passed_over[name] < MOST_PASSED_OVER:
+        if self._reserved.behind > allowed and self._passed_over[name] < MOST_PASSED_OVER:
             self._reserved = before
             self._passed_over[name] += 1
             return False
@@ -137,7 +142,7 @@ class SharingScheduler(ProgressScheduler):
         threshold = self.scheduler_config.long_prefill_token_threshold
         if threshold:
             is_adaptive = self.scheduler_config.long_prefill_token_threshold_adaptive
-            share = most // 2 if is_adaptive else 0  # of two requests, there are no fewer
+            share = most // self._num_requests if is_adaptive else 0
             most = min(most, max(threshold, share))
         taken = max(0, min(num_tokens, most, self._reserved.left))
         self._reserved.left -= taken
@@ -148,8 +153,7 @@ class SharingScheduler(ProgressScheduler):
         """Free pages that vLLM wants to see before it starts a request, had it found nothing."""
         name = request.request_id
         chunk = self._chunks.get(name, self.scheduler_config.max_num_batched_tokens)
-        needed = self._admission.pages_needed(name, self._num_tokens(request), chunk)
-        return needed + int(self.kv_cache_manager.watermark_blocks)
+        return self._admission.pages_needed(name, self._num_tokens(request), chunk)
 
     def _is_being_computed(self, request: Request, num_found: int) -> bool:
         """Whether another request computes in this step what comes behind the ``num_found`` first

@@ -89,8 +89,18 @@ def adapter(smollm2, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(servers, demo, adapter):
-    """The line that `make demo` prints, with an adapter."""
-    options = ("--enforce-eager", "--enable-lora", "--max-loras", "2", "--max-lora-rank", "8")
+    """The line that `make demo` prints, with an adapter. In float32, so that an answer does not
+    depend on what is computed beside it, or is in the cache."""
+    options = (
+        "--dtype",
+        "float32",
+        "--enforce-eager",
+        "--enable-lora",
+        "--max-loras",
+        "2",
+        "--max-lora-rank",
+        "8",
+    )
     adapters = ("--lora-modules", f"mine={adapter}")
     return servers(*options, *adapters, command=demo.serve_command())
 

@@ -22,9 +22,21 @@ def _kernels():
 
 
 def isa_of(block_size, head_size, dtype):
+    from vllm_sepllm.engine.cpu.backend import kernel_isa
+
+    return kernel_isa(dtype, block_size, head_size)
+
+
+@pytest.mark.parametrize("has_amx", [False, True])
+def test_amx_is_not_used(monkeypatch, has_amx):
+    """vLLM 0.32 computes wrongly with it; its own choice is AMX where there is any."""
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-    return _get_attn_isa(dtype, block_size, head_size, "auto")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
+    shape = 32, 64, torch.bfloat16
+    assert (_get_attn_isa(shape[2], *shape[:2], "auto") == "amx") == has_amx
+    assert isa_of(*shape) == "vec"
+    assert isa_of(32, 80, torch.bfloat16) == "vec16"
 
 
 def make_pages(block_size, head_size, dtype, num_pages=12, staging=3, num_heads=2, layer=0):

@@ -60,6 +60,14 @@ class KeptCPUBackend(SepLLMCPUBackend):
         return KeptMetadataBuilder
 
 
+def kernel_isa(dtype: torch.dtype, block_size: int, head_size: int) -> str:
+    """Instruction set of vLLM's kernel for pages of so many tokens and heads of that size: vLLM's
+    choice, but never AMX. With it vLLM 0.32 answers SmolLM2 in bfloat16 wrongly, under full
+    attention, too."""
+    isa = str(_get_attn_isa(dtype, block_size, head_size, "auto"))
+    return "vec" if isa == "amx" else isa
+
+
 class SepLLMCPUImpl(SepLLMImpl):
     """Attention of one layer over its window and its kept stream, on CPU."""
 
@@ -81,7 +89,7 @@ class SepLLMCPUImpl(SepLLMImpl):
             kv_cache: the layer's view of the buffer.
             staging_start: bytes of the buffer that belong to layers; staging pages follow.
         """
-        isa = _get_attn_isa(kv_cache.dtype, kv_cache.shape[2], self.head_size, "auto")
+        isa = kernel_isa(kv_cache.dtype, kv_cache.shape[2], self.head_size)
         self._pages = CpuPages(kv_cache, staging_start, isa)
 
     def write_and_attend(

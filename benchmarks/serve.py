@@ -161,7 +161,7 @@ class Bench:
             return
         folder = self.model_folder(case)
         tokenizer = Tokenizer.from_file(f"{folder}/tokenizer.json")
-        log = LOGS / f"{model}-{way.replace(', ', '-').replace(' ', '-')}.log"
+        log = log_of(model, way)
         self.console.print(f"{model}, {way}: starting, log in {log.relative_to(ROOT)}")
         begin = time.monotonic()
         with Server(folder, case.options() + options, log) as server:
@@ -205,6 +205,16 @@ class Bench:
             tokenizer = Tokenizer.from_str(shapes.read_gzip(shapes.TOKENIZER))
             shapes.write_model(path, tokenizer, shapes.benchmark_model())
         return path
+
+
+def log_of(*names: str) -> Path:
+    """Of a server that is called so."""
+    return LOGS / f"{'-'.join(names).replace(', ', '-').replace(' ', '-')}.log"
+
+
+def end_servers_when_ended() -> None:
+    """Let a signal that ends this script unwind it."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
 
 def part(rate: float | str, first: float) -> int:
@@ -287,7 +297,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     given, console = arguments(), Console(width=100, highlight=False)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that servers are ended
+    end_servers_when_ended()
     try:
         if given.report:
             content = json.loads(given.output.read_text(encoding="utf8"))

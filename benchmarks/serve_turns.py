@@ -22,7 +22,18 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from serve import ALL_AT_ONCE, LOGS, MOST_RATES, ROOT, Bench, Results, about, available, gpu
+from serve import (
+    ALL_AT_ONCE,
+    MOST_RATES,
+    ROOT,
+    Bench,
+    Results,
+    about,
+    available,
+    end_servers_when_ended,
+    gpu,
+    log_of,
+)
 from serve_cases import CASES, Case, ways
 from serve_process import Server, ServerError
 from tokenizers import Tokenizer
@@ -39,8 +50,8 @@ def measure(bench: Bench, name: str, case: Case, rounds: int, device: str | None
         servers = {}
         for way, options in given.items():
             begin = time.monotonic()
-            log = LOGS / f"turns-{name}-{way.replace(', ', '-').replace(' ', '-')}.log"
-            servers[way] = stack.enter_context(Server(folder, case.options() + options, log))
+            server = Server(folder, case.options() + options, log_of("turns", name, way))
+            servers[way] = stack.enter_context(server)
             bench.console.print(f"{name}, {way}: ready after {time.monotonic() - begin:.0f} s")
         for trace, _ in case.traces:
             for server in servers.values():
@@ -102,6 +113,7 @@ def main() -> None:
     cases = {n: c for n, c in available(CASES, console).items() if n in (given.models or CASES)}
     described = about(cases, device) | {"command": "benchmarks/serve_turns.py"}
     results = Results(given.output, described | {"rounds": given.rounds}, is_fresh=True)
+    end_servers_when_ended()
     try:
         with tempfile.TemporaryDirectory() as folder:
             bench = Bench(results, Path(folder), is_single=True, console=console)

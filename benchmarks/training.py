@@ -4,11 +4,13 @@
 
 Text is a book of the repository in GPT-NeoX-20B's tokens, separators are the paper's nine.
 
-* Attention, forward and backward: 4 heads of 64 (12 on a GPU), window 256; beside causal SDPA, SDPA
-  under the mask (to 4,096 tokens), and with ``--flex`` on a GPU FlexAttention over the packed order
-  and in the text's order.
+* Attention, forward and backward: 4 heads of 64 (12 on a GPU), window 256.
 * A whole step of a decoder (forward, loss, backward, without the optimizer): Llama of 5M
   parameters with a window of 64, and two layers of Pythia-160M's shape with one of 128.
+
+Both run beside causal SDPA and SDPA under the mask. On a GPU ``--flex`` adds FlexAttention:
+attention in the text's order and in the packed one, steps in the text's. It has no backward pass on
+a CPU.
 
 A CPU computes one text at a time, a GPU as many as have 65,536 tokens. Ways take turns, and each
 one's fastest turn counts. Operations are counted beside it, against causal attention and in the
@@ -28,7 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from record import ROOT, provenance, write
+from record import ROOT, processor, provenance, write
 from rich.console import Console
 from rich.table import Table
 from sepllm_kernels.sequence.packed import PackedPlan, packed_attention
@@ -44,7 +46,6 @@ from vllm_sepllm.training.plan import TextPlan, pack
 OUTPUT = ROOT / "benchmarks/results/training.json"
 SEPARATORS = (2, 13, 15, 27, 28, 32, 186, 187, 209)  # as the authors list them for this tokenizer
 VOCABULARY = 50304
-MASKED_UP_TO = 4096  # a mask of 8,192 tokens takes gigabytes in its backward pass
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOKENS_OF_A_BATCH = 65536 if DEVICE == "cuda" else 1
 NUM_HEADS = 12 if DEVICE == "cuda" else 4
@@ -103,7 +104,7 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
-def fastest(ways: dict[str, Callable[[], None]], turns: int) -> dict[str, float]:
+def fastest(ways: dict[str, Callable[[], Any]], turns: int) -> dict[str, float]:
     """Seconds of each way's fastest turn; the first does not count."""
     found = dict.fromkeys(ways, float("inf"))
     for turn in range(turns + 1):
@@ -118,8 +119,8 @@ def fastest(ways: dict[str, Callable[[], None]], turns: int) -> dict[str, float]
 
 def attention_ways(
     plan: PackedPlan, num_texts: int, num_heads: int, size: int, with_flex: bool = False
-) -> dict[str, Callable[[], None]]:
-    """Forward and backward passes over texts of equal length."""
+) -> dict[str, Callable[[], list[torch.Tensor]]]:
+    """Forward and backward passes over texts of equal length; they return the gradients."""
     dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
     shape, length = (plan.num_tokens, num_heads, size), plan.num_tokens // num_texts
     torch.manual_seed(0)
@@ -127,15 +128,13 @@ def attention_ways(
     tensors, grad = [tensor.requires_grad_() for tensor in made[:3]], made[3]
     sdpa, scale = torch.nn.functional.scaled_dot_product_attention, size**-0.5
 
-    def passes(attend: Callable[..., torch.Tensor]) -> Callable[[], None]:
-        def run() -> None:
-            for tensor in tensors:
-                tensor.grad = None
-            attend(*tensors).backward(grad)
+    def passes(attend: Callable[..., torch.Tensor]) -> Callable[[], list[torch.Tensor]]:
+        def run() -> list[torch.Tensor]:
+            return list(torch.autograd.grad(attend(*tensors), tensors, grad))
 
         return run
 
-    def by_text(attend: Callable[..., torch.Tensor], **options: Any) -> Callable[[], None]:
+    def by_text(attend: Callable[..., torch.Tensor], **options: Any) -> Callable[..., Any]:
         """Of ``[texts, heads, length, size]``."""
 
         def call(*given: torch.Tensor) -> torch.Tensor:
@@ -147,26 +146,18 @@ def attention_ways(
     ways = {
         DENSE: by_text(sdpa, is_causal=True),
         PACKED: passes(lambda *given: packed_attention(*given, plan, scale)),
+        MASKED: by_text(sdpa, attn_mask=masks_of(plan, num_texts)),
     }
-    if length <= MASKED_UP_TO:
-        ways[MASKED] = by_text(sdpa, attn_mask=masks_of(plan, num_texts))
     if with_flex:
         from sepllm_kernels.sequence.packed import flex
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+        from torch.nn.attention.flex_attention import flex_attention
 
         blocks = flex.block_mask(plan)
         ways[FLEX] = passes(
             lambda *given: flex.packed_attention_flex(*given, plan, scale, blocks=blocks)
         )
-        flags = torch.zeros(plan.num_tokens, dtype=torch.bool, device=DEVICE)
-        flags[plan.kept] = True
-        flags, first = flags.view(num_texts, length), plan.window_first.view(num_texts, length)
-
-        def seen(b: Any, h: Any, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-            return (k <= q) & (flags[b, k] | (b * length + k >= first[b, q]))
-
-        in_order = create_block_mask(seen, num_texts, None, length, length, device=DEVICE)
-        ways[FLEX_IN_ORDER] = by_text(torch.compile(flex_attention), block_mask=in_order)
+        attend = torch.compile(flex_attention)
+        ways[FLEX_IN_ORDER] = by_text(attend, block_mask=blocks_of(plan, num_texts))
     return ways
 
 
@@ -174,6 +165,21 @@ def masks_of(plan: PackedPlan, num_texts: int) -> torch.Tensor:
     """``[texts, 1, length, length]`` bool."""
     places = torch.arange(plan.num_tokens, device=DEVICE).view(num_texts, -1)
     return torch.stack([plan.mask_of(own)[:, own] for own in places])[:, None]
+
+
+def blocks_of(plan: PackedPlan, num_texts: int) -> Any:
+    """The same mask for FlexAttention, in the order of the texts."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    length = plan.num_tokens // num_texts
+    flags = torch.zeros(plan.num_tokens, dtype=torch.bool, device=DEVICE)
+    flags[plan.kept] = True
+    flags, first = flags.view(num_texts, length), plan.window_first.view(num_texts, length)
+
+    def seen(b: Any, h: Any, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return (k <= q) & (flags[b, k] | (b * length + k >= first[b, q]))
+
+    return create_block_mask(seen, num_texts, None, length, length, device=DEVICE)
 
 
 def measure_attention(
@@ -192,26 +198,35 @@ def measure_attention(
 
 
 def step_ways(
-    make: Callable[[], Any], window: int, ids: torch.Tensor
-) -> dict[str, Callable[[], None]]:
+    make: Callable[[], Any], window: int, ids: torch.Tensor, plan: PackedPlan, with_flex: bool
+) -> dict[str, Callable[[], torch.Tensor]]:
+    """Whole steps of the same model on ``ids`` ``[texts, length]``; they return the loss."""
     dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-    ways: dict[str, Callable[[], None]] = {}
-    for name in (DENSE, PACKED):
+    masks: dict[str, Any] = {DENSE: None, PACKED: None, MASKED: masks_of(plan, len(ids))}
+    if with_flex:
+        masks[FLEX_IN_ORDER] = blocks_of(plan, len(ids))
+    ways: dict[str, Callable[[], torch.Tensor]] = {}
+    for name, mask in masks.items():
         torch.manual_seed(0)
         model = make().to(DEVICE, dtype)
-        model.set_attn_implementation("sdpa")
+        model.set_attn_implementation("flex_attention" if name == FLEX_IN_ORDER else "sdpa")
         if name == PACKED:
             apply(model, {"window_size": window, "separator_token_ids": SEPARATORS})
 
-        def run(model: Any = model) -> None:
+        def run(model: Any = model, mask: Any = mask) -> torch.Tensor:
             model.zero_grad(set_to_none=True)
-            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+            given = {"input_ids": ids, "attention_mask": mask, "labels": ids}
+            loss: torch.Tensor = model(**given, use_cache=False).loss
+            loss.backward()
+            return loss.detach()
 
         ways[name] = run
     return ways
 
 
-def measure_steps(ids: Sequence[int], lengths: Sequence[int], turns: int) -> list[Any]:
+def measure_steps(
+    ids: Sequence[int], lengths: Sequence[int], turns: int, with_flex: bool
+) -> list[Any]:
     models: dict[str, tuple[Callable[[], Any], int]] = {
         "Llama, 5M": (llama_5m, 64),
         "Pythia-160M, 2 layers": (lambda: pythia(2), 128),
@@ -227,11 +242,12 @@ def measure_steps(ids: Sequence[int], lengths: Sequence[int], turns: int) -> lis
             is_separator = torch.isin(text, torch.tensor(SEPARATORS, device=DEVICE))
             others = text if vocabulary == VOCABULARY else 300 + text % (vocabulary - 300)
             text = torch.where(is_separator, text, others)
-            plans = [TextPlan.of(ids, rule_of(window)) for ids in text.cpu().numpy()]
-            found = fastest(step_ways(make, window, text), turns)
-            counted = shares(size, length, round(pack(plans).num_pairs / len(plans)))
+            plan = pack([TextPlan.of(own, rule_of(window)) for own in text.cpu().numpy()], DEVICE)
+            found = fastest(step_ways(make, window, text, plan, with_flex), turns)
+            counted = shares(size, length, round(plan.num_pairs / len(text)))
+            pairs = plan.num_pairs / (len(text) * length * (length + 1) / 2)
             row = {"model": name, "tokens": length, "texts": len(text), "window": window}
-            rows.append({**row, "operations": counted, "seconds": found})
+            rows.append({**row, "pairs": pairs, "operations": counted, "seconds": found})
             print(f"{name}, {length:,} tokens: {shown(found)}", flush=True)
     return rows
 
@@ -241,26 +257,19 @@ def shown(found: dict[str, float]) -> str:
 
 
 def show(result: dict[str, Any]) -> None:
-    console = Console(width=130)
-    measured = {way for row in result["attention"] for way in row["seconds"]}
-    ways = [way for way in (FLEX, FLEX_IN_ORDER) if way in measured]
-    table = Table("attention", "pairs seen", *(f"times faster than {w}" for w in (DENSE, MASKED)))
-    for way in ways:
-        table.add_column(f"times faster than {way}")
-    for row in result["attention"]:
-        seconds = row["seconds"]
-        cells = [
-            f"{seconds[way] / seconds[PACKED]:.2f}" if way in seconds else ""
-            for way in (DENSE, MASKED, *ways)
-        ]
-        table.add_row(f"{row['tokens']:,} tokens", f"{row['pairs']:.1%}", *cells)
-    console.print(table)
-    table = Table("whole step", "tokens", "times faster than dense", "operations", "paper's way")
-    for row in result["steps"]:
-        seconds, counted = row["seconds"], row["operations"]
-        faster = f"{seconds[DENSE] / seconds[PACKED]:.2f}"
-        counts = f"{counted['causal']:.1%}", f"{counted['as in the paper']:.1%}"
-        table.add_row(row["model"], f"{row['tokens']:,}", faster, *counts)
+    console = Console(width=150)
+    rows = [("attention", row) for row in result["attention"]]
+    rows += [(row["model"], row) for row in result["steps"]]
+    measured = {way for _, row in rows for way in row["seconds"]}
+    ways = [way for way in (DENSE, MASKED, FLEX, FLEX_IN_ORDER) if way in measured]
+    table = Table("", "tokens", "pairs seen", *(f"times faster than {way}" for way in ways))
+    table.add_column("operations of causal")
+    table.add_column("paper's way")
+    for name, row in rows:
+        seconds, counted = row["seconds"], row.get("operations", {})
+        faster = [f"{seconds[w] / seconds[PACKED]:.2f}" if w in seconds else "" for w in ways]
+        counts = [f"{counted[k]:.1%}" if counted else "" for k in ("causal", "as in the paper")]
+        table.add_row(name, f"{row['tokens']:,}", f"{row['pairs']:.1%}", *faster, *counts)
     console.print(table)
 
 
@@ -271,14 +280,18 @@ def main() -> None:
     parser.add_argument("--flex", action="store_true", help="FlexAttention too, on a GPU")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     given = parser.parse_args()
+    if given.flex and DEVICE != "cuda":
+        parser.error(
+            "--flex needs a GPU (FlexAttention has no backward pass on a CPU); leave it out"
+        )
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     ids, lengths = book(), [int(length) for length in given.lengths.split(",")]
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
     result = {**provenance("torch", "transformers", "triton"), "device": device}
-    result["threads"] = torch.get_num_threads()
+    result |= {**processor(), "threads": torch.get_num_threads()}
     result["attention"] = measure_attention(ids, lengths, given.turns, given.flex)
     write(given.output, result)
-    result["steps"] = measure_steps(ids, lengths, given.turns)
+    result["steps"] = measure_steps(ids, lengths, given.turns, given.flex)
     write(given.output, result)
     show(json.loads(given.output.read_text()))
 

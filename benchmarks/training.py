@@ -12,6 +12,8 @@ Both run beside causal SDPA and SDPA under the mask. On a GPU ``--flex`` adds Fl
 attention in the text's order and in the packed one, steps in the text's. It has no backward pass on
 a CPU.
 
+Masks, and the plan of attention alone, are made before; a step under SepLLM makes its own plan.
+
 A CPU computes one text at a time, a GPU as many as have 65,536 tokens. Ways take turns, and each
 one's fastest turn counts. Operations are counted beside it, against causal attention and in the
 paper's way.
@@ -26,7 +28,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -51,6 +53,13 @@ TOKENS_OF_A_BATCH = 65536 if DEVICE == "cuda" else 1
 NUM_HEADS = 12 if DEVICE == "cuda" else 4
 DENSE, PACKED, MASKED = "dense, causal", "packed", "dense under the mask"
 FLEX, FLEX_IN_ORDER = "FlexAttention, packed", "FlexAttention, order of the text"
+
+
+class Effort(NamedTuple):
+    """How long a row is measured, at the least: turns that count, and seconds of all ways."""
+
+    turns: int
+    seconds: float
 
 
 def llama_5m() -> Any:
@@ -104,16 +113,18 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
-def fastest(ways: dict[str, Callable[[], Any]], turns: int) -> dict[str, float]:
+def fastest(ways: dict[str, Callable[[], Any]], effort: Effort) -> dict[str, float]:
     """Seconds of each way's fastest turn; the first does not count."""
     found = dict.fromkeys(ways, float("inf"))
-    for turn in range(turns + 1):
+    turn, started = 0, time.perf_counter()
+    while turn <= effort.turns or time.perf_counter() - started < effort.seconds:
         for name, run in ways.items():
             began = time.perf_counter()
             run()
             wait()
             if turn:
                 found[name] = min(found[name], time.perf_counter() - began)
+        turn += 1
     return found
 
 
@@ -183,13 +194,13 @@ def blocks_of(plan: PackedPlan, num_texts: int) -> Any:
 
 
 def measure_attention(
-    ids: Sequence[int], lengths: Sequence[int], turns: int, with_flex: bool
+    ids: Sequence[int], lengths: Sequence[int], effort: Effort, with_flex: bool
 ) -> list[Any]:
     rows = []
     for length in lengths:
         texts = texts_of(ids, length)
         plan = pack([TextPlan.of(text, rule_of(256)) for text in texts], DEVICE)
-        found = fastest(attention_ways(plan, len(texts), NUM_HEADS, 64, with_flex), turns)
+        found = fastest(attention_ways(plan, len(texts), NUM_HEADS, 64, with_flex), effort)
         pairs = plan.num_pairs / (len(texts) * length * (length + 1) / 2)
         row = {"tokens": length, "texts": len(texts), "heads": NUM_HEADS, "window": 256}
         rows.append({**row, "pairs": pairs, "seconds": found})
@@ -225,7 +236,7 @@ def step_ways(
 
 
 def measure_steps(
-    ids: Sequence[int], lengths: Sequence[int], turns: int, with_flex: bool
+    ids: Sequence[int], lengths: Sequence[int], effort: Effort, with_flex: bool
 ) -> list[Any]:
     models: dict[str, tuple[Callable[[], Any], int]] = {
         "Llama, 5M": (llama_5m, 64),
@@ -243,7 +254,7 @@ def measure_steps(
             others = text if vocabulary == VOCABULARY else 300 + text % (vocabulary - 300)
             text = torch.where(is_separator, text, others)
             plan = pack([TextPlan.of(own, rule_of(window)) for own in text.cpu().numpy()], DEVICE)
-            found = fastest(step_ways(make, window, text, plan, with_flex), turns)
+            found = fastest(step_ways(make, window, text, plan, with_flex), effort)
             counted = shares(size, length, round(plan.num_pairs / len(text)))
             pairs = plan.num_pairs / (len(text) * length * (length + 1) / 2)
             row = {"model": name, "tokens": length, "texts": len(text), "window": window}
@@ -276,7 +287,8 @@ def show(result: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--lengths", default="1024,2048,4096,8192")
-    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--turns", type=int, default=3, help="of each way, at least")
+    parser.add_argument("--seconds", type=float, default=10, help="of a row, at least")
     parser.add_argument("--flex", action="store_true", help="FlexAttention too, on a GPU")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     given = parser.parse_args()
@@ -285,13 +297,14 @@ def main() -> None:
             "--flex needs a GPU (FlexAttention has no backward pass on a CPU); leave it out"
         )
     torch.set_num_threads(len(os.sched_getaffinity(0)))
+    effort = Effort(given.turns, given.seconds)
     ids, lengths = book(), [int(length) for length in given.lengths.split(",")]
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
     result = {**provenance("torch", "transformers", "triton"), "device": device}
     result |= {**processor(), "threads": torch.get_num_threads()}
-    result["attention"] = measure_attention(ids, lengths, given.turns, given.flex)
+    result["attention"] = measure_attention(ids, lengths, effort, given.flex)
     write(given.output, result)
-    result["steps"] = measure_steps(ids, lengths, given.turns, given.flex)
+    result["steps"] = measure_steps(ids, lengths, effort, given.flex)
     write(given.output, result)
     show(json.loads(given.output.read_text()))
 

@@ -69,7 +69,7 @@ def test_a_masked_step_has_the_loss_and_gradients_of_a_packed_step(training):
 
 def test_it_writes_what_it_measured(training, monkeypatch, tmp_path, capsys):
     file = tmp_path / "training.json"
-    options = ["--lengths", "128", "--turns", "1", "--output", str(file)]
+    options = ["--lengths", "128", "--turns", "1", "--seconds", "0", "--output", str(file)]
     monkeypatch.setattr(sys, "argv", ["training.py", *options])
     training.main()
     found = json.loads(file.read_text())

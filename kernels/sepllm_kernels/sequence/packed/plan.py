@@ -74,6 +74,12 @@ class PackedPlan:
         return found.index_copy_(0, self.kept, entries)
 
     @cached_property
+    def biases(self) -> dict[tuple[int, torch.dtype], torch.Tensor]:
+        """What an implementation adds to the logits of a part, by the part's first token. All
+        layers and both passes use the same."""
+        return {}
+
+    @cached_property
     def _on_host(self) -> tuple[list[int], list[tuple[list[int], list[int]]]]:
         ranges = [(first.tolist(), limit.tolist()) for first, limit in self.ranges]
         return self.window_first.tolist(), ranges

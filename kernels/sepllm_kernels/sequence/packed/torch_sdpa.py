@@ -26,6 +26,11 @@ from sepllm_kernels.sequence.packed.plan import PackedPlan, Part
 # queries at a time from 192 on, and 32 below.
 PART = 192
 
+# Of biases a plan keeps so many bytes: all of 8,192 tokens of English, or of 8 texts of 2,048. The
+# other parts' are worked out anew for each layer and pass, since they grow with the square of the
+# length.
+KEPT_BIAS_BYTES = 64 << 20
+
 
 class PackedAttention(torch.autograd.Function):
     """See :func:`packed_attention_torch`."""
@@ -41,7 +46,7 @@ class PackedAttention(torch.autograd.Function):
         for part in plan.parts(PART):
             own = slice(part.first, part.stop)
             seen = stream.seen(part, queries.shape[0])
-            bias = part_bias(plan, part, query.dtype)
+            bias = bias_of(plan, part, query.dtype)
             found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 queries[:, :, own], *seen, attn_mask=bias, scale=scale
             )
@@ -74,7 +79,7 @@ class PackedAttention(torch.autograd.Function):
                 log_sums[:, :, own],
                 0.0,
                 False,
-                attn_mask=part_bias(plan, part, query.dtype),
+                attn_mask=bias_of(plan, part, query.dtype),
                 scale=ctx.scale,
             )
             grad_queries[:, :, own] = found[0]
@@ -110,6 +115,17 @@ def _by_head(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
 def _of_group(grad: torch.Tensor) -> torch.Tensor:
     """What all heads of a KV head give, of ``[heads of a KV head, ...]``."""
     return grad[0] if grad.shape[0] == 1 else grad.sum(0)
+
+
+def bias_of(plan: PackedPlan, part: Part, dtype: torch.dtype) -> torch.Tensor:
+    """As :func:`part_bias`, from those that the plan keeps where it is one of them."""
+    bias = plan.biases.get((part.first, dtype))
+    if bias is None:
+        bias = part_bias(plan, part, dtype)
+        kept = sum(each.nbytes for each in plan.biases.values())
+        if kept + bias.nbytes <= KEPT_BIAS_BYTES:
+            plan.biases[part.first, dtype] = bias
+    return bias
 
 
 def part_bias(plan: PackedPlan, part: Part, dtype: torch.dtype) -> torch.Tensor:

@@ -8,11 +8,10 @@ Text is a book of the repository in GPT-NeoX-20B's tokens, separators are the pa
 * A whole step of a decoder (forward, loss, backward, without the optimizer): Llama of 5M
   parameters with a window of 64, and two layers of Pythia-160M's shape with one of 128.
 
-Both run beside causal SDPA and SDPA under the mask. On a GPU ``--flex`` adds FlexAttention:
-attention in the text's order and in the packed one, steps in the text's. It has no backward pass on
-a CPU.
-
-Masks, and the plan of attention alone, are made before; a step under SepLLM makes its own plan.
+Both run beside causal SDPA and SDPA under the mask, which is made before and added to the logits
+(torch would make that of a bool mask in each layer). A step under SepLLM makes its plan. On a GPU
+``--flex`` adds FlexAttention: attention in the text's order and in the packed one, steps in the
+text's. It has no backward pass on a CPU.
 
 A CPU computes one text at a time, a GPU as many as have 65,536 tokens. Ways take turns, and each
 one's fastest turn counts. Operations are counted beside it, against causal attention and in the
@@ -22,11 +21,14 @@ paper's way.
 from __future__ import annotations
 
 import argparse
+import copy
 import gzip
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,6 +51,7 @@ OUTPUT = ROOT / "benchmarks/results/training.json"
 SEPARATORS = (2, 13, 15, 27, 28, 32, 186, 187, 209)  # as the authors list them for this tokenizer
 VOCABULARY = 50304
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 TOKENS_OF_A_BATCH = 65536 if DEVICE == "cuda" else 1
 NUM_HEADS = 12 if DEVICE == "cuda" else 4
 DENSE, PACKED, MASKED = "dense, causal", "packed", "dense under the mask"
@@ -108,6 +111,19 @@ def rule_of(window: int) -> KeepRule:
     return KeepRule.of(SepLLMConfig.from_dict(options), VOCABULARY)
 
 
+def in_vocabulary(texts: np.ndarray, vocabulary: int) -> np.ndarray:
+    """For a smaller vocabulary, other tokens than separators become some that are none."""
+    if vocabulary == VOCABULARY:
+        return texts
+    return np.where(np.isin(texts, SEPARATORS), texts, 300 + texts % (vocabulary - 300))
+
+
+def plan_of(texts: np.ndarray, window: int) -> PackedPlan:
+    """What each token of ``[texts, length]`` sees."""
+    rule = rule_of(window)
+    return pack([TextPlan.of(text, rule) for text in texts], DEVICE)
+
+
 def wait() -> None:
     if DEVICE == "cuda":
         torch.cuda.synchronize()
@@ -132,10 +148,9 @@ def attention_ways(
     plan: PackedPlan, num_texts: int, num_heads: int, size: int, with_flex: bool = False
 ) -> dict[str, Callable[[], list[torch.Tensor]]]:
     """Forward and backward passes over texts of equal length; they return the gradients."""
-    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
     shape, length = (plan.num_tokens, num_heads, size), plan.num_tokens // num_texts
     torch.manual_seed(0)
-    made = [torch.randn(shape, dtype=dtype, device=DEVICE) for _ in range(4)]
+    made = [torch.randn(shape, dtype=DTYPE, device=DEVICE) for _ in range(4)]
     tensors, grad = [tensor.requires_grad_() for tensor in made[:3]], made[3]
     sdpa, scale = torch.nn.functional.scaled_dot_product_attention, size**-0.5
 
@@ -173,9 +188,10 @@ def attention_ways(
 
 
 def masks_of(plan: PackedPlan, num_texts: int) -> torch.Tensor:
-    """``[texts, 1, length, length]`` bool."""
+    """``[texts, 1, length, length]``: 0 where a token sees, minus infinity elsewhere."""
     places = torch.arange(plan.num_tokens, device=DEVICE).view(num_texts, -1)
-    return torch.stack([plan.mask_of(own)[:, own] for own in places])[:, None]
+    seen = torch.stack([plan.mask_of(own)[:, own] for own in places])[:, None]
+    return torch.zeros(seen.shape, dtype=DTYPE, device=DEVICE).masked_fill_(~seen, -math.inf)
 
 
 def blocks_of(plan: PackedPlan, num_texts: int) -> Any:
@@ -199,7 +215,7 @@ def measure_attention(
     rows = []
     for length in lengths:
         texts = texts_of(ids, length)
-        plan = pack([TextPlan.of(text, rule_of(256)) for text in texts], DEVICE)
+        plan = plan_of(texts, 256)
         found = fastest(attention_ways(plan, len(texts), NUM_HEADS, 64, with_flex), effort)
         pairs = plan.num_pairs / (len(texts) * length * (length + 1) / 2)
         row = {"tokens": length, "texts": len(texts), "heads": NUM_HEADS, "window": 256}
@@ -209,30 +225,29 @@ def measure_attention(
 
 
 def step_ways(
-    make: Callable[[], Any], window: int, ids: torch.Tensor, plan: PackedPlan, with_flex: bool
+    model: Any, window: int, ids: torch.Tensor, plan: PackedPlan, with_flex: bool
 ) -> dict[str, Callable[[], torch.Tensor]]:
-    """Whole steps of the same model on ``ids`` ``[texts, length]``; they return the loss."""
-    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    """Whole steps of copies of the model on ``ids`` ``[texts, length]``."""
     masks: dict[str, Any] = {DENSE: None, PACKED: None, MASKED: masks_of(plan, len(ids))}
     if with_flex:
         masks[FLEX_IN_ORDER] = blocks_of(plan, len(ids))
     ways: dict[str, Callable[[], torch.Tensor]] = {}
     for name, mask in masks.items():
-        torch.manual_seed(0)
-        model = make().to(DEVICE, dtype)
-        model.set_attn_implementation("flex_attention" if name == FLEX_IN_ORDER else "sdpa")
+        own = copy.deepcopy(model).to(DEVICE, DTYPE)
+        own.set_attn_implementation("flex_attention" if name == FLEX_IN_ORDER else "sdpa")
         if name == PACKED:
-            apply(model, {"window_size": window, "separator_token_ids": SEPARATORS})
-
-        def run(model: Any = model, mask: Any = mask) -> torch.Tensor:
-            model.zero_grad(set_to_none=True)
-            given = {"input_ids": ids, "attention_mask": mask, "labels": ids}
-            loss: torch.Tensor = model(**given, use_cache=False).loss
-            loss.backward()
-            return loss.detach()
-
-        ways[name] = run
+            apply(own, {"window_size": window, "separator_token_ids": SEPARATORS})
+        ways[name] = partial(step, own, ids, mask)
     return ways
+
+
+def step(model: Any, ids: torch.Tensor, mask: Any) -> torch.Tensor:
+    """Gradients of a batch; the loss is returned."""
+    model.zero_grad(set_to_none=True)
+    given = {"input_ids": ids, "attention_mask": mask, "labels": ids, "use_cache": False}
+    loss: torch.Tensor = model(**given).loss
+    loss.backward()
+    return loss.detach()
 
 
 def measure_steps(
@@ -246,19 +261,18 @@ def measure_steps(
         models["Pythia-160M"] = (lambda: pythia(12), 128)
     rows = []
     for name, (make, window) in models.items():
-        size, vocabulary = ModelSize.of(make()), make().config.vocab_size
+        torch.manual_seed(0)
+        model = make()
+        size = ModelSize.of(model)
         for length in lengths:
-            text = torch.from_numpy(texts_of(ids, length)).to(DEVICE)
-            # A small vocabulary: other tokens than separators become some that are none.
-            is_separator = torch.isin(text, torch.tensor(SEPARATORS, device=DEVICE))
-            others = text if vocabulary == VOCABULARY else 300 + text % (vocabulary - 300)
-            text = torch.where(is_separator, text, others)
-            plan = pack([TextPlan.of(own, rule_of(window)) for own in text.cpu().numpy()], DEVICE)
-            found = fastest(step_ways(make, window, text, plan, with_flex), effort)
+            text = in_vocabulary(texts_of(ids, length), model.config.vocab_size)
+            plan = plan_of(text, window)
+            text = torch.from_numpy(text).to(DEVICE)
+            found = fastest(step_ways(model, window, text, plan, with_flex), effort)
             counted = shares(size, length, round(plan.num_pairs / len(text)))
-            pairs = plan.num_pairs / (len(text) * length * (length + 1) / 2)
             row = {"model": name, "tokens": length, "texts": len(text), "window": window}
-            rows.append({**row, "pairs": pairs, "operations": counted, "seconds": found})
+            row |= {"pairs": counted["attention"], "operations": counted}
+            rows.append({**row, "seconds": found})
             print(f"{name}, {length:,} tokens: {shown(found)}", flush=True)
     return rows
 

@@ -12,9 +12,8 @@ from sepllm_kernels.sequence.packed import (
     packed_attention,
     packed_attention_reference,
     packed_attention_torch,
-    torch_sdpa,
 )
-from sepllm_kernels.sequence.packed.torch_sdpa import PART
+from sepllm_kernels.sequence.packed.torch_sdpa import PART, part_bias
 from sepllm_kernels.sequence.packed.triton import KEY_GRADIENT, packed_attention_triton
 
 pytestmark = pytest.mark.kernels
@@ -225,29 +224,22 @@ def test_what_is_kept_for_the_backward_pass():
     assert sum(tensor.numel() for tensor in saved) == per_token * plan.num_tokens
 
 
-def test_biases_are_kept_for_other_layers_up_to_a_limit(monkeypatch):
-    """And with or without them the result is the same to the bit, in each type."""
-    made = []
-    part_bias = torch_sdpa.part_bias
-    monkeypatch.setattr(torch_sdpa, "part_bias", lambda *a: made.append(a) or part_bias(*a))
-    monkeypatch.setattr(torch_sdpa, "KEPT_BIAS_BYTES", 0)
-    plan = random_plan(torch.Generator().manual_seed(3))
-    num_parts = len(list(plan.parts(PART)))
-    given = inputs(plan, HEADS[1], 3)
-    wanted = passes(packed_attention, given, plan, 0.3)
-    assert len(made) == 2 * num_parts  # of both passes
-    assert not plan.biases
-    sizes = [part_bias(plan, part, torch.float64).nbytes for part in plan.parts(PART)]
-    assert num_parts > 2
-    for limit, kept in ((sum(sizes[:2]), 2), (sum(sizes), num_parts)):
-        monkeypatch.setattr(torch_sdpa, "KEPT_BIAS_BYTES", limit)
-        plan = random_plan(torch.Generator().manual_seed(3))
-        assert furthest(passes(packed_attention, given, plan, 0.3), wanted) == 0
-        made.clear()
-        assert furthest(passes(packed_attention, given, plan, 0.3), wanted) == 0
-        assert len(made) == 2 * (num_parts - kept)
-        assert sum(each.nbytes for each in plan.biases.values()) <= limit
-        check_type(packed_attention_torch, plan, HEADS[1], torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_bias_of_a_part(dtype):
+    """It follows the plan, whatever parts came before, also those of inference mode."""
+    for seed in range(12):
+        plan = random_plan(torch.Generator().manual_seed(seed))
+        for part in plan.parts(PART if seed % 2 else 50):
+            with torch.inference_mode(seed % 3 == 0):
+                bias = part_bias(plan, part, dtype)[0, 0]
+            token = torch.arange(part.first, part.stop)[:, None]
+            entry = torch.cat([torch.arange(0), *(torch.arange(*each) for each in part.entries)])
+            in_ranges = [(entry >= f[token]) & (entry < limit[token]) for f, limit in plan.ranges]
+            place = torch.arange(part.window_first, part.stop)
+            in_window = (place >= plan.window_first[token]) & (place <= token)
+            seen = torch.cat([torch.stack(in_ranges).any(0), in_window], 1)
+            assert bias.dtype == dtype
+            assert torch.equal(bias, torch.where(seen, 0.0, -math.inf).to(dtype))
 
 
 @pytest.mark.parametrize(

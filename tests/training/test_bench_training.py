@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm_sepllm.training.plan import TextPlan, pack
-
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 LENGTH = 512
 
@@ -21,14 +19,22 @@ def training(monkeypatch):
 
     # A GPU would compute in bfloat16, where these bounds say nothing.
     monkeypatch.setattr(training, "DEVICE", "cpu")
+    monkeypatch.setattr(training, "DTYPE", torch.float32)
     monkeypatch.setattr(training, "TOKENS_OF_A_BATCH", 1)
     return training
 
 
 def text_and_plan(training):
-    texts = training.texts_of(training.book(), LENGTH)
-    plan = pack([TextPlan.of(text, training.rule_of(64)) for text in texts], training.DEVICE)
-    return torch.from_numpy(texts).to(training.DEVICE) % 4096, plan
+    texts = training.in_vocabulary(training.texts_of(training.book(), LENGTH), 4096)
+    return torch.from_numpy(texts), training.plan_of(texts, 64)
+
+
+def share_of_pairs(training, length, window):
+    """Counted pair by pair."""
+    ids = training.book()[:length]
+    is_kept = [place < 4 or ids[place] in training.SEPARATORS for place in range(length)]
+    seen = [is_kept[k] or q - k < window for q in range(length) for k in range(q + 1)]
+    return sum(seen) / len(seen)
 
 
 def close(first, second):
@@ -49,19 +55,11 @@ def test_masked_attention_has_the_gradients_of_packed_attention_and_causal_has_o
 
 def test_a_masked_step_has_the_loss_and_gradients_of_a_packed_step(training):
     text, plan = text_and_plan(training)
-    made = []
-
-    def make():
-        made.append(training.llama_5m())
-        return made[-1]
-
-    ways = training.step_ways(make, 64, text, plan, False)
+    ways = training.step_ways(training.llama_5m(), 64, text, plan, False)
     losses = {way: run() for way, run in ways.items()}
-    assert close(losses[training.PACKED], losses[training.MASKED])
     assert not close(losses[training.PACKED], losses[training.DENSE])
     gradients = {
-        way: model.model.layers[0].self_attn.k_proj.weight.grad
-        for way, model in zip(ways, made, strict=True)
+        way: run.args[0].model.layers[0].self_attn.k_proj.weight.grad for way, run in ways.items()
     }
     assert close(gradients[training.PACKED], gradients[training.MASKED])
     assert not close(gradients[training.PACKED], gradients[training.DENSE])
@@ -69,16 +67,18 @@ def test_a_masked_step_has_the_loss_and_gradients_of_a_packed_step(training):
 
 def test_it_writes_what_it_measured(training, monkeypatch, tmp_path, capsys):
     file = tmp_path / "training.json"
-    options = ["--lengths", "128", "--turns", "1", "--seconds", "0", "--output", str(file)]
+    options = ["--lengths", "300", "--turns", "1", "--seconds", "0", "--output", str(file)]
     monkeypatch.setattr(sys, "argv", ["training.py", *options])
     training.main()
     found = json.loads(file.read_text())
     assert found["cpu"]
-    assert [row["tokens"] for row in found["attention"]] == [128]
-    assert [row["model"] for row in found["steps"]][:2] == ["Llama, 5M", "Pythia-160M, 2 layers"]
-    for row in found["attention"] + found["steps"]:
+    rows = found["attention"] + found["steps"]
+    names = "attention", "Llama, 5M", "Pythia-160M, 2 layers"
+    assert tuple(row.get("model", "attention") for row in rows) == names
+    for row, window in zip(rows, (256, 64, 128), strict=True):
+        assert (row["tokens"], row["window"]) == (300, window)
         assert row["seconds"].keys() == {training.DENSE, training.PACKED, training.MASKED}
-        assert 0 < row["pairs"] <= 1
+        assert row["pairs"] == pytest.approx(share_of_pairs(training, 300, window), abs=1e-12)
     assert "times faster than" in capsys.readouterr().out
 
 

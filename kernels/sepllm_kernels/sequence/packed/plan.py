@@ -74,12 +74,6 @@ class PackedPlan:
         return found.index_copy_(0, self.kept, entries)
 
     @cached_property
-    def biases(self) -> dict[tuple[int, torch.dtype], torch.Tensor]:
-        """What an implementation adds to the logits of a part, by the part's first token. All
-        layers and both passes use the same."""
-        return {}
-
-    @cached_property
     def _on_host(self) -> tuple[list[int], list[tuple[list[int], list[int]]]]:
         ranges = [(first.tolist(), limit.tolist()) for first, limit in self.ranges]
         return self.window_first.tolist(), ranges
@@ -91,8 +85,8 @@ class PackedPlan:
             stop = min(first + tokens_of_a_part, self.num_tokens)
             seen = [(firsts[first], limits[stop - 1]) for firsts, limits in ranges]
             by_all = [(firsts[stop - 1], limits[first]) for firsts, limits in ranges]
-            in_window = window_first[stop - 1], first + 1
-            yield Part(first, stop, window_first[first], _united(seen), tuple(by_all), in_window)
+            windows = tuple(place - first for place in window_first[first:stop])
+            yield Part(first, stop, windows, _united(seen), tuple(by_all))
 
     def mask(self) -> torch.Tensor:
         """``[num_tokens, num_tokens]`` bool, rows are queries. For comparison: it is quadratic."""
@@ -138,18 +132,21 @@ class Part:
 
     Attributes:
         first, stop: places.
-        window_first: first place of their windows.
+        windows: where the window of each token begins, counted from ``first``.
         entries: ranges of the stream, rising, apart from each other.
         entries_of_all: what of it each of the tokens sees, rising; a range may be empty.
-        window_of_all: the same of the places, a range.
     """
 
     first: int
     stop: int
-    window_first: int
+    windows: tuple[int, ...]
     entries: tuple[tuple[int, int], ...]
     entries_of_all: tuple[tuple[int, int], ...]
-    window_of_all: tuple[int, int]
+
+    @property
+    def window_first(self) -> int:
+        """First place of all windows."""
+        return self.first + self.windows[0]
 
 
 def _seen_by(num_entries: int, first: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:

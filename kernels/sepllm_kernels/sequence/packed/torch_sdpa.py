@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -25,11 +26,6 @@ from sepllm_kernels.sequence.packed.plan import PackedPlan, Part
 # was fastest at 2,048 to 8,192 tokens with a window of 256 (AVX-512). Torch's kernel takes 64
 # queries at a time from 192 on, and 32 below.
 PART = 192
-
-# Of biases a plan keeps so many bytes: all of 8,192 tokens of English, or of 8 texts of 2,048. The
-# other parts' are worked out anew for each layer and pass, since they grow with the square of the
-# length.
-KEPT_BIAS_BYTES = 64 << 20
 
 
 class PackedAttention(torch.autograd.Function):
@@ -46,7 +42,7 @@ class PackedAttention(torch.autograd.Function):
         for part in plan.parts(PART):
             own = slice(part.first, part.stop)
             seen = stream.seen(part, queries.shape[0])
-            bias = bias_of(plan, part, query.dtype)
+            bias = part_bias(plan, part, query.dtype)
             found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 queries[:, :, own], *seen, attn_mask=bias, scale=scale
             )
@@ -79,7 +75,7 @@ class PackedAttention(torch.autograd.Function):
                 log_sums[:, :, own],
                 0.0,
                 False,
-                attn_mask=bias_of(plan, part, query.dtype),
+                attn_mask=part_bias(plan, part, query.dtype),
                 scale=ctx.scale,
             )
             grad_queries[:, :, own] = found[0]
@@ -117,42 +113,36 @@ def _of_group(grad: torch.Tensor) -> torch.Tensor:
     return grad[0] if grad.shape[0] == 1 else grad.sum(0)
 
 
-def bias_of(plan: PackedPlan, part: Part, dtype: torch.dtype) -> torch.Tensor:
-    """As :func:`part_bias`, from those that the plan keeps where it is one of them."""
-    bias = plan.biases.get((part.first, dtype))
-    if bias is None:
-        bias = part_bias(plan, part, dtype)
-        kept = sum(each.nbytes for each in plan.biases.values())
-        if kept + bias.nbytes <= KEPT_BIAS_BYTES:
-            plan.biases[part.first, dtype] = bias
-    return bias
-
-
 def part_bias(plan: PackedPlan, part: Part, dtype: torch.dtype) -> torch.Tensor:
     """What is added to the logits of a part: 0 where a token sees, minus infinity elsewhere.
 
     Returns:
         ``[1, 1, tokens of the part, entries and places that it sees]``.
     """
-    own, window = slice(part.first, part.stop), slice(part.window_first, part.stop)
-    token = torch.arange(part.first, part.stop)[:, None]
-    width = sum(stop - first for first, stop in part.entries) + window.stop - window.start
-    bias = torch.zeros(part.stop - part.first, width, dtype=dtype)
+    own, window = slice(part.first, part.stop), _window_bias(part.windows, dtype)
+    num_entries = sum(stop - first for first, stop in part.entries)
+    bias = torch.zeros(len(window), num_entries + window.shape[1], dtype=dtype)
+    bias[:, num_entries:] = window
     at = 0
     for first, stop in part.entries:
         for low, high in _outside(first, stop, part.entries_of_all):
-            entry = torch.arange(low, high)[None]
-            hidden = torch.ones(len(token), high - low, dtype=torch.bool)
+            entry = torch.arange(low, high, dtype=torch.int32)
+            hidden = torch.ones(len(window), high - low, dtype=torch.bool)
             for firsts, limits in plan.ranges:
                 hidden &= (entry < firsts[own, None]) | (entry >= limits[own, None])
             bias[:, at + low - first : at + high - first].masked_fill_(hidden, -math.inf)
         at += stop - first
-    at -= window.start
-    for low, high in _outside(window.start, window.stop, (part.window_of_all,)):
-        place = torch.arange(low, high)[None]
-        hidden = (place > token) | (place < plan.window_first[own, None])
-        bias[:, at + low : at + high].masked_fill_(hidden, -math.inf)
     return bias[None, None]
+
+
+@lru_cache(maxsize=4)  # nearly all parts of a long text are alike
+def _window_bias(windows: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """The same of the windows alone, ``[tokens, places from the first window's first]``. It is
+    shared: do not write to it."""
+    token = torch.arange(len(windows), dtype=torch.int32)[:, None]
+    place = torch.arange(windows[0], len(windows), dtype=torch.int32)
+    hidden = (place > token) | (place < torch.tensor(windows, dtype=torch.int32)[:, None])
+    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -math.inf)
 
 
 def _outside(first: int, stop: int, ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:

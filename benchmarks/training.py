@@ -79,9 +79,9 @@ def llama_5m() -> Any:
     return LlamaForCausalLM(config)
 
 
-def pythia(num_layers: int) -> Any:
+def pythia(num_layers: int, vocabulary: int = VOCABULARY) -> Any:
     config = GPTNeoXConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         hidden_size=768,
         num_hidden_layers=num_layers,
         num_attention_heads=12,

@@ -69,6 +69,8 @@ def test_it_writes_what_it_measured(training, monkeypatch, tmp_path, capsys):
     file = tmp_path / "training.json"
     options = ["--lengths", "300", "--turns", "1", "--seconds", "0", "--output", str(file)]
     monkeypatch.setattr(sys, "argv", ["training.py", *options])
+    pythia = training.pythia  # with its own vocabulary it takes seconds to make
+    monkeypatch.setattr(training, "pythia", lambda num_layers: pythia(num_layers, 4096))
     training.main()
     found = json.loads(file.read_text())
     assert found["cpu"]

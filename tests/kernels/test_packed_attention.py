@@ -13,7 +13,7 @@ from sepllm_kernels.sequence.packed import (
     packed_attention_reference,
     packed_attention_torch,
 )
-from sepllm_kernels.sequence.packed.torch_sdpa import PART, part_bias
+from sepllm_kernels.sequence.packed.torch_sdpa import PART, part_biases
 from sepllm_kernels.sequence.packed.triton import KEY_GRADIENT, packed_attention_triton
 
 pytestmark = pytest.mark.kernels
@@ -226,12 +226,12 @@ def test_what_is_kept_for_the_backward_pass():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_the_bias_of_a_part(dtype):
-    """It follows the plan, whatever parts came before, also those of inference mode."""
+    """It follows the plan, whatever the parts before had."""
     for seed in range(12):
-        plan = random_plan(torch.Generator().manual_seed(seed))
-        for part in plan.parts(PART if seed % 2 else 50):
-            with torch.inference_mode(seed % 3 == 0):
-                bias = part_bias(plan, part, dtype)[0, 0]
+        plan, stop = random_plan(torch.Generator().manual_seed(seed)), 0
+        for part, (bias,) in part_biases(plan, PART if seed % 2 else 50, dtype):
+            assert part.first == stop
+            stop = part.stop
             token = torch.arange(part.first, part.stop)[:, None]
             entry = torch.cat([torch.arange(0), *(torch.arange(*each) for each in part.entries)])
             in_ranges = [(entry >= f[token]) & (entry < limit[token]) for f, limit in plan.ranges]
@@ -239,7 +239,8 @@ def test_the_bias_of_a_part(dtype):
             in_window = (place >= plan.window_first[token]) & (place <= token)
             seen = torch.cat([torch.stack(in_ranges).any(0), in_window], 1)
             assert bias.dtype == dtype
-            assert torch.equal(bias, torch.where(seen, 0.0, -math.inf).to(dtype))
+            assert torch.equal(bias[0], torch.where(seen, 0.0, -math.inf).to(dtype))
+        assert stop == plan.num_tokens
 
 
 @pytest.mark.parametrize(

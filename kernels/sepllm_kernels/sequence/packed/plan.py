@@ -144,6 +144,11 @@ class Part:
     entries_of_all: tuple[tuple[int, int], ...]
 
     @property
+    def num_entries(self) -> int:
+        """Of the stream that it sees."""
+        return sum(stop - first for first, stop in self.entries)
+
+    @property
     def window_first(self) -> int:
         """First place of all windows."""
         return self.first + self.windows[0]

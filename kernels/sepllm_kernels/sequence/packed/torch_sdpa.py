@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -39,10 +38,9 @@ class PackedAttention(torch.autograd.Function):
         outputs = _by_head(output, key)
         log_sums = query.new_empty(queries.shape[:3], dtype=_log_sum_type(query))
         stream = _Stream(plan, keys, values)
-        for part in plan.parts(PART):
+        for part, bias in part_biases(plan, PART, query.dtype):
             own = slice(part.first, part.stop)
             seen = stream.seen(part, queries.shape[0])
-            bias = part_bias(plan, part, query.dtype)
             found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 queries[:, :, own], *seen, attn_mask=bias, scale=scale
             )
@@ -63,7 +61,7 @@ class PackedAttention(torch.autograd.Function):
         grad_queries = _by_head(grad_query, key)
         stream = _Stream(plan, keys, values)
         sums = stream.gradients()
-        for part in plan.parts(PART):
+        for part, bias in part_biases(plan, PART, query.dtype):
             own = slice(part.first, part.stop)
             given = [tensor[:, :, own] for tensor in (grads, queries, outputs)]
             seen = stream.seen(part, queries.shape[0])
@@ -75,7 +73,7 @@ class PackedAttention(torch.autograd.Function):
                 log_sums[:, :, own],
                 0.0,
                 False,
-                attn_mask=part_bias(plan, part, query.dtype),
+                attn_mask=bias,
                 scale=ctx.scale,
             )
             grad_queries[:, :, own] = found[0]
@@ -113,32 +111,51 @@ def _of_group(grad: torch.Tensor) -> torch.Tensor:
     return grad[0] if grad.shape[0] == 1 else grad.sum(0)
 
 
-def part_bias(plan: PackedPlan, part: Part, dtype: torch.dtype) -> torch.Tensor:
-    """What is added to the logits of a part: 0 where a token sees, minus infinity elsewhere.
+def part_biases(
+    plan: PackedPlan, tokens_of_a_part: int, dtype: torch.dtype
+) -> Iterator[tuple[Part, torch.Tensor]]:
+    """Parts, and what is added to the logits of each: 0 where a token sees, else minus infinity.
 
-    Returns:
-        ``[1, 1, tokens of the part, entries and places that it sees]``.
+    Yields:
+        A part and ``[1, 1, tokens of the part, entries and places that it sees]``, good until
+        the next one is asked for: parts whose windows are alike have one tensor, whose end is right
+        for each, and differ in some columns of the stream.
     """
-    own, window = slice(part.first, part.stop), _window_bias(part.windows, dtype)
-    num_entries = sum(stop - first for first, stop in part.entries)
-    bias = torch.zeros(len(window), num_entries + window.shape[1], dtype=dtype)
-    bias[:, num_entries:] = window
+    parts = list(plan.parts(tokens_of_a_part))
+    most = max((part.num_entries for part in parts), default=0)
+    windows, written = None, torch.zeros(0, dtype=dtype)
+    for part in parts:
+        if part.windows != windows:
+            windows, window = part.windows, _window_bias(part.windows, dtype)
+            written = torch.cat([window.new_zeros(len(window), most), window], 1)
+        bias = written[:, most - part.num_entries :]
+        hidden = list(_hidden_entries(plan, part))
+        for columns, mask in hidden:
+            bias[:, columns].masked_fill_(mask, -math.inf)
+        yield part, bias[None, None]
+        for columns, _ in hidden:
+            bias[:, columns] = 0
+
+
+def _hidden_entries(plan: PackedPlan, part: Part) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Columns of a part's entries that not all tokens see, and ``[tokens, columns]`` bool: which
+    they do not."""
+    own = slice(part.first, part.stop)
     at = 0
     for first, stop in part.entries:
         for low, high in _outside(first, stop, part.entries_of_all):
             entry = torch.arange(low, high, dtype=torch.int32)
-            hidden = torch.ones(len(window), high - low, dtype=torch.bool)
-            for firsts, limits in plan.ranges:
-                hidden &= (entry < firsts[own, None]) | (entry >= limits[own, None])
-            bias[:, at + low - first : at + high - first].masked_fill_(hidden, -math.inf)
+            outside = [
+                (entry < firsts[own, None]) | (entry >= limits[own, None])
+                for firsts, limits in plan.ranges
+            ]
+            hidden = outside[0] if len(outside) == 1 else outside[0] & outside[1]
+            yield slice(at + low - first, at + high - first), hidden
         at += stop - first
-    return bias[None, None]
 
 
-@lru_cache(maxsize=4)  # nearly all parts of a long text are alike
 def _window_bias(windows: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """The same of the windows alone, ``[tokens, places from the first window's first]``. It is
-    shared: do not write to it."""
+    """The bias of windows alone, ``[tokens, places from the first window's first]``."""
     token = torch.arange(len(windows), dtype=torch.int32)[:, None]
     place = torch.arange(windows[0], len(windows), dtype=torch.int32)
     hidden = (place > token) | (place < torch.tensor(windows, dtype=torch.int32)[:, None])
@@ -163,7 +180,9 @@ class _Stream:
     def __init__(self, plan: PackedPlan, keys: torch.Tensor, values: torch.Tensor) -> None:
         self.plan = plan
         self._all = keys, values
-        self._kept = [tensor.index_select(1, plan.kept) for tensor in self._all]
+        rows = [tensor.transpose(0, 1) for tensor in self._all]  # each lies together in memory
+        kept = [each.index_select(0, plan.kept) for each in rows]
+        self._kept = [each.transpose(0, 1).contiguous() for each in kept]
 
     def seen(self, part: Part, group: int) -> list[torch.Tensor]:
         """Keys and values of a part, the same ones for each head of a group: ``[group, KV heads,

@@ -302,7 +302,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--lengths", default="1024,2048,4096,8192")
     parser.add_argument("--turns", type=int, default=3, help="of each way, at least")
-    parser.add_argument("--seconds", type=float, default=10, help="of a row, at least")
+    parser.add_argument("--seconds", type=float, default=30, help="of a row, at least")
     parser.add_argument("--flex", action="store_true", help="FlexAttention too, on a GPU")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     given = parser.parse_args()

@@ -153,6 +153,12 @@ def engines(inspected_here: None) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="session")
+def no_engine(engines: Any) -> Callable[[], None]:
+    """A function that ends the engine of this process: the test makes one of its own."""
+    return engines.__self__.close
+
+
+@pytest.fixture(scope="session")
 def reference(reference_model: Any, separator_ids: tuple[int, ...]) -> Reference:
     """The demo model under the mask of ``SMALL_POOL``."""
     options = SMALL_POOL["sepllm"]
@@ -190,6 +196,6 @@ class EngineKeeper:
         return self._engine
 
     def close(self) -> None:
-        if self._engine is not None:
-            self._engine.close()
-        self._engine = None
+        engine, self._engine = self._engine, None  # if it fails, others do not fail with it
+        if engine is not None:
+            engine.close()

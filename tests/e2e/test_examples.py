@@ -151,9 +151,10 @@ def run_here(monkeypatch, capfd):
     return run
 
 
-def test_smollm2_offline(smollm2, inspected_here, run_here):
+def test_smollm2_offline(smollm2, inspected_here, no_engine, run_here):
     from vllm.distributed import cleanup_dist_env_and_memory
 
+    no_engine()
     try:
         assert "Paris" in run_here("offline.py")
     finally:

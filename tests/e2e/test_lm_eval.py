@@ -57,12 +57,12 @@ def value_of(command, name):
 
 
 @pytest.fixture(scope="module")
-def results(commands, inspected_here, engines):
+def results(commands, inspected_here, no_engine):
     """Figures and answers by window; ``None`` is full attention. Two texts and two problems."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    engines.__self__.close()  # that of the file before this one
+    no_engine()
     full, narrow = commands(MODEL, json.dumps({"window_size": WINDOW})).said
     wide = commands(MODEL, json.dumps({"window_size": EVERYTHING}), ONLY="sepllm").said[0]
     found = {}

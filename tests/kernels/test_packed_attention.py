@@ -166,6 +166,21 @@ def test_tensors_as_models_have_them():
     assert furthest(found, wanted) < 1e-10
 
 
+@pytest.mark.parametrize("order", [(2, 1, 0), (1, 2, 0), (0, 2, 1), (2, 0, 1)])
+def test_tensors_of_any_layout(order):
+    """Elements of a head lie apart."""
+    plan = random_plan(torch.Generator().manual_seed(8))
+    *tensors, grad = inputs(plan, HEADS[1], 8)
+    wanted = passes(masked, [*tensors, grad], plan.mask(), 0.3)
+    back = [order.index(axis) for axis in range(3)]
+    apart = [t.detach().permute(order).contiguous().permute(back) for t in (*tensors, grad)]
+    assert all(t.stride(2) != 1 for t in apart)
+    found = passes(
+        packed_attention, [*(t.requires_grad_() for t in apart[:3]), apart[3]], plan, 0.3
+    )
+    assert furthest(found, wanted) < 1e-10
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_flex_attention(seed):
     """The same result; each block that holds a visible pair is listed, and full ones hold nothing
@@ -346,6 +361,8 @@ def check_type(operation, plan, heads, dtype):
         ({"value": torch.zeros(3, 2, 4)}, "keys and values must be alike"),
         ({"query": torch.zeros(3, 2, 4)}, "all heads of one size"),
         ({"value": torch.zeros(3, 2, 8).double()}, "must be of one type"),
+        ({"query": torch.zeros(4, 2, 8)}, "4 queries and 3 keys for a plan of 3 tokens"),
+        ({"query": torch.zeros(3, 3, 8)}, "3 heads of queries cannot be shared out to 2"),
     ],
 )
 def test_tensors_that_do_not_fit(change, sentence):

@@ -37,6 +37,16 @@ def packed_attention(
             f"queries, keys and values are {list(query.shape)}, {list(key.shape)} and "
             f"{list(value.shape)}: keys and values must be alike, and all heads of one size"
         )
+    if not query.shape[0] == key.shape[0] == plan.num_tokens:
+        raise ValueError(
+            f"there are {query.shape[0]} queries and {key.shape[0]} keys for a plan of "
+            f"{plan.num_tokens} tokens: all must be as many"
+        )
+    if query.shape[1] % key.shape[1]:
+        raise ValueError(
+            f"{query.shape[1]} heads of queries cannot be shared out to {key.shape[1]} of keys: "
+            "each must have as many"
+        )
     if not query.dtype == key.dtype == value.dtype:
         raise ValueError(
             f"queries, keys and values are of {query.dtype}, {key.dtype} and {value.dtype}: they "

@@ -33,6 +33,8 @@ class PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Any, key: Any, value: Any, plan: PackedPlan, scale: float) -> Any:
         """Queries, keys and values as ``[heads, tokens, head size]`` inside."""
+        if query.stride(2) != 1:  # torch's kernel reads heads as if they lay together
+            query = query.contiguous()
         queries, keys, values = _by_head(query, key), key.transpose(0, 1), value.transpose(0, 1)
         output = torch.empty_like(query, memory_format=torch.contiguous_format)
         outputs = _by_head(output, key)

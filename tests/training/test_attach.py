@@ -525,6 +525,43 @@ def test_refused_models_are_as_they_were():
         assert torch.equal(model(input_ids=given).logits, wanted)
 
 
+def test_generate_in_the_middle_of_training():
+    """Gradient checkpointing keeps no cache; without it nothing has to be done."""
+    model = make_model()
+    apply(model, OPTIONS)
+    given = torch.tensor(make_ids(40))
+    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    wanted = model.generate(given, **options)
+    assert torch.equal(model.train().generate(given, **options), wanted)
+    model.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match=r"cache's 0 tokens the ids of 40 .* call model\.eval\(\)"):
+        model.generate(given, **options)
+    assert torch.equal(model.eval().generate(given, **options), wanted)
+
+
+def test_a_cache_filled_with_padding_in_its_positions():
+    """``generate`` counts tokens alone: what it goes on with is no other text."""
+    model = make_model()
+    apply(model, OPTIONS)
+    _, rows, real, _ = padded("left", 60, 100)
+    cache = model(rows[:, :-1], attention_mask=real[:, :-1], use_cache=True).past_key_values
+    given = {"attention_mask": real, "past_key_values": cache, "pad_token_id": 0}
+    with pytest.raises(ValueError, match="go from 98 to 59: they rise within a text"):
+        model.generate(rows, max_new_tokens=3, **given)
+
+
+def test_a_vocabulary_that_grows():
+    """New tokens may be kept ones: what was found at first is not gone on with."""
+    model = make_model()
+    apply(model, OPTIONS)
+    model.resize_token_embeddings(128)
+    given = torch.tensor(make_ids(40))
+    with pytest.raises(ValueError, match=r"had 96 tokens .* and has 128 now: call apply again"):
+        model(input_ids=given)
+    apply(model, OPTIONS)
+    assert model(input_ids=given).logits.isfinite().all()
+
+
 def test_layers_that_hand_nothing_on():
     model = make_model("StableLm")
     apply(model, OPTIONS)
@@ -547,6 +584,7 @@ def test_refused_inputs():
         ({"input_ids": given, "attention_mask": 0 * given}, "nothing but padding"),
         ({"input_ids": given, "position_ids": given[:, :7]}, "position_ids are \\[1, 7\\]"),
         ({"input_ids": given, "position_ids": given.repeat(3, 1)}, "position_ids are \\[3, 40\\]"),
+        ({"input_ids": given, "position_ids": 7 + (given * 0).cumsum(1)}, "from 7 to 7: they rise"),
         ({"input_ids": given, "is_causal": False}, "no token sees a later one"),
         ({"input_ids": given, "cu_seq_lens_q": torch.tensor([0, 40])}, "without position_ids"),
     ):

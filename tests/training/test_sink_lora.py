@@ -133,7 +133,9 @@ def test_taken_out_it_is_full_attention_again():
         ({"group_size": 0}, "at least 2 tokens"),
         ({"group_size": 32}, "of 2 KV heads is 0.5: it must be a whole number"),
         ({"group_size": 32, "shifted_share": 1.5}, "must be from 0 to 1"),
+        ({"group_size": 32, "shifted_share": "0.5"}, "shifted_share='0.5': must be from 0 to 1"),
         ({"group_size": 32, "shifted_share": 0.5, "num_sink_tokens": -1}, "at least 0"),
+        ({"group_size": 32, "shifted_share": 0.5, "num_sink_tokens": 4.5}, "a whole number"),
     ],
 )
 def test_refused(options, sentence):

@@ -1,6 +1,8 @@
 """Trainer, PEFT and TRL train under the rule as plain loops do."""
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -168,17 +170,31 @@ def test_several_adapters_have_it_where_each_is_loaded_from(tmp_path):
     assert not list(tmp_path.rglob("sepllm.json"))
     model.save_pretrained(tmp_path)
     assert [path.parent.name for path in tmp_path.rglob("sepllm.json")] == ["math"]
+    model.add_adapter("other", lora())
+    with pytest.warns(UserWarning, match=r"not with other: copy the sepllm\.json"):
+        model.save_pretrained(tmp_path / "selected", True, ["other"])  # by position
+    assert not list((tmp_path / "selected").rglob("sepllm.json"))
 
 
-def test_an_adapter_of_transformers_has_it(tmp_path):
-    """``add_adapter`` puts layers of PEFT into the model, which saves itself."""
+def test_an_adapter_of_transformers_has_it(tmp_path, monkeypatch):
+    """``add_adapter`` puts layers of PEFT into the model, which saves and uploads itself."""
     model = make_model()
     apply(model, OPTIONS)
     model.save_pretrained(tmp_path / "whole")
     assert not (tmp_path / "whole/sepllm.json").exists()
     model.add_adapter(lora())
-    model.save_pretrained(tmp_path / "adapter")
-    assert (tmp_path / "adapter/adapter_config.json").exists()
+    uploaded = []
+    hub = SimpleNamespace(create_repo=lambda name, **options: SimpleNamespace(repo_id=name))
+    monkeypatch.setattr("transformers.modeling_utils.hf_api", lambda: hub)
+    monkeypatch.setattr(
+        model,
+        "_upload_modified_files",
+        lambda folder, *given, **more: uploaded.extend(
+            path.name for path in Path(folder).iterdir()
+        ),
+    )
+    model.save_pretrained(tmp_path / "adapter", push_to_hub=True)
+    assert {"adapter_config.json", "sepllm.json"} <= set(uploaded)
     carried = json.loads((tmp_path / "adapter/sepllm.json").read_text())
     assert carried == {**OPTIONS, "separator_token_ids": list(SEPARATORS)}
 
@@ -200,7 +216,9 @@ def test_an_adapter_without_a_rule_has_no_file(tmp_path):
     import peft
 
     apply(make_model(), OPTIONS)  # of another model
-    peft.get_peft_model(make_model(), lora()).save_pretrained(tmp_path)
+    base = make_model()
+    base.config.sepllm = {"window_size": 16}  # what the base was trained under
+    peft.get_peft_model(base, lora()).save_pretrained(tmp_path)
     assert (tmp_path / "adapter_config.json").exists()
     assert not (tmp_path / "sepllm.json").exists()
 

@@ -3,13 +3,14 @@
 A model carries it in its ``config.json``, but an adapter's configuration has no place for it. So
 ``save_pretrained`` is wrapped once, when a rule is first applied: PEFT's own, and that of
 transformers for models whose adapter came with ``add_adapter``. Trainer, TRL and plain loops all
-save through one of them, and some make the PEFT model themselves. For models without a rule both do
-what they did.
+save through one of them, and some make the PEFT model themselves. For models to which no rule was
+applied both do what they did.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -19,8 +20,10 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from vllm_sepllm.carried import RULE_KEY, config_of, write_rule
+from vllm_sepllm.config import SepLLMConfig
 
 _WRAPPED = "_writes_the_rule_of_sepllm"
+_APPLIED = "_sepllm_was_applied"
 
 
 def has_adapter(model: Any) -> bool:
@@ -34,8 +37,10 @@ def has_adapter(model: Any) -> bool:
     return any(isinstance(module, BaseTunerLayer) for module in model.modules())
 
 
-def save_rules_with_adapters() -> None:
-    """Have adapters of models with a rule saved with it. Does nothing without PEFT, or twice."""
+def save_rules_with_adapters(model: Any) -> None:
+    """Have adapters of a model to which a rule was applied saved with it. Does nothing without
+    PEFT, or twice."""
+    setattr(model, _APPLIED, True)
     if find_spec("peft") is None:
         return
     from peft import PeftModel
@@ -44,10 +49,10 @@ def save_rules_with_adapters() -> None:
     _wrap(PreTrainedModel, _folder_of_transformers)
 
 
-def _folders_of_peft(model: Any, kwargs: dict[str, Any]) -> list[str]:
+def _folders_of_peft(model: Any, named: dict[str, Any]) -> list[str]:
     """Below the folder that is saved to: all adapters but the default one have their own. The rule
     is that of those which are trained with it."""
-    saved = kwargs.get("selected_adapters") or model.peft_config
+    saved = named.get("selected_adapters") or model.peft_config
     active = [name for name in saved if name in model.active_adapters]
     others = [name for name in saved if name not in active]
     if others:
@@ -59,9 +64,9 @@ def _folders_of_peft(model: Any, kwargs: dict[str, Any]) -> list[str]:
     return ["" if name == "default" else name for name in active]
 
 
-def _folder_of_transformers(model: Any, kwargs: dict[str, Any]) -> list[str]:
+def _folder_of_transformers(model: Any, named: dict[str, Any]) -> list[str]:
     """Of a model with an adapter the active one is saved, and nothing else."""
-    del kwargs
+    del named
     return [""] if getattr(model, "_hf_peft_config_loaded", False) else []
 
 
@@ -70,16 +75,29 @@ def _wrap(kind: Any, folders: Callable[[Any, dict[str, Any]], list[str]]) -> Non
     if getattr(saved, _WRAPPED, False):
         return
 
+    signature = inspect.signature(saved)
+
     @functools.wraps(saved)
     def save_pretrained(self: Any, save_directory: str, *args: Any, **kwargs: Any) -> Any:
-        result = saved(self, save_directory, *args, **kwargs)
+        named = signature.bind(self, save_directory, *args, **kwargs).arguments
         model = self if kind is PreTrainedModel else self.get_base_model()
-        rule = getattr(getattr(model, "config", None), RULE_KEY, None)
-        if rule is not None and kwargs.get("is_main_process", True):
-            config = config_of(rule, "the model's config")
-            for folder in folders(self, kwargs):
-                write_rule(Path(save_directory) / folder, config)
+        has_rule = getattr(model, _APPLIED, False) and hasattr(model.config, RULE_KEY)
+        if not has_rule or not named.get("is_main_process", True):
+            return saved(self, save_directory, *args, **kwargs)
+        config = config_of(getattr(model.config, RULE_KEY), "the model's config")
+        written = [Path(save_directory) / folder for folder in folders(self, named)]
+        # Transformers uploads (``push_to_hub``) what is in the folder when it has saved the model.
+        if kind is PreTrainedModel and not Path(save_directory).is_file():
+            _write(written, config)
+        result = saved(self, save_directory, *args, **kwargs)
+        _write(written, config)
         return result
 
     setattr(save_pretrained, _WRAPPED, True)
     kind.save_pretrained = save_pretrained
+
+
+def _write(folders: list[Path], config: SepLLMConfig) -> None:
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_rule(folder, config)

@@ -49,6 +49,7 @@ class Attached:
         self.layers = layers
         self.config = config
         self._num_layers = num_layers
+        self._num_ids = 0  # of the model's vocabulary
         self._handles: list[Any] = []
         self._before: tuple[Any, str] | None = None
 
@@ -60,6 +61,12 @@ class Attached:
             raise ValueError(
                 "the model was given inputs_embeds: SepLLM decides by token ids, so give input_ids "
                 "(prompt tuning and other virtual tokens have none and cannot be used with it)"
+            )
+        if decoder.config.vocab_size != self._num_ids:
+            raise ValueError(
+                f"the vocabulary had {self._num_ids} tokens when SepLLM was applied, and has "
+                f"{decoder.config.vocab_size} now: call apply again, with the tokenizer that has "
+                "the new ones"
             )
         given["past_key_values"] = cache_for(decoder, given)
         given[KEYWORD] = Step.of(self.pattern, self.layers, self._num_layers, given)
@@ -88,7 +95,6 @@ class Attached:
                 "config of its own (copy.deepcopy), loaded with attn_implementation='sdpa'"
             )
         register()
-        save_rules_with_adapters()
         model.set_attn_implementation(ATTENTION)
         if decoder.config._attn_implementation != ATTENTION:
             model.set_attn_implementation(before)
@@ -97,6 +103,7 @@ class Attached:
                 "replace: it cannot be trained under the rule"
             )
         self._before = model, before
+        self._num_ids = decoder.config.vocab_size
         self._handles = [
             decoder.register_forward_pre_hook(self, with_kwargs=True),
             decoder.register_forward_hook(self.after, with_kwargs=True),
@@ -104,7 +111,8 @@ class Attached:
         setattr(decoder, _HOOK, self)
 
     def remove(self) -> None:
-        """The model attends as it did before; its config still carries the rule."""
+        """The model attends as it did before; its config still carries the rule, and what is saved
+        has it."""
         if self._before is None:
             return
         model, implementation = self._before
@@ -153,6 +161,7 @@ def apply(
     attached = Attached(KeptPattern(rule), layers, text.num_hidden_layers, config)
     attached.attach(model)
     model.config.sepllm = rule_of(config)
+    save_rules_with_adapters(model)
     return attached
 
 

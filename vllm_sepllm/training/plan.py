@@ -122,6 +122,18 @@ def pack(texts: Iterable[TextPlan], device: torch.device | str = "cpu") -> Packe
     )
 
 
+def _cuts(positions: IdArray) -> IdArray:
+    """Where another text begins in a row of tokens."""
+    cuts: IdArray = np.flatnonzero(np.diff(positions) <= 0) + 1
+    for cut in cuts[positions[cuts] != 0]:
+        raise ValueError(
+            f"position_ids go from {positions[cut - 1]} to {positions[cut]}: they rise within a "
+            "text, and the next one of a row begins at 0; where padding stands on the left, give "
+            "position_ids that do not count it to every call, attention_mask.cumsum(1) - 1"
+        )
+    return cuts
+
+
 @dataclass(frozen=True, eq=False)
 class Texts:
     """The texts of a batch.
@@ -146,10 +158,10 @@ class Texts:
             input_ids: ``[rows, tokens]``.
             is_token: the same, false for padding; ``None`` is none.
             positions: the same: where they do not rise from one token to the next, another text
-                begins. ``None`` is one text in each row.
+                begins, at 0. ``None`` is one text in each row.
 
         Raises:
-            ValueError: a row is nothing but padding.
+            ValueError: a row is nothing but padding, or positions fall to another one than 0.
         """
         ids = input_ids.cpu().numpy()
         is_token = np.ones(ids.shape, dtype=np.bool_) if is_token is None else is_token
@@ -161,7 +173,7 @@ class Texts:
                 raise ValueError(f"row {row} of the batch is nothing but padding: leave it out")
             cuts: IdArray = np.zeros(0, dtype=np.int64)
             if places is not None:
-                cuts = np.flatnonzero(np.diff(places[row][is_token[row]]) <= 0) + 1
+                cuts = _cuts(places[row][is_token[row]])
             found.extend(np.split(of_row, cuts))
         return Texts(tuple(found), is_token)
 

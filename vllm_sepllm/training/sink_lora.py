@@ -104,8 +104,10 @@ def apply_sink_lora(
             f"group_size={group_size}: groups are shifted by half of one, so it must be even; set "
             f"{group_size + 1}"
         )
-    if not 0 <= shifted_share <= 1:
+    if not isinstance(shifted_share, int | float) or not 0 <= shifted_share <= 1:
         raise ConfigError(f"shifted_share={shifted_share!r}: must be from 0 to 1, e.g. 0.25")
+    if isinstance(num_sink_tokens, bool) or not isinstance(num_sink_tokens, int):
+        raise ConfigError(f"num_sink_tokens={num_sink_tokens!r}: must be a whole number, e.g. 4")
     if num_sink_tokens < 0:
         raise ConfigError(f"num_sink_tokens={num_sink_tokens}: must be at least 0; 4 is SinkLoRA's")
     text = model.config.get_text_config(decoder=True)

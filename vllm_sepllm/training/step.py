@@ -35,9 +35,9 @@ class IdLayer(DynamicLayer):  # type: ignore[misc]
         length = known[0].get_seq_length() if known else 0
         if cache.get_seq_length() != length:
             raise ValueError(
-                f"the cache has {cache.get_seq_length()} tokens, the ids of {length} are known: "
-                "the others were computed without SepLLM, or while the model was trained; start "
-                "with an empty cache"
+                f"of the cache's {cache.get_seq_length()} tokens the ids of {length} are known: it "
+                "was filled without SepLLM, or gradient checkpointing is on and keeps no cache; "
+                "start with an empty cache, and call model.eval() before you generate"
             )
         if known:
             return known[0]

@@ -23,12 +23,11 @@ PERPLEXITY = "perplexity of held-out text"
 
 
 def curve(found: dict[str, Any]) -> list[dict[str, float]]:
-    """Loss by step."""
-    steps = found["log"][-1]["step"]
+    """Loss by tokens, operations and seconds."""
     return [
         {
-            "tokens": entry["step"] / steps * found["tokens"],
-            "operations": entry["step"] / steps * found["operations"],
+            "tokens": entry["num_input_tokens_seen"],
+            "operations": entry["num_input_tokens_seen"] / found["tokens"] * found["operations"],
             "seconds": entry["seconds"],
             "loss": float(entry["loss"]),
         }

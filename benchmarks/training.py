@@ -317,7 +317,6 @@ def main() -> None:
     result = {**provenance("torch", "transformers", "triton"), "device": device}
     result |= {**processor(), "threads": torch.get_num_threads()}
     result["attention"] = measure_attention(ids, lengths, effort, given.flex)
-    write(given.output, result)
     result["steps"] = measure_steps(ids, lengths, effort, given.flex)
     write(given.output, result)
     show(json.loads(given.output.read_text()))

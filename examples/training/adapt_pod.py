@@ -12,7 +12,7 @@ import json
 from typing import Any
 
 import torch
-from common import ROOT, claim, configuration, perplexity, pieces, train
+from common import ROOT, claim, configuration, model_at, perplexity, pieces, train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vllm_sepllm.baselines.common import num_kv_heads
@@ -20,14 +20,14 @@ from vllm_sepllm.baselines.pod import apply_pod, make_blocks, own_keys, similari
 
 
 def load(path: str) -> Any:
-    return AutoModelForCausalLM.from_pretrained(ROOT / path, dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
 
 
 def main() -> None:
     given = configuration(__file__)
     data, options, method = given["data"], given["training"], given["method"]
-    path, length = given["model"]["path"], data["length"]
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / path)
+    path, length = model_at("model.path", given["model"]["path"]), data["length"]
+    tokenizer = AutoTokenizer.from_pretrained(path)
     rows = pieces(tokenizer, data["texts"], length)
     held_out = pieces(tokenizer, data["held_out"], length, data["held_out_pieces"])
     root = ROOT / options["output_dir"]
@@ -48,8 +48,7 @@ def main() -> None:
         folder = root / name.replace(" ", "_")
         trainer = train(model, rows, {**options, "output_dir": str(folder)})
         after = perplexity(model, held_out)
-        batch = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps
-        tokens = trainer.state.global_step * batch * trainer.args.world_size * length
+        tokens = trainer.state.num_input_tokens_seen
         found = {"before": before, "after": after, "saved": state.saved, "tokens": tokens}
         summary["ways"][name] = found
         print(f"{name}: perplexity {before:.2f}, after training {after:.2f}", flush=True)

@@ -7,7 +7,9 @@ import argparse
 import gzip
 import json
 import math
+import os
 import shlex
+import shutil
 import time
 import tomllib
 from collections.abc import Callable, Sequence
@@ -17,7 +19,6 @@ from typing import Any
 import torch
 import transformers
 from transformers.trainer_callback import TrainerState
-from transformers.trainer_utils import get_last_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 Rows = list[dict[str, list[int]]]
@@ -40,11 +41,18 @@ def configuration(script: str) -> dict[str, Any]:
         is_open = sections in (["training"], ["sepllm"])
         if not sections or not value or table is None or not (is_open or name in table):
             parser.error(f"--set {change}: {given.config.name} has no {place}")
-        try:
-            table[name] = tomllib.loads(f"value = {value}")["value"]
-        except tomllib.TOMLDecodeError:
-            table[name] = value  # a text without quotes
+        table[name] = value_of(value)
     return found
+
+
+def value_of(text: str) -> Any:
+    """A value as TOML or Python writes it; what is neither is a text without quotes."""
+    if text in ("True", "False", "None"):
+        return {"True": True, "False": False, "None": None}[text]
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
 
 
 def claim(folder: Path, given: dict[str, Any]) -> None:
@@ -62,10 +70,24 @@ def claim(folder: Path, given: dict[str, Any]) -> None:
             "remove the folder, or set training.output_dir to another"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps(mine, indent=2), encoding="utf8")
+    whole = note.with_suffix(".new")  # a run may be stopped while it writes
+    whole.write_text(json.dumps(mine, indent=2), encoding="utf8")
+    os.replace(whole, note)
 
 
-def say_how_to_serve(model: Path, *options: str) -> None:
+def model_at(place: str, path: str) -> str:
+    """A model's folder, or its name on a hub; folders are seen from the repository's."""
+    if (ROOT / path).is_dir():
+        return str(ROOT / path)
+    if path.count("/") == 1 and path[0] not in "./~":
+        return path
+    raise SystemExit(
+        f"{place}={path!r}: {ROOT / path} is no folder; name one, from the repository's own folder "
+        "or as an absolute path, or a model of the hub (make model fetches SmolLM2)"
+    )
+
+
+def say_how_to_serve(model: Path | str, *options: str) -> None:
     """Print the line that serves a model, for a shell."""
     parts = ".venv/bin/vllm", "serve", str(model), *options
     print(f"\nServe it:\n{shlex.join(parts)}")
@@ -91,43 +113,55 @@ class Seconds(transformers.TrainerCallback):  # type: ignore[misc]
         state.log_history[-1]["seconds"] = time.monotonic() - self._began
 
 
-class TrainableWeights(transformers.TrainerCallback):  # type: ignore[misc]
-    """Weights beside an adapter that are trained too: PEFT's checkpoints leave them out."""
+class TrainerBesideAdapter(transformers.Trainer):  # type: ignore[misc]
+    """Saves and loads weights beside an adapter that are trained too: PEFT leaves them out."""
 
-    def on_save(self, args: Any, state: Any, control: Any, model: Any, **more: Any) -> None:
-        del control, more
-        torch.save(self._beside(model), self._file(args, state))
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        torch.save(self._beside(), self._file(output_dir or self.args.output_dir))
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any, **more: Any) -> None:
-        del control, more
-        if state.global_step:
-            saved = torch.load(self._file(args, state), map_location="cpu")
-            for name, weight in self._beside(model).items():
-                weight.data.copy_(saved[name])
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        saved = torch.load(self._file(resume_from_checkpoint), map_location="cpu")
+        for name, weight in self._beside().items():
+            weight.data.copy_(saved[name])
 
-    @staticmethod
-    def _beside(model: Any) -> dict[str, Any]:
-        named = model.named_parameters()
+    def _beside(self) -> dict[str, Any]:
+        named = self.model.named_parameters()
         return {name: p for name, p in named if p.requires_grad and "lora_" not in name}
 
     @staticmethod
-    def _file(args: Any, state: Any) -> Path:
-        return Path(args.output_dir) / f"checkpoint-{state.global_step}" / "beside_adapter.pt"
+    def _file(folder: str) -> Path:
+        return Path(folder) / "beside_adapter.pt"
 
 
 def read_text(path: str) -> str:
-    """A file beside the repository's own, or anywhere; ``.gz`` is unpacked."""
+    """A file, its path seen from the repository's folder; ``.gz`` is unpacked."""
     file = ROOT / path
+    if not file.is_file():
+        raise SystemExit(
+            f"{file} is no file: texts are named from the repository's own folder, or by absolute "
+            "paths"
+        )
     data = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
     return data.decode("utf8")
 
 
-def pieces(tokenizer: Any, paths: Sequence[str], length: int, most: int | None = None) -> Rows:
-    """Texts in pieces of equal length; what is left at a text's end is not used."""
+def pieces(
+    tokenizer: Any, paths: Sequence[str] | str, length: int, most: int | None = None
+) -> Rows:
+    """Texts in pieces of equal length; what is left at a text's end is not used.
+
+    Where the tokenizer puts a token before every text (Llama's, Gemma's), each piece begins with
+    it, as a prompt does that is served.
+    """
+    first = tokenizer("")["input_ids"][:1]
+    first = first if first == [tokenizer.bos_token_id] else []
+    size = length - len(first)
     rows: Rows = []
-    for path in paths:
+    for path in [paths] if isinstance(paths, str) else paths:
         ids = tokenizer(read_text(path), add_special_tokens=False)["input_ids"]
-        parts = [ids[at : at + length] for at in range(0, len(ids) - length + 1, length)]
+        parts = [[*first, *ids[at : at + size]] for at in range(0, len(ids) - size + 1, size)]
         rows += [{"input_ids": part, "labels": part} for part in parts[:most]]
     if not rows:
         raise SystemExit(f"no text has {length} tokens: lower data.length, or add texts")
@@ -156,7 +190,7 @@ def train(
         The Trainer; its ``state`` has what was logged, and the model is trained.
     """
     usual = {"report_to": [], "logging_steps": 10, "save_total_limit": 1, "seed": 0}
-    usual["use_cpu"] = not torch.cuda.is_available()
+    usual |= {"use_cpu": not torch.cuda.is_available(), "include_num_input_tokens_seen": "all"}
     arguments = transformers.TrainingArguments(**{**usual, **options})
     made = trainer(
         model=model,
@@ -167,27 +201,36 @@ def train(
     )
     made.add_callback(Seconds())
     folder = Path(arguments.output_dir)
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    done = None if last is None else final_state(folder, Path(last))
-    if done is not None and 0 < arguments.max_steps <= done.global_step:
-        made.state = done  # Trainer would go one step further
-        made._load_from_checkpoint(last)
-        for callback in others.get("callbacks", ()):
-            callback.on_train_begin(arguments, done, made.control, model=model)
+    last, done = last_checkpoint(folder)
+    if last is not None and done is not None and 0 < arguments.max_steps <= done.global_step:
+        end = state_in(folder)  # has the last lines of a training that came to its end
+        made.state = end if end is not None and end.global_step == done.global_step else done
+        made._load_from_checkpoint(str(last))  # Trainer would go one step further
         return made
-    made.train(resume_from_checkpoint=last)
+    made.train(resume_from_checkpoint=None if last is None else str(last))
     made.save_state()
     return made
 
 
-def final_state(folder: Path, checkpoint: Path) -> TrainerState:
-    """Of the last checkpoint; that of a training's end, if it was reached, has its last lines."""
-    states = [
-        TrainerState.load_from_json(str(each / "trainer_state.json"))
-        for each in (folder, checkpoint)
-        if (each / "trainer_state.json").exists()
-    ]
-    return max(states, key=lambda state: state.global_step)
+def last_checkpoint(folder: Path) -> tuple[Path | None, TrainerState | None]:
+    """The last one that is whole, and its state. Later ones, whose saving was stopped, are removed:
+    Trainer would take them for newer than those it goes on to save."""
+    by_step = sorted(folder.glob("checkpoint-*"), key=lambda each: int(each.name.split("-")[-1]))
+    for checkpoint in reversed(by_step):
+        state = state_in(checkpoint)  # is written last
+        if state is not None:
+            return checkpoint, state
+        print(f"{checkpoint} was not saved to its end: it is removed", flush=True)
+        shutil.rmtree(checkpoint)
+    return None, None
+
+
+def state_in(folder: Path) -> TrainerState | None:
+    """A Trainer's state, where a folder has a whole one."""
+    try:
+        return TrainerState.load_from_json(str(folder / "trainer_state.json"))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 @torch.no_grad()

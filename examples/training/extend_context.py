@@ -17,9 +17,10 @@ import torch
 import transformers
 from common import (
     ROOT,
-    TrainableWeights,
+    TrainerBesideAdapter,
     claim,
     configuration,
+    model_at,
     one_of,
     perplexity,
     pieces,
@@ -31,16 +32,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from vllm_sepllm.training import apply, apply_sink_lora
 
-GROUPS = {"SF-Attn": (0.25, 4), "S2-Attn": (0.5, 0)}  # shifted share of the heads, sinks
+GROUPS = "SF-Attn", "S2-Attn"
 
 
 def load(path: str, factor: float, length: int) -> Any:
     """With positions divided by a factor, for texts of so many tokens."""
-    config = AutoConfig.from_pretrained(ROOT / path)
+    config = AutoConfig.from_pretrained(path)
     rotary = dict(config.rope_parameters)
     config.rope_parameters = {**rotary, "rope_type": "linear", "factor": factor}
     config.max_position_embeddings = length
-    model = AutoModelForCausalLM.from_pretrained(ROOT / path, config=config, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch.float32)
     if hasattr(model.config, "sepllm"):  # an earlier rule does not hold any more
         del model.config.sepllm
     return model
@@ -60,24 +61,22 @@ def main() -> None:
     data, options, how = given["data"], given["training"], given["method"]["attention"]
     one_of("method.attention", how, "interpolation", "full", "SepLLM", *GROUPS)
     folder = ROOT / options["output_dir"] / how
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / given["model"]["path"])
+    base = model_at("model.path", given["model"]["path"])
+    tokenizer = AutoTokenizer.from_pretrained(base)
     rows = pieces(tokenizer, data["texts"], data["length"])
     held_out = pieces(tokenizer, data["held_out"], data["length"], data["held_out_pieces"])
     transformers.set_seed(options.get("seed", 0))
-    model = with_adapter(
-        load(given["model"]["path"], given["model"]["factor"], data["length"]), given["adapter"]
-    )
+    model = with_adapter(load(base, given["model"]["factor"], data["length"]), given["adapter"])
     attached = None
     if how == "SepLLM":
         attached = apply(model, given["sepllm"], tokenizer)
     elif how in GROUPS:
-        share, sinks = GROUPS[how]
-        attached = apply_sink_lora(model, data["length"] // 4, share, sinks)
+        attached = apply_sink_lora(model, **given["method"][how])
     claim(folder, given)
     summary: dict[str, Any] = {"attention": how}
     if how != "interpolation":
         options = {**options, "output_dir": str(folder)}
-        trainer = train(model, rows, options, callbacks=[TrainableWeights()])
+        trainer = train(model, rows, options, TrainerBesideAdapter)
         summary["log"] = trainer.state.log_history
     if how in GROUPS:
         assert attached is not None

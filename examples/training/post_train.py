@@ -14,10 +14,22 @@ from typing import Any
 
 import torch
 import transformers
-from common import ROOT, claim, configuration, one_of, perplexity, pieces, say_how_to_serve, train
+from common import (
+    ROOT,
+    claim,
+    configuration,
+    model_at,
+    one_of,
+    perplexity,
+    pieces,
+    say_how_to_serve,
+    train,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vllm_sepllm.training import apply
+
+RANKS = 1, 8, 16, 32, 64, 128, 256, 320, 512  # of adapters that vLLM has room for, at most
 
 
 class DistillationTrainer(transformers.Trainer):
@@ -45,7 +57,7 @@ class DistillationTrainer(transformers.Trainer):
 
 
 def load(path: str) -> Any:
-    return AutoModelForCausalLM.from_pretrained(ROOT / path, dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
 
 
 def with_adapter(model: Any, options: dict[str, Any]) -> Any:
@@ -61,10 +73,11 @@ def main() -> None:
     one_of("method.train", method["train"], "all weights", "adapter")
     folder = ROOT / options["output_dir"]
     options["output_dir"] = str(folder)
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / given["model"]["path"])
+    base = model_at("model.path", given["model"]["path"])
+    tokenizer = AutoTokenizer.from_pretrained(base)
     rows = pieces(tokenizer, data["texts"], data["length"])
     held_out = pieces(tokenizer, data["held_out"], data["length"], data["held_out_pieces"])
-    model = load(given["model"]["path"])
+    model = load(base)
     if method["train"] == "adapter":
         transformers.set_seed(options.get("seed", 0))
         model = with_adapter(model, given["adapter"])
@@ -73,7 +86,7 @@ def main() -> None:
     print(f"perplexity of held-out text, before: {summary['before']:.2f}", flush=True)
     claim(folder, given)
     if method["loss"] == "distillation":
-        DistillationTrainer.teacher = load(given["model"]["path"]).eval()
+        DistillationTrainer.teacher = load(base).eval()
         trainer = train(model, rows, options, DistillationTrainer)
     else:
         trainer = train(model, rows, options)
@@ -86,9 +99,13 @@ def main() -> None:
     path, backend = folder / "model", ("--attention-backend", "sepllm")
     if method["train"] == "adapter":
         rule = "--additional-config", json.dumps({"sepllm": given["sepllm"]})
-        lora = "--enable-lora", "--max-lora-rank", str(given["adapter"]["r"])
+        rank = min((rank for rank in RANKS if rank >= given["adapter"]["r"]), default=0)
+        lora = "--enable-lora", "--max-lora-rank", str(rank)
         modules = "--lora-modules", f"trained={path}"
-        say_how_to_serve(ROOT / given["model"]["path"], *backend, *rule, *lora, *modules)
+        if rank:
+            say_how_to_serve(base, *backend, *rule, *lora, *modules)
+        else:
+            print(f"vLLM serves adapters of rank {RANKS[-1]} at most: merge this one to serve it")
     else:
         say_how_to_serve(path, *backend)
 

@@ -12,7 +12,17 @@ import json
 from typing import Any
 
 import torch
-from common import ROOT, claim, configuration, one_of, perplexity, pieces, say_how_to_serve, train
+from common import (
+    ROOT,
+    claim,
+    configuration,
+    model_at,
+    one_of,
+    perplexity,
+    pieces,
+    say_how_to_serve,
+    train,
+)
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from vllm_sepllm.training import apply
@@ -38,7 +48,9 @@ def main() -> None:
     names = [names] if isinstance(names, str) else names
     for name in names:
         one_of("model.attention", name, "dense", "sepllm")
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / given["model"]["tokenizer"])
+    tokenizer = AutoTokenizer.from_pretrained(
+        model_at("model.tokenizer", given["model"]["tokenizer"])
+    )
     rows = pieces(tokenizer, data["texts"], data["length"])
     held_out = pieces(tokenizer, data["held_out"], data["length"], data["held_out_pieces"])
     root, summary = ROOT / options["output_dir"], {}
@@ -54,20 +66,20 @@ def main() -> None:
         trainer = train(model, rows, {**options, "output_dir": str(folder)})
         trainer.save_model(str(folder / "model"))
         tokenizer.save_pretrained(folder / "model")
-        steps, batch = trainer.state.global_step, trainer.args.train_batch_size
-        batch *= trainer.args.gradient_accumulation_steps * trainer.args.world_size
-        size = ModelSize.of(model)
-        operations = size.operations(data["length"], round(num_pairs)) * batch * steps
+        tokens = trainer.state.num_input_tokens_seen
+        of_a_text = ModelSize.of(model).operations(data["length"], round(num_pairs))
+        operations = of_a_text * tokens // data["length"]
         summary[name] = {
             "perplexity of held-out text": perplexity(model, held_out),
-            "tokens": steps * batch * data["length"],
+            "tokens": tokens,
             "operations": operations,
             "log": trainer.state.log_history,
         }
         print(f"{name}: {summary[name]['perplexity of held-out text']:.2f}", flush=True)
     (root / "summary.json").write_text(json.dumps(summary, indent=2))
-    if "sepllm" in summary:
-        say_how_to_serve(root / "sepllm/model", "--attention-backend", "sepllm")
+    best = "sepllm" if "sepllm" in summary else "dense"
+    backend = ("--attention-backend", "sepllm") if best == "sepllm" else ()
+    say_how_to_serve(root / best / "model", *backend)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """Models and adapters that carry the rule they were trained under, up to where workers start."""
 
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
 import pytest
-from helpers import MODEL
+from helpers import MODEL, ROOT
 
 from vllm_sepllm.carried import differences, with_rule, write_rule
 from vllm_sepllm.config import ConfigError, SepLLMConfig
@@ -55,6 +56,17 @@ def configuration(model, sepllm=None, backend="sepllm"):
     if sepllm is not None:
         options["additional_config"] = {"sepllm": sepllm}
     return EngineArgs(**options).create_engine_config()
+
+
+def test_recipes_know_the_ranks_of_adapters():
+    """``post_train.py`` prints the line that serves an adapter; it does not import vLLM."""
+    from typing import get_args
+
+    from vllm.config.lora import MaxLoRARanks
+
+    text = (ROOT / "examples/training/post_train.py").read_text(encoding="utf8")
+    [ranks] = re.findall(r"^RANKS = (.*?)  #", text, re.MULTILINE)
+    assert ranks == ", ".join(map(str, get_args(MaxLoRARanks)))
 
 
 def options_of(config):

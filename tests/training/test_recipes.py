@@ -100,7 +100,11 @@ def test_post_train_goes_on_where_it_stopped(run, tmp_path):
     changes = [*DEMO, 'method.loss="distillation"', "training.logging_steps=1"]
     run("post_train", *changes, "training.max_steps=2")
     first = summary(tmp_path)["log"]
+    broken = tmp_path / "checkpoint-9"  # as if it had been stopped while it saved
+    shutil.copytree(tmp_path / "checkpoint-2", broken)
+    (broken / "trainer_state.json").write_text('{"global_step": 9, "log_hi')
     said = run("post_train", *changes, "training.max_steps=3")
+    assert f"{broken} was not saved to its end: it is removed" in said
     log = summary(tmp_path)["log"]
     assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3]
     assert log[:2] == first[:2], "steps were trained again"
@@ -122,7 +126,7 @@ def perplexity_under_the_mask(folder, recipe, length):
     for name in tomllib.loads((FOLDER / f"{recipe}.toml").read_text())["data"]["held_out"]:
         data = (ROOT / name).read_bytes()
         text = (gzip.decompress(data) if name.endswith(".gz") else data).decode()
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"][:length]
+        ids = tokenizer(text)["input_ids"][:length]  # begins with a token of its own
         mask = sepllm_mask(ids, separators, rule["num_sink_tokens"], rule["window_size"])
         logits = masked_logits(model, ids, mask)[length // 2 - 1 : -1]
         wanted = torch.tensor(ids[length // 2 :])
@@ -132,6 +136,7 @@ def perplexity_under_the_mask(folder, recipe, length):
 
 def test_post_train_an_adapter(run, tmp_path):
     options = 'method.train="adapter"', 'method.loss="cross-entropy"', "training.logging_steps=1"
+    options += ("adapter.r=4",)
     run("post_train", *DEMO, *options, "training.max_steps=1")
     first = summary(tmp_path)["log"]
     said = run("post_train", *DEMO, *options, "training.max_steps=2")
@@ -140,7 +145,7 @@ def test_post_train_an_adapter(run, tmp_path):
     assert log[:1] == first[:1], "the step was trained again"
     rule = json.loads((tmp_path / "model/sepllm.json").read_text())
     assert rule == {"num_sink_tokens": 4, "window_size": 64}
-    assert f"--lora-modules trained={tmp_path / 'model'}" in said
+    assert f"--max-lora-rank 8 --lora-modules trained={tmp_path / 'model'}" in said
 
 
 def test_extend_context_goes_on_where_it_stopped(run, tmp_path):
@@ -151,6 +156,7 @@ def test_extend_context_goes_on_where_it_stopped(run, tmp_path):
     once = summary(tmp_path / "SepLLM")
     shutil.rmtree(tmp_path / "SepLLM")
     run("extend_context", *changes, "training.max_steps=2")
+    (tmp_path / "SepLLM/checkpoint-3").mkdir()  # as if it had been stopped while it saved
     run("extend_context", *changes, "training.max_steps=3")
     again = summary(tmp_path / "SepLLM")
     name = "perplexity of held-out text"
@@ -163,7 +169,8 @@ def test_extend_context_goes_on_where_it_stopped(run, tmp_path):
 def test_extend_context(run, tmp_path, attention):
     from transformers import AutoModelForCausalLM
 
-    said = run("extend_context", f'method.attention="{attention}"', "training.max_steps=1")
+    changes = f'method.attention="{attention}"', "method.SF-Attn.group_size=48"
+    said = run("extend_context", *changes, "training.max_steps=1")
     folder = tmp_path / attention / "model"
     config = json.loads((folder / "config.json").read_text())
     assert config["rope_parameters"] == {
@@ -190,6 +197,53 @@ def test_a_refused_run_leaves_its_folder_to_the_next(run, tmp_path):
     (tmp_path / "recipe.json").write_text("{}")  # of a run that ended before its first checkpoint
     run("post_train", *DEMO, "training.max_steps=1")
     assert json.loads((tmp_path / "recipe.json").read_text())["data"]["length"] == 192
+
+
+def test_texts_and_models_of_others(run, tmp_path):
+    """One text, by its path, and a model that is not trained under the rule."""
+    text = tmp_path / "text.txt"
+    text.write_text("It was a dark and stormy night, and so on. " * 40, encoding="utf8")
+    given = f"data.texts={text}", "model.attention=dense", "training.max_steps=1"
+    said = run("pretrain", *given, "training.per_device_train_batch_size=50")
+    assert said.rstrip().endswith(f"vllm serve {tmp_path / 'dense/model'}")
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "examples/models/pg19-5m-sep")
+    whole = len(tokenizer(text.read_text(encoding="utf8"))["input_ids"]) // 192 * 192
+    assert summary(tmp_path)["dense"]["tokens"] == whole < 50 * 192, "the batch was not full"
+    with pytest.raises(SystemExit, match=r"nowhere/it\.txt is no file: texts are named from"):
+        run("pretrain", "data.texts=nowhere/it.txt")
+    with pytest.raises(SystemExit, match=r"model\.path='models/of/mine': .* is no folder"):
+        run("post_train", "model.path=models/of/mine")
+
+
+def test_a_piece_begins_as_a_prompt_does(monkeypatch, tmp_path):
+    """With the first token that a tokenizer puts before every text, if it has one."""
+    from tokenizers.processors import TemplateProcessing
+
+    monkeypatch.syspath_prepend(str(FOLDER))
+    common = importlib.import_module("common")
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "examples/models/pg19-5m-sep")
+    text = tmp_path / "text.txt"
+    text.write_text("One, two. " * 50, encoding="utf8")
+    begins = common.pieces(tokenizer, str(text), 16)
+    assert begins[0]["input_ids"] == tokenizer(text.read_text())["input_ids"][:16]
+    assert {row["input_ids"][0] for row in begins} == {tokenizer.bos_token_id}
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A")
+    found = common.pieces(tokenizer, str(text), 16)
+    ids = [token for row in found for token in row["input_ids"]]
+    assert len(ids) > 100
+    assert tokenizer.bos_token_id not in ids
+    of_begins = [token for row in begins for token in row["input_ids"][1:]]
+    least = min(len(ids), len(of_begins))
+    assert of_begins[:least] == ids[:least], "a token of the text was lost"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("False", False), ("true", True), ("None", None), ("3e-4", 3e-4), ("a b", "a b")],
+)
+def test_values(monkeypatch, text, value):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    assert importlib.import_module("common").value_of(text) == value
 
 
 @pytest.mark.parametrize(

@@ -171,6 +171,7 @@ def reference(reference_model: Any, separator_ids: tuple[int, ...]) -> Reference
 def engine(engines: Any) -> Iterator[Engine]:
     """The engine of ``SMALL_POOL``, with nothing in its cache; at the end all pages are back."""
     engine = engines(**SMALL_POOL)
+    engine.llm.wake_up()  # a test that failed may have left it asleep
     assert engine.llm.reset_prefix_cache()
     yield engine
     engine.check_empty()

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -90,7 +91,8 @@ def test_a_run_is_resumed_and_repeated(monkeypatch, tmp_path):
             command = ["sh", "-c", "echo 'reason: 3 GiB are missing.' >&2; exit 1"]
         return start(command, **options)
 
-    monkeypatch.setattr(child.subprocess, "Popen", first_fails)
+    patched = SimpleNamespace(**{**vars(child.subprocess), "Popen": first_fails})
+    monkeypatch.setattr(child, "subprocess", patched)
     found = evaluate(tmp_path / "one")
     assert found.exit_code == 1
     assert "'facts' failed: 3 GiB are missing; all it said is in" in found.stderr

@@ -195,8 +195,9 @@ def test_spans(engines, book, tokenizer, reference_model, separator_ids):
     engine.check_empty()
 
 
-def test_compiled(engines, book, first_layers, separator_ids):
+def test_compiled(engines, book, first_layers, separator_ids, monkeypatch, tmp_path):
     """As ``vllm serve`` runs where nothing else is said."""
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))  # an earlier run's code may lie in it
     model, path = first_layers(2)
     before = counters["stats"]["unique_graphs"]
     engine = engines(sepllm={"window_size": 64}, model=path, enforce_eager=False)

@@ -41,10 +41,11 @@ def demo():
     return demo_answers
 
 
-def test_the_first_part_of_the_demo(capsys, monkeypatch):
+def test_the_first_part_of_the_demo(capsys, monkeypatch, no_engine):
     """With fewer and shorter requests. What it prints is what the engines hold."""
     from vllm_sepllm.engine.in_process import clean_up
 
+    no_engine()
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     demo = runpy.run_path(str(ROOT / "examples/demo.py"))
     demo["run"].__globals__.update(NUM_REQUESTS=2, NEW_TOKENS=40)

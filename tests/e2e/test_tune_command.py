@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -36,7 +37,8 @@ def test_a_search_and_its_repetition(small, monkeypatch, tmp_path, first_layers)
         started.append(command[command.index("-m") + 1].rsplit(".", 1)[1])
         return start(command, **options)
 
-    monkeypatch.setattr(child.subprocess, "Popen", counted)
+    patched = SimpleNamespace(**{**vars(child.subprocess), "Popen": counted})
+    monkeypatch.setattr(child, "subprocess", patched)
     _, model = first_layers(2)
     command = ["tune", "--model", model, "--kv", "0.5", "--keep-retrieval", "--calibrate"]
     command += ["--output", str(tmp_path / "out")]

@@ -287,6 +287,8 @@ class Engine:
     def close(self) -> None:
         from vllm_sepllm.engine.in_process import clean_up
 
+        if self.llm is not None:  # a failure's traceback may hold the engine: it is ended here
+            self.llm.llm_engine.engine_core.shutdown()
         self.llm = self.core = self.scheduler = self.pool = self.managers = None
         clean_up()
 

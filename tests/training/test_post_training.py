@@ -21,6 +21,7 @@ def benchmark(monkeypatch, tmp_path):
     """The module, with the demo model, short texts and a folder of its own."""
     for folder in ("benchmarks", "examples/training"):
         monkeypatch.syspath_prepend(str(ROOT / folder))
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)  # other tests' threads
     found = importlib.import_module("post_training")
     monkeypatch.setattr(found, "MODEL", ROOT / "examples/models/pg19-5m-sep")
     monkeypatch.setattr(found, "TRAINED_ON", ["examples/data/860.txt"])

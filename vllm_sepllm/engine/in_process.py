@@ -57,6 +57,7 @@ def engine(model: str, options: dict[str, Any] | None, **more: Any) -> Iterator[
     try:
         yield weakref.proxy(llm)
     finally:
+        llm.llm_engine.engine_core.shutdown()  # now, and not when it is collected
         del llm
         clean_up()
 

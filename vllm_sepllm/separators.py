@@ -74,7 +74,7 @@ def resolve_separators(config: SepLLMConfig, tokenizer: Tokenizer | None) -> Sep
         ids = config.separator_token_ids
         return Separators(ids, _shown(ids, tokenizer))
     assert tokenizer is not None
-    key = (config.separators, config.separator_match)
+    key = (config.separators, config.separator_match, len(tokenizer))  # tokens may be added to it
     found: dict[tuple[object, ...], Separators] = {}
     with suppress(TypeError):  # a tokenizer that cannot be a key is asked again
         found = _cache.setdefault(tokenizer, found)

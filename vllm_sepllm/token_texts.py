@@ -38,7 +38,8 @@ class Tokenizer(Protocol):
         """Text of token ids."""
 
 
-_texts_cache: WeakKeyDictionary[Any, list[str]] = WeakKeyDictionary()
+# With the tokenizer's length then: a chat template may add tokens to it.
+_texts_cache: WeakKeyDictionary[Any, tuple[int, list[str]]] = WeakKeyDictionary()
 
 
 def token_texts(tokenizer: Tokenizer) -> list[str]:
@@ -50,17 +51,19 @@ def token_texts(tokenizer: Tokenizer) -> list[str]:
         ValueError: it has an id so large that most of those below stand for nothing.
         Exception: what the tokenizer raises, if it can decode no token at all.
     """
-    cached: list[str] | None = None
+    length = len(tokenizer)
+    cached: tuple[int, list[str]] | None = None
     with suppress(TypeError):  # a tokenizer that cannot be a key is read anew
         cached = _texts_cache.get(tokenizer)
-    if cached is None:
-        size = num_token_ids(tokenizer)
-        if size > MAX_TOKEN_IDS:
-            raise ValueError(f"it has the id {size - 1}, and must have none above {MAX_TOKEN_IDS}")
-        cached = texts_of(tokenizer, range(size))
-        with suppress(TypeError):
-            _texts_cache[tokenizer] = cached
-    return cached
+    if cached is not None and cached[0] == length:
+        return cached[1]
+    size = num_token_ids(tokenizer)
+    if size > MAX_TOKEN_IDS:
+        raise ValueError(f"it has the id {size - 1}, and must have none above {MAX_TOKEN_IDS}")
+    texts = texts_of(tokenizer, range(size))
+    with suppress(TypeError):
+        _texts_cache[tokenizer] = length, texts
+    return texts
 
 
 def texts_of(tokenizer: Tokenizer, token_ids: Iterable[int]) -> list[str]:

@@ -6,7 +6,6 @@ import importlib.util
 import json
 import shutil
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -22,20 +21,33 @@ pytestmark = pytest.mark.training
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "examples/training"
 SMALL = ["data.length=192", "data.held_out_pieces=1", "training.save_steps=1"]
+TEXTS = "texts", "held_out"
 SMALL += ["training.per_device_train_batch_size=1", "training.warmup_steps=1"]
 
 
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """A file of text to train on, and one that is held out."""
+    book = (ROOT / "examples/data/860.txt").read_text(encoding="utf8")
+    folder = tmp_path_factory.mktemp("texts")
+    (folder / "trained.txt").write_text(book[:40_000], encoding="utf8")
+    with gzip.open(folder / "held_out.txt.gz", "wt", encoding="utf8") as file:
+        file.write(book[40_000:50_000])
+    return folder / "trained.txt", folder / "held_out.txt.gz"
+
+
 @pytest.fixture
-def run(monkeypatch, tmp_path, capsys):
+def run(monkeypatch, tmp_path, capsys, texts):
     """Run a recipe's main; what it printed."""
     monkeypatch.syspath_prepend(str(FOLDER))
+    own = [f'data.{name}=["{path}"]' for name, path in zip(TEXTS, texts, strict=True)]
 
     def run(name, *changes):
         spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         output = f'training.output_dir="{tmp_path}"'
-        arguments = [part for each in (*SMALL, output, *changes) for part in ("--set", each)]
+        arguments = [part for each in (*SMALL, *own, output, *changes) for part in ("--set", each)]
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
         module.main()
         return capsys.readouterr().out
@@ -96,7 +108,7 @@ def test_operations_of_dense_layers(run, tmp_path):
 DEMO = ['model.path="examples/models/pg19-5m-sep"', "training.gradient_accumulation_steps=1"]
 
 
-def test_post_train_goes_on_where_it_stopped(run, tmp_path):
+def test_post_train_goes_on_where_it_stopped(run, tmp_path, texts):
     changes = [*DEMO, 'method.loss="distillation"', "training.logging_steps=1"]
     run("post_train", *changes, "training.max_steps=2")
     first = summary(tmp_path)["log"]
@@ -111,27 +123,22 @@ def test_post_train_goes_on_where_it_stopped(run, tmp_path):
     seconds = [entry["seconds"] for entry in log]
     assert 0 < seconds[0] < seconds[1] < seconds[2] <= seconds[3], "of both sessions"
     assert f"vllm serve {tmp_path / 'model'} --attention-backend sepllm" in said
-    wanted = perplexity_under_the_mask(tmp_path / "model", "post_train", 192)
+    wanted = perplexity_under_the_mask(tmp_path / "model", texts[1], 192)
     assert summary(tmp_path)["after"] == pytest.approx(wanted, rel=1e-4)
 
 
 @torch.no_grad()
-def perplexity_under_the_mask(folder, recipe, length):
-    """Of the second half of the first piece of each held-out text: a saved model under the explicit
-    mask of its rule's sinks and window."""
+def perplexity_under_the_mask(folder, file, length):
+    """Of the second half of a text's first piece: a saved model under the explicit mask of its
+    rule's sinks and window."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     separators = resolve_separators(SepLLMConfig(), tokenizer).token_ids
-    rule, nats = model.config.sepllm, []
-    for name in tomllib.loads((FOLDER / f"{recipe}.toml").read_text())["data"]["held_out"]:
-        data = (ROOT / name).read_bytes()
-        text = (gzip.decompress(data) if name.endswith(".gz") else data).decode()
-        ids = tokenizer(text)["input_ids"][:length]  # begins with a token of its own
-        mask = sepllm_mask(ids, separators, rule["num_sink_tokens"], rule["window_size"])
-        logits = masked_logits(model, ids, mask)[length // 2 - 1 : -1]
-        wanted = torch.tensor(ids[length // 2 :])
-        nats.append(torch.nn.functional.cross_entropy(logits, wanted))
-    return float(torch.stack(nats).mean().exp())
+    rule, text = model.config.sepllm, gzip.decompress(file.read_bytes()).decode()
+    ids = tokenizer(text)["input_ids"][:length]  # begins with a token of its own
+    mask = sepllm_mask(ids, separators, rule["num_sink_tokens"], rule["window_size"])
+    logits = masked_logits(model, ids, mask)[length // 2 - 1 : -1]
+    return float(torch.nn.functional.cross_entropy(logits, torch.tensor(ids[length // 2 :])).exp())
 
 
 def test_post_train_an_adapter(run, tmp_path):

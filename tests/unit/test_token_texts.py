@@ -5,6 +5,7 @@ import made_tokenizers
 import pytest
 
 from vllm_sepllm.config import ConfigError, SepLLMConfig
+from vllm_sepllm.kept_ids import resolve_kept
 from vllm_sepllm.separators import resolve_separators
 from vllm_sepllm.token_texts import num_token_ids, texts_of, token_texts
 
@@ -86,6 +87,20 @@ def test_tokens_beyond_gaps_and_beyond_the_length():
     assert num_token_ids(tokenizer) == 56
     assert separators_of(tokenizer, separators=["|"]) == {"|"}
     assert token_texts(tokenizer)[10] == ""
+
+
+def test_tokens_that_are_added():
+    """A chat template brings tokens of its own, some of which are kept."""
+    tokenizer = made_tokenizers.characters("ab|Q")
+    assert separators_of(tokenizer, separators=["|"]) == {"|"}
+    keep = SepLLMConfig(keep=("capitalized",))
+    capitals = resolve_kept(keep, tokenizer).token_ids
+    tokenizer.add_tokens(["||", "Zürich"])
+    mark, name = tokenizer.convert_tokens_to_ids(["||", "Zürich"])
+    assert token_texts(tokenizer)[name] == "Zürich"
+    assert resolve_kept(keep, tokenizer).token_ids == (*capitals, name)
+    marks = SepLLMConfig(separators=("|",), separator_match="composed")
+    assert mark in resolve_separators(marks, tokenizer).token_ids
 
 
 def test_an_id_that_is_too_large():

@@ -215,8 +215,9 @@ def train(
 def last_checkpoint(folder: Path) -> tuple[Path | None, TrainerState | None]:
     """The last one that is whole, and its state. Later ones, whose saving was stopped, are removed:
     Trainer would take them for newer than those it goes on to save."""
-    by_step = sorted(folder.glob("checkpoint-*"), key=lambda each: int(each.name.split("-")[-1]))
-    for checkpoint in reversed(by_step):
+    steps = {each.name.removeprefix("checkpoint-"): each for each in folder.glob("checkpoint-*")}
+    for step in sorted(filter(str.isdigit, steps), key=int, reverse=True):
+        checkpoint = steps[step]
         state = state_in(checkpoint)  # is written last
         if state is not None:
             return checkpoint, state

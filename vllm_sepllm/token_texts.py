@@ -39,6 +39,7 @@ class Tokenizer(Protocol):
 
 
 # With the tokenizer's length then: a chat template may add tokens to it.
+_sizes_cache: WeakKeyDictionary[Any, tuple[int, int]] = WeakKeyDictionary()
 _texts_cache: WeakKeyDictionary[Any, tuple[int, list[str]]] = WeakKeyDictionary()
 
 
@@ -85,12 +86,21 @@ def texts_of(tokenizer: Tokenizer, token_ids: Iterable[int]) -> list[str]:
 
 
 def num_token_ids(tokenizer: Tokenizer) -> int:
-    """One more than the largest token id; more than ``len`` where a vocabulary has gaps."""
-    largest = [len(tokenizer) - 1]
+    """One more than the largest token id; more than ``len`` where a vocabulary has gaps. Remembered
+    per tokenizer."""
+    length = len(tokenizer)
+    cached: tuple[int, int] | None = None
+    with suppress(TypeError):
+        cached = _sizes_cache.get(tokenizer)
+    if cached is not None and cached[0] == length:
+        return cached[1]
+    largest = [length - 1]
     with suppress(Exception):  # both are optional
         largest.append(int(tokenizer.max_token_id))  # type: ignore[attr-defined]
     with suppress(Exception):
         largest.append(max(tokenizer.get_vocab().values()))  # type: ignore[attr-defined]
+    with suppress(TypeError):
+        _sizes_cache[tokenizer] = length, max(largest) + 1
     return max(largest) + 1
 
 

@@ -22,6 +22,7 @@ from transformers.trainer_callback import TrainerState
 
 ROOT = Path(__file__).resolve().parents[2]
 Rows = list[dict[str, list[int]]]
+FORMAT = 2  # of what runs leave; 1 had texts without their first token, and counted none
 
 
 def configuration(script: str) -> dict[str, Any]:
@@ -62,7 +63,7 @@ def claim(folder: Path, given: dict[str, Any]) -> None:
     """
     free = ("output_dir", "max_steps", "save_steps", "save_total_limit", "logging_steps")
     options = {name: value for name, value in given["training"].items() if name not in free}
-    mine, note = {**given, "training": options}, folder / "recipe.json"
+    mine, note = {"format": FORMAT, **given, "training": options}, folder / "recipe.json"
     is_other = note.exists() and json.loads(note.read_text(encoding="utf8")) != mine
     if is_other and any(folder.rglob("checkpoint-*")):
         raise SystemExit(
@@ -83,7 +84,7 @@ def model_at(place: str, path: str) -> str:
         return path
     raise SystemExit(
         f"{place}={path!r}: {ROOT / path} is no folder; name one, from the repository's own folder "
-        "or as an absolute path, or a model of the hub (make model fetches SmolLM2)"
+        "as an absolute path, or OWNER/NAME of the hub (make model fetches SmolLM2)"
     )
 
 
@@ -214,7 +215,7 @@ def train(
 
 def last_checkpoint(folder: Path) -> tuple[Path | None, TrainerState | None]:
     """The last one that is whole, and its state. Later ones, whose saving was stopped, are removed:
-    Trainer would take them for newer than those it goes on to save."""
+    where times of files say nothing, Trainer takes them for newer than those it saves next."""
     steps = {each.name.removeprefix("checkpoint-"): each for each in folder.glob("checkpoint-*")}
     for step in sorted(filter(str.isdigit, steps), key=int, reverse=True):
         checkpoint = steps[step]
@@ -227,10 +228,11 @@ def last_checkpoint(folder: Path) -> tuple[Path | None, TrainerState | None]:
 
 
 def state_in(folder: Path) -> TrainerState | None:
-    """A Trainer's state, where a folder has a whole one."""
+    """A Trainer's state, where a folder has a whole one. What cannot be read otherwise is raised:
+    it may be whole."""
     try:
         return TrainerState.load_from_json(str(folder / "trainer_state.json"))
-    except (OSError, ValueError, TypeError):
+    except (FileNotFoundError, json.JSONDecodeError):
         return None
 
 

@@ -47,6 +47,17 @@ def load(path: str, factor: float, length: int) -> Any:
     return model
 
 
+def group_size(length: int, groups: int) -> int:
+    """Tokens of each group of a text, an even number: groups are shifted by half of one."""
+    if length % (2 * groups):
+        longer = -(-length // (2 * groups)) * 2 * groups
+        raise SystemExit(
+            f"data.length={length} is not {groups} groups (method.groups) of an even number of "
+            f"tokens: set data.length={longer}"
+        )
+    return length // groups
+
+
 def with_adapter(model: Any, options: dict[str, Any]) -> Any:
     """LongLoRA's: low rank in attention, embeddings and norms as they are."""
     model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options))
@@ -61,6 +72,7 @@ def main() -> None:
     data, options, how = given["data"], given["training"], given["method"]["attention"]
     one_of("method.attention", how, "interpolation", "full", "SepLLM", *GROUPS)
     folder = ROOT / options["output_dir"] / how
+    size = group_size(data["length"], given["method"]["groups"]) if how in GROUPS else 0
     base = model_at("model.path", given["model"]["path"])
     tokenizer = AutoTokenizer.from_pretrained(base)
     rows = pieces(tokenizer, data["texts"], data["length"])
@@ -71,7 +83,7 @@ def main() -> None:
     if how == "SepLLM":
         attached = apply(model, given["sepllm"], tokenizer)
     elif how in GROUPS:
-        attached = apply_sink_lora(model, **given["method"][how])
+        attached = apply_sink_lora(model, size, **given["method"][how])
     claim(folder, given)
     summary: dict[str, Any] = {"attention": how}
     if how != "interpolation":

@@ -546,7 +546,7 @@ def test_a_cache_filled_with_padding_in_its_positions():
     _, rows, real, _ = padded("left", 60, 100)
     cache = model(rows[:, :-1], attention_mask=real[:, :-1], use_cache=True).past_key_values
     given = {"attention_mask": real, "past_key_values": cache, "pad_token_id": 0}
-    with pytest.raises(ValueError, match="go from 98 to 59: they rise within a text"):
+    with pytest.raises(ValueError, match="go on from 98 in the cache to 59: they rise"):
         model.generate(rows, max_new_tokens=3, **given)
 
 
@@ -584,7 +584,6 @@ def test_refused_inputs():
         ({"input_ids": given, "attention_mask": 0 * given}, "nothing but padding"),
         ({"input_ids": given, "position_ids": given[:, :7]}, "position_ids are \\[1, 7\\]"),
         ({"input_ids": given, "position_ids": given.repeat(3, 1)}, "position_ids are \\[3, 40\\]"),
-        ({"input_ids": given, "position_ids": 7 + (given * 0).cumsum(1)}, "from 7 to 7: they rise"),
         ({"input_ids": given, "is_causal": False}, "no token sees a later one"),
         ({"input_ids": given, "cu_seq_lens_q": torch.tensor([0, 40])}, "without position_ids"),
     ):

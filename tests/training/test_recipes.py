@@ -172,12 +172,12 @@ def test_extend_context_goes_on_where_it_stopped(run, tmp_path):
     assert summary(tmp_path / "SepLLM") == again, "trained further than it was to be"
 
 
-@pytest.mark.parametrize("attention", ["SF-Attn", "interpolation"])
+@pytest.mark.parametrize("attention", ["SF-Attn", "S2-Attn", "interpolation"])
 def test_extend_context(run, tmp_path, attention):
     from transformers import AutoModelForCausalLM
 
-    changes = f'method.attention="{attention}"', "method.SF-Attn.group_size=48"
-    said = run("extend_context", *changes, "training.max_steps=1")
+    change = f'method.attention="{attention}"'
+    said = run("extend_context", change, "training.max_steps=1")
     folder = tmp_path / attention / "model"
     config = json.loads((folder / "config.json").read_text())
     assert config["rope_parameters"] == {
@@ -190,6 +190,21 @@ def test_extend_context(run, tmp_path, attention):
     assert "attention-backend" not in said
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model(input_ids=torch.tensor([[5, 6, 7]])).logits.isfinite().all()
+
+
+def test_a_length_of_no_whole_groups(run):
+    with pytest.raises(SystemExit, match=r"data\.length=196 is not 4 groups .* data\.length=200$"):
+        run("extend_context", "data.length=196")
+
+
+def test_checkpoints_of_another_transformers(run, tmp_path):
+    """They are whole, and not removed; nor is one that cannot be read."""
+    run("post_train", *DEMO, "training.max_steps=1")
+    path = tmp_path / "checkpoint-1/trainer_state.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "of_tomorrow": 1}))
+    with pytest.raises(TypeError, match="of_tomorrow"):
+        run("post_train", *DEMO, "training.max_steps=2")
+    assert path.exists()
 
 
 def test_another_run_does_not_go_on_from_its_checkpoints(run, tmp_path):

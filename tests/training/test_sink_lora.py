@@ -148,6 +148,16 @@ def test_refused_models():
         apply_sink_lora(make_model("Mistral", sliding_window=16), 32, 0.5)
 
 
+def test_a_vocabulary_may_grow():
+    """What is seen does not depend on ids."""
+    model = make_model()
+    apply_sink_lora(model, 32, 0.5)
+    given = torch.tensor(make_ids(70))
+    wanted = model(input_ids=given).logits
+    model.resize_token_embeddings(128)
+    assert torch.equal(model(input_ids=given).logits[..., : wanted.shape[-1]], wanted)
+
+
 def test_a_third_of_the_heads():
     """As the sentence writes it that says which shares there are."""
     model = make_model(num_attention_heads=3, num_key_value_heads=3)

@@ -1,7 +1,6 @@
 """Trainer, PEFT and TRL train under the rule as plain loops do."""
 
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -180,18 +179,24 @@ def test_an_adapter_of_transformers_has_it(tmp_path, monkeypatch):
     """``add_adapter`` puts layers of PEFT into the model, which saves and uploads itself."""
     model = make_model()
     apply(model, OPTIONS)
+    model.config.sepllm, rule = None, model.config.sepllm
+    model.save_pretrained(tmp_path / "none")  # as before, if someone took it out
+    model.config.sepllm = rule
     model.save_pretrained(tmp_path / "whole")
     assert not (tmp_path / "whole/sepllm.json").exists()
     model.add_adapter(lora())
     uploaded = []
-    hub = SimpleNamespace(create_repo=lambda name, **options: SimpleNamespace(repo_id=name))
-    monkeypatch.setattr("transformers.modeling_utils.hf_api", lambda: hub)
-    monkeypatch.setattr(
-        model,
-        "_upload_modified_files",
-        lambda folder, *given, **more: uploaded.extend(
-            path.name for path in Path(folder).iterdir()
+    hub = SimpleNamespace(
+        create_repo=lambda name, **options: SimpleNamespace(repo_id=name),
+        create_commit=lambda **given: uploaded.extend(
+            each.path_in_repo for each in given["operations"]
         ),
+    )
+    monkeypatch.setattr("transformers.modeling_utils.hf_api", lambda: hub)
+    monkeypatch.setattr("transformers.utils.hub.hf_api", lambda: hub)
+    card = SimpleNamespace(save=lambda path: None)
+    monkeypatch.setattr(
+        "transformers.modeling_utils.create_and_tag_model_card", lambda *given, **more: card
     )
     model.save_pretrained(tmp_path / "adapter", push_to_hub=True)
     assert {"adapter_config.json", "sepllm.json"} <= set(uploaded)

@@ -11,7 +11,7 @@ from vllm_sepllm.config import SepLLMConfig
 from vllm_sepllm.kept_ids import resolve_kept
 from vllm_sepllm.layers import LayerPlan
 from vllm_sepllm.policy import KeepRule
-from vllm_sepllm.separators import Tokenizer, token_texts
+from vllm_sepllm.separators import Tokenizer, num_token_ids
 
 
 def num_attended(config: SepLLMConfig, tokenizer: Tokenizer, token_ids: Sequence[int]) -> int:
@@ -36,7 +36,7 @@ def rule_of(config: SepLLMConfig, tokenizer: Tokenizer) -> KeepRule:
         ConfigError: a token that is to be kept is not in the tokenizer.
     """
     found = resolve_kept(config, tokenizer)
-    return KeepRule.of(found.resolve(config), len(token_texts(tokenizer)))
+    return KeepRule.of(found.resolve(config), num_token_ids(tokenizer))
 
 
 class Counted:

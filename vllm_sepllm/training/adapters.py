@@ -12,7 +12,8 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -81,20 +82,38 @@ def _wrap(kind: Any, folders: Callable[[Any, dict[str, Any]], list[str]]) -> Non
     def save_pretrained(self: Any, save_directory: str, *args: Any, **kwargs: Any) -> Any:
         named = signature.bind(self, save_directory, *args, **kwargs).arguments
         model = self if kind is PreTrainedModel else self.get_base_model()
-        has_rule = getattr(model, _APPLIED, False) and hasattr(model.config, RULE_KEY)
-        if not has_rule or not named.get("is_main_process", True):
+        rule = getattr(getattr(model, "config", None), RULE_KEY, None)
+        is_ours = rule is not None and getattr(model, _APPLIED, False)
+        if not is_ours or not named.get("is_main_process", True):
             return saved(self, save_directory, *args, **kwargs)
-        config = config_of(getattr(model.config, RULE_KEY), "the model's config")
+        config = config_of(rule, "the model's config")
         written = [Path(save_directory) / folder for folder in folders(self, named)]
-        # Transformers uploads (``push_to_hub``) what is in the folder when it has saved the model.
-        if kind is PreTrainedModel and not Path(save_directory).is_file():
-            _write(written, config)
-        result = saved(self, save_directory, *args, **kwargs)
+        with _written_before_upload(self, written, config):
+            result = saved(self, save_directory, *args, **kwargs)
         _write(written, config)
         return result
 
     setattr(save_pretrained, _WRAPPED, True)
     kind.save_pretrained = save_pretrained
+
+
+@contextmanager
+def _written_before_upload(model: Any, folders: list[Path], config: SepLLMConfig) -> Iterator[None]:
+    """Models of transformers upload what they have saved (``push_to_hub``): the rule too."""
+    upload = getattr(model, "_upload_modified_files", None)
+    if upload is None:
+        yield
+        return
+
+    def write_and_upload(*args: Any, **kwargs: Any) -> Any:
+        _write(folders, config)
+        return upload(*args, **kwargs)
+
+    model._upload_modified_files = write_and_upload
+    try:
+        yield
+    finally:
+        del model._upload_modified_files
 
 
 def _write(folders: list[Path], config: SepLLMConfig) -> None:

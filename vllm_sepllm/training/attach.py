@@ -62,7 +62,8 @@ class Attached:
                 "the model was given inputs_embeds: SepLLM decides by token ids, so give input_ids "
                 "(prompt tuning and other virtual tokens have none and cannot be used with it)"
             )
-        if decoder.config.vocab_size != self._num_ids:
+        # Without options what is seen does not depend on ids.
+        if self.config is not None and decoder.config.vocab_size != self._num_ids:
             raise ValueError(
                 f"the vocabulary had {self._num_ids} tokens when SepLLM was applied, and has "
                 f"{decoder.config.vocab_size} now: call apply again, with the tokenizer that has "

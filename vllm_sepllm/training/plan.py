@@ -122,14 +122,15 @@ def pack(texts: Iterable[TextPlan], device: torch.device | str = "cpu") -> Packe
     )
 
 
-def _cuts(positions: IdArray) -> IdArray:
+def _cuts(positions: IdArray, num_cached: int) -> IdArray:
     """Where another text begins in a row of tokens."""
     cuts: IdArray = np.flatnonzero(np.diff(positions) <= 0) + 1
-    for cut in cuts[positions[cuts] != 0]:
+    for cut in cuts[(cuts >= max(num_cached, 1)) & (positions[cuts] != 0)] if num_cached else ():
         raise ValueError(
-            f"position_ids go from {positions[cut - 1]} to {positions[cut]}: they rise within a "
-            "text, and the next one of a row begins at 0; where padding stands on the left, give "
-            "position_ids that do not count it to every call, attention_mask.cumsum(1) - 1"
+            f"position_ids go on from {positions[cut - 1]} in the cache to {positions[cut]}: they "
+            "rise within a text, and another one begins at 0; where padding stands on the left, "
+            "give position_ids that do not count it to every call, "
+            "(attention_mask.cumsum(1) - 1).clamp(min=0)"
         )
     return cuts
 
@@ -151,6 +152,7 @@ class Texts:
         input_ids: torch.Tensor,
         is_token: BoolArray | None = None,
         positions: torch.Tensor | None = None,
+        num_cached: int = 0,
     ) -> Texts:
         """Cut a batch into texts.
 
@@ -158,10 +160,12 @@ class Texts:
             input_ids: ``[rows, tokens]``.
             is_token: the same, false for padding; ``None`` is none.
             positions: the same: where they do not rise from one token to the next, another text
-                begins, at 0. ``None`` is one text in each row.
+                begins. ``None`` is one text in each row.
+            num_cached: tokens of a row that are in a cache.
 
         Raises:
-            ValueError: a row is nothing but padding, or positions fall to another one than 0.
+            ValueError: a row is nothing but padding, or positions fall behind the cached ones to
+                another one than 0.
         """
         ids = input_ids.cpu().numpy()
         is_token = np.ones(ids.shape, dtype=np.bool_) if is_token is None else is_token
@@ -173,7 +177,7 @@ class Texts:
                 raise ValueError(f"row {row} of the batch is nothing but padding: leave it out")
             cuts: IdArray = np.zeros(0, dtype=np.int64)
             if places is not None:
-                cuts = _cuts(places[row][is_token[row]])
+                cuts = _cuts(places[row][is_token[row]], int(is_token[row, :num_cached].sum()))
             found.extend(np.split(of_row, cuts))
         return Texts(tuple(found), is_token)
 

@@ -36,8 +36,9 @@ class IdLayer(DynamicLayer):  # type: ignore[misc]
         if cache.get_seq_length() != length:
             raise ValueError(
                 f"of the cache's {cache.get_seq_length()} tokens the ids of {length} are known: it "
-                "was filled without SepLLM, or gradient checkpointing is on and keeps no cache; "
-                "start with an empty cache, and call model.eval() before you generate"
+                "was filled without SepLLM or by a model in training, or gradient checkpointing "
+                "keeps nothing in it; start with an empty one, and call model.eval() before you "
+                "generate"
             )
         if known:
             return known[0]
@@ -108,7 +109,7 @@ class Step:
         is_token = _is_token(inputs.get("attention_mask"), (ids.shape[0], done + num_queries))
         if cache is not None:
             ids, positions = IdLayer.of(cache, num_layers).extend(ids, positions)
-        return Step(pattern, layers, Texts.of(ids, is_token, positions), num_queries)
+        return Step(pattern, layers, Texts.of(ids, is_token, positions, done), num_queries)
 
     @property
     def is_whole(self) -> bool:

@@ -16,11 +16,12 @@ and cut from there. Decoded on their own, SentencePiece tokens lose the leading 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
+T = TypeVar("T")
 _BYTE_PIECE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 MAX_TOKEN_IDS = 2**22  # the largest vocabularies have 2**18
 _MOST_TRIALS = 256  # anchors tried before one that is good enough is taken
@@ -52,19 +53,31 @@ def token_texts(tokenizer: Tokenizer) -> list[str]:
         ValueError: it has an id so large that most of those below stand for nothing.
         Exception: what the tokenizer raises, if it can decode no token at all.
     """
-    length = len(tokenizer)
-    cached: tuple[int, list[str]] | None = None
-    with suppress(TypeError):  # a tokenizer that cannot be a key is read anew
-        cached = _texts_cache.get(tokenizer)
-    if cached is not None and cached[0] == length:
-        return cached[1]
+    return _remembered(_texts_cache, tokenizer, _all_texts)
+
+
+def _all_texts(tokenizer: Tokenizer) -> list[str]:
     size = num_token_ids(tokenizer)
     if size > MAX_TOKEN_IDS:
         raise ValueError(f"it has the id {size - 1}, and must have none above {MAX_TOKEN_IDS}")
-    texts = texts_of(tokenizer, range(size))
+    return texts_of(tokenizer, range(size))
+
+
+def _remembered(
+    cache: WeakKeyDictionary[Any, tuple[int, T]],
+    tokenizer: Tokenizer,
+    find: Callable[[Tokenizer], T],
+) -> T:
+    """What was found for a tokenizer when it had as many tokens as now, or is found now."""
+    length = len(tokenizer)
+    with suppress(TypeError):  # a tokenizer that cannot be a key is read anew
+        known = cache.get(tokenizer)
+        if known is not None and known[0] == length:
+            return known[1]
+    found = find(tokenizer)
     with suppress(TypeError):
-        _texts_cache[tokenizer] = length, texts
-    return texts
+        cache[tokenizer] = length, found
+    return found
 
 
 def texts_of(tokenizer: Tokenizer, token_ids: Iterable[int]) -> list[str]:
@@ -88,19 +101,15 @@ def texts_of(tokenizer: Tokenizer, token_ids: Iterable[int]) -> list[str]:
 def num_token_ids(tokenizer: Tokenizer) -> int:
     """One more than the largest token id; more than ``len`` where a vocabulary has gaps. Remembered
     per tokenizer."""
-    length = len(tokenizer)
-    cached: tuple[int, int] | None = None
-    with suppress(TypeError):
-        cached = _sizes_cache.get(tokenizer)
-    if cached is not None and cached[0] == length:
-        return cached[1]
-    largest = [length - 1]
+    return _remembered(_sizes_cache, tokenizer, _count_ids)
+
+
+def _count_ids(tokenizer: Tokenizer) -> int:
+    largest = [len(tokenizer) - 1]
     with suppress(Exception):  # both are optional
         largest.append(int(tokenizer.max_token_id))  # type: ignore[attr-defined]
     with suppress(Exception):
         largest.append(max(tokenizer.get_vocab().values()))  # type: ignore[attr-defined]
-    with suppress(TypeError):
-        _sizes_cache[tokenizer] = length, max(largest) + 1
     return max(largest) + 1
 
 

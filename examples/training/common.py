@@ -83,8 +83,8 @@ def model_at(place: str, path: str) -> str:
     if path.count("/") == 1 and path[0] not in "./~":
         return path
     raise SystemExit(
-        f"{place}={path!r}: {ROOT / path} is no folder; name one, from the repository's own folder "
-        "as an absolute path, or OWNER/NAME of the hub (make model fetches SmolLM2)"
+        f"{place}={path!r}: {ROOT / path} is no folder; name one, seen from the repository's own "
+        "or absolute, or OWNER/NAME of the hub (make model fetches SmolLM2)"
     )
 
 
@@ -202,18 +202,18 @@ def train(
     )
     made.add_callback(Seconds())
     folder = Path(arguments.output_dir)
-    last, done = last_checkpoint(folder)
-    if last is not None and done is not None and 0 < arguments.max_steps <= done.global_step:
+    last, done = last_checkpoint(folder) or (None, TrainerState())
+    if last is not None and 0 < arguments.max_steps <= done.global_step:
         end = state_in(folder)  # has the last lines of a training that came to its end
         made.state = end if end is not None and end.global_step == done.global_step else done
-        made._load_from_checkpoint(str(last))  # Trainer would go one step further
+        made._load_from_checkpoint(last)  # Trainer would go one step further
         return made
-    made.train(resume_from_checkpoint=None if last is None else str(last))
+    made.train(resume_from_checkpoint=last)
     made.save_state()
     return made
 
 
-def last_checkpoint(folder: Path) -> tuple[Path | None, TrainerState | None]:
+def last_checkpoint(folder: Path) -> tuple[str, TrainerState] | None:
     """The last one that is whole, and its state. Later ones, whose saving was stopped, are removed:
     where times of files say nothing, Trainer takes them for newer than those it saves next."""
     steps = {each.name.removeprefix("checkpoint-"): each for each in folder.glob("checkpoint-*")}
@@ -221,10 +221,10 @@ def last_checkpoint(folder: Path) -> tuple[Path | None, TrainerState | None]:
         checkpoint = steps[step]
         state = state_in(checkpoint)  # is written last
         if state is not None:
-            return checkpoint, state
+            return str(checkpoint), state
         print(f"{checkpoint} was not saved to its end: it is removed", flush=True)
         shutil.rmtree(checkpoint)
-    return None, None
+    return None
 
 
 def state_in(folder: Path) -> TrainerState | None:

@@ -125,7 +125,7 @@ def pack(texts: Iterable[TextPlan], device: torch.device | str = "cpu") -> Packe
 def _cuts(positions: IdArray, num_cached: int) -> IdArray:
     """Where another text begins in a row of tokens."""
     cuts: IdArray = np.flatnonzero(np.diff(positions) <= 0) + 1
-    for cut in cuts[(cuts >= max(num_cached, 1)) & (positions[cuts] != 0)] if num_cached else ():
+    for cut in cuts[(cuts >= num_cached) & (positions[cuts] != 0)] if num_cached else ():
         raise ValueError(
             f"position_ids go on from {positions[cut - 1]} in the cache to {positions[cut]}: they "
             "rise within a text, and another one begins at 0; where padding stands on the left, "
